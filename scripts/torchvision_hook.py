@@ -1,8 +1,9 @@
-"""Copied into the development environment: lets a CUDA build of torchvision be imported beside a CPU build of torch.
+"""Lets a CUDA build of torchvision be imported beside a CPU build of torch.
 
-Such a torchvision cannot load its compiled operators, and its import then stops where it describes two of them. This hook
-defines those two, without an implementation, just before torchvision is imported; matching builds are left alone, and torch
-is not imported a moment earlier than torchvision would. No part of the pack: users' machines have matching builds.
+`environment.py` copies this into the environment that it makes. Such a torchvision cannot load its
+compiled operators, and its import stops where it describes two of them. This hook defines those
+two, without an implementation, just before torchvision runs; matching builds are left alone.
+No part of the pack: users' machines have matching builds.
 """
 
 import re
@@ -10,14 +11,12 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
+OPERATORS = ("nms", "qnms")
+SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class TorchvisionFinder:
-    """Hands out torchvision's ordinary spec, with `define_missing_operators` run before the module."""
+    """Hands out torchvision's ordinary spec, with the operators defined before the module runs."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -39,8 +38,8 @@ def define_missing_operators(torchvision_folder):
 
     version_text = (torchvision_folder / "version.py").read_text(encoding="utf-8")
     if torch.version.cuda is None and re.search(r"__version__ = '[^']*\+cu", version_text):
-        for schema in SCHEMAS:
-            torch.library.define(f"torchvision::{schema.split('(')[0]}", schema[schema.index("(") :])
+        for name in OPERATORS:
+            torch.library.define(f"torchvision::{name}", SCHEMA)
 
 
 sys.meta_path.insert(0, TorchvisionFinder)

@@ -1,0 +1,146 @@
+"""The commands of dev.py that need the environment; dev.py runs this file inside it."""
+
+import importlib
+import os
+import signal
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import comfy_server
+import workflow
+from comfy_server import ComfyClient, ComfyServer, Event, GraphError, ServerError
+from dev import build_parser
+
+PROGRESS_LINES = 10
+"""How many progress lines a node gets where the output is not a terminal."""
+
+
+class ProgressPrinter:
+    """Prints what the websocket reports: the node, its steps, and numbers such as the loss."""
+
+    def __init__(self, graph: workflow.Graph) -> None:
+        self._graph = graph
+        self._node = ""
+        self._text = ""
+        self._tenth = -1
+        self._line_open = False
+
+    def __call__(self, event: Event) -> None:
+        data = event.data
+        if event.type == "executing" and data.get("node"):
+            self._start_node(comfy_server.node_name(self._graph, data["node"]))
+        elif event.type == "execution_cached" and data.get("nodes"):
+            print(f"{len(data['nodes'])} nodes are answered from the cache", flush=True)
+        elif event.type == "progress_text":
+            self._text = " ".join(data["text"].split())
+        elif event.type.startswith("atelier.") and isinstance(data.get("loss"), float):
+            self._text = f"loss {data['loss']:.4f}"
+        elif event.type == "progress" and data.get("max"):
+            self._step(int(data["value"]), int(data["max"]))
+
+    def close(self) -> None:
+        if self._line_open:
+            print(flush=True)
+        self._line_open = False
+
+    def _start_node(self, name: str) -> None:
+        if name == self._node:
+            return
+        self.close()
+        self._node, self._text, self._tenth = name, "", -1
+        print(name, flush=True)
+
+    def _step(self, value: int, total: int) -> None:
+        line = f"  {value}/{total}  {self._text}"
+        if sys.stdout.isatty():
+            print(f"\r{line:<78.78}", end="", flush=True)
+            self._line_open = True
+        elif (tenth := value * PROGRESS_LINES // total) != self._tenth:
+            self._tenth = tenth
+            print(line, flush=True)
+
+
+def run(options: Namespace) -> None:
+    """Queue a workflow and print its outputs."""
+    if options.server:
+        run_on(ComfyClient(options.server), options)
+        return
+    with start_server(options) as server:
+        run_on(server, options)
+
+
+def run_on(client: ComfyClient, options: Namespace) -> None:
+    object_info = client.object_info()
+    graph = workflow.load(options.workflow, object_info)
+    for setting in options.set:
+        workflow.apply_setting(graph, setting, object_info)
+    printer = ProgressPrinter(graph)
+    try:
+        entry = client.run(graph, printer)
+    except KeyboardInterrupt:
+        client.interrupt()
+        raise
+    finally:
+        printer.close()
+    print_outputs(client, graph, entry)
+
+
+def print_outputs(client: ComfyClient, graph: workflow.Graph, entry: dict[str, Any]) -> None:
+    for node_id, output in entry.get("outputs", {}).items():
+        for value in (value for values in output.values() if values for value in values):
+            if isinstance(value, dict) and "filename" in value:
+                local = isinstance(client, ComfyServer)
+                value = client.path_of(value) if local else client.view_url(value)
+            elif not isinstance(value, str | int | float) or isinstance(value, bool):
+                continue
+            print(f"{comfy_server.node_name(graph, node_id)}: {value}", flush=True)
+
+
+def serve(options: Namespace) -> None:
+    """Run ComfyUI in the foreground until it is stopped."""
+    with start_server(options, port=options.port, log_to_console=True) as server:
+        print(f"\nComfyUI with Atelier: {server.url}    (Ctrl-C ends it)\n", flush=True)
+        server.wait()
+
+
+def demo(options: Namespace) -> None:
+    """Run `demo.main(server, out_dir)`; what it has to do is said in dev.py."""
+    started = time.monotonic()
+    with start_server(options) as server:
+        print(f"ComfyUI is up after {time.monotonic() - started:.0f} s", flush=True)
+        importlib.import_module("demo").main(server, options.out)
+
+
+def start_server(
+    options: Namespace, *, port: int | None = None, log_to_console: bool = False
+) -> ComfyServer:
+    comfyui = Path(os.environ["ATELIER_COMFYUI"])
+    models = None if os.environ.get("ATELIER_OWN_COMFYUI") else comfyui / "models"
+    return ComfyServer(
+        comfyui,
+        options.home.absolute(),
+        models=models,
+        arguments=tuple(options.comfyui_argument),
+        port=port,
+        log_to_console=log_to_console,
+    )
+
+
+def main() -> int:
+    options = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        {"run": run, "serve": serve, "demo": demo}[options.command](options)
+    except (GraphError, ServerError, workflow.WorkflowError) as err:
+        print(err, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
