@@ -1,0 +1,24 @@
+"""Loads the pack under the name `atelier`, in the way ComfyUI loads it, before tests are collected.
+
+Also makes the modules of scripts/ importable, and fixes the number of torch's threads.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Sums depend on the number of threads; servers that tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MKL_NUM_THREADS", "2")
+
+sys.path.append(str(ROOT / "scripts"))
+
+spec = importlib.util.spec_from_file_location("atelier", ROOT / "__init__.py")
+assert spec is not None
+assert spec.loader is not None
+pack = importlib.util.module_from_spec(spec)
+sys.modules["atelier"] = pack
+spec.loader.exec_module(pack)

@@ -1,0 +1,61 @@
+"""ComfyUI for tests: a real headless server, and `comfy` importable in this process.
+
+The ComfyUI is named by ATELIER_COMFYUI (dev.py does so), else it is the one under .dev.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from comfy_server import ComfyServer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMFYUI = Path(os.environ.get("ATELIER_COMFYUI") or ROOT / ".dev" / "ComfyUI")
+IN_PROCESS_BASE = tempfile.TemporaryDirectory(prefix="atelier-")
+
+if not (COMFYUI / "main.py").is_file():
+    raise pytest.UsageError(
+        f"The host tests need a ComfyUI, but {COMFYUI} holds none. "
+        "Run `python scripts/dev.py test`, or set ATELIER_COMFYUI to its folder."
+    )
+
+
+def make_comfy_importable() -> None:
+    """Let tests import `comfy`, with ComfyUI's arguments for a CPU and folders of its own."""
+    sys.path.append(str(COMFYUI))
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", IN_PROCESS_BASE.name]
+    import comfy.cli_args  # reads sys.argv, once
+
+    sys.argv = arguments
+
+
+make_comfy_importable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.host)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A running ComfyUI on the CPU with this pack: `server.run(graph)` returns what came out."""
+
+    def end_tests(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, end_tests)
+    base = tmp_path_factory.mktemp("comfyui")
+    try:
+        with ComfyServer(COMFYUI, base, arguments=("--cpu",)) as running:
+            yield running
+    finally:
+        signal.signal(signal.SIGTERM, previous)
