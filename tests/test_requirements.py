@@ -1,0 +1,128 @@
+"""Installing the pack changes no package of a ComfyUI, of either generation of hosts (DESIGN 6).
+
+tests/data/hosts.json lists the packages of two hosts with their real requirements. They are put
+into an empty environment as metadata only, which is all that pip's resolver reads; pip then says
+what it would install. Needs the package index: without it these tests are skipped.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HOSTS = json.loads((ROOT / "tests" / "data" / "hosts.json").read_text(encoding="utf-8"))
+REQUIREMENTS = ROOT / "requirements.txt"
+DIFFUSERS = "diffusers>=0.33.0"
+HELD = ("transformers", "huggingface_hub", "safetensors")
+NO_INDEX = ("No matching distribution found", "Failed to establish a new connection", "Max retries")
+
+
+@pytest.fixture(params=HOSTS, ids=lambda name: name.replace(",", ""))
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> "Host":
+    return Host(tmp_path, HOSTS[request.param])
+
+
+class Host:
+    """An environment that holds the metadata of a host's packages."""
+
+    def __init__(self, folder: Path, packages: list[dict]) -> None:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+        self.python = next((folder / "venv").glob("[bS][ic][nr]*/python*"))
+        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        output = subprocess.run([self.python, "-c", code], check=True, capture_output=True)
+        self.site = Path(output.stdout.decode().strip())
+        self.report = folder / "report.json"
+        self.versions = {canonical(p["name"]): p["version"] for p in packages}
+        for package in packages:
+            self.add(package["name"], package["version"], package["requires"])
+
+    def add(self, name: str, version: str, requires: list[str]) -> None:
+        stem = canonical(name).replace("-", "_")
+        for older in self.site.glob(f"{stem}-*.dist-info"):
+            (older / "METADATA").unlink()
+            older.rmdir()
+        info = self.site / f"{stem}-{version}.dist-info"
+        info.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        lines += [f"Requires-Dist: {requirement}" for requirement in requires]
+        (info / "METADATA").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+
+    def install(self, *arguments: str | Path) -> dict[str, str]:
+        """What pip would install: canonical name -> version. The host then has it."""
+        self.report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pip", "--python", self.python, "install", "--dry-run"]
+        command += ["--quiet", "--retries", "1", "--report", self.report, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if any(sign in done.stderr for sign in NO_INDEX):
+            pytest.skip(f"the package index cannot be reached: {done.stderr.splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
+        found = [
+            item["metadata"]
+            for item in json.loads(self.report.read_text(encoding="utf-8"))["install"]
+        ]
+        for item in found:
+            needed = [r for r in item.get("requires_dist", []) if "extra ==" not in r]
+            self.add(item["name"], item["version"], needed)
+        return {canonical(item["name"]): item["version"] for item in found}
+
+    def changed(self, installed: dict[str, str]) -> dict[str, str]:
+        return {name: version for name, version in installed.items() if name in self.versions}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirement_lines() -> list[str]:
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_requirements_are_floors_without_torch() -> None:
+    for line in requirement_lines():
+        assert re.fullmatch(r"[a-z0-9_-]+>=[0-9.]+", line)
+        assert not line.startswith("torch")
+
+
+def test_the_host_s_own_floor_comes_first() -> None:
+    assert requirement_lines()[0] == "transformers>=4.50.3"
+
+
+def test_one_command_changes_no_package_of_the_host(host: Host) -> None:
+    installed = host.install("-r", REQUIREMENTS)
+    assert host.changed(installed) == {}
+    assert {"peft", "bitsandbytes"} <= installed.keys()
+
+
+@pytest.mark.slow
+def test_line_by_line_changes_no_package_of_the_host(host: Host) -> None:
+    for line in requirement_lines():
+        assert host.changed(host.install(line)) == {}, line
+
+
+@pytest.mark.slow
+def test_the_command_for_diffusers_fits_the_host(host: Host) -> None:
+    held = [f"{name}=={host.versions[canonical(name)]}" for name in HELD]
+    installed = host.install(DIFFUSERS, *held)
+    assert host.changed(installed) == {}
+    assert "diffusers" in installed
+
+
+@pytest.mark.slow
+def test_diffusers_alone_would_change_the_older_host(tmp_path: Path) -> None:
+    """Why diffusers is not in requirements.txt; when this fails, it can be."""
+    older = Host(tmp_path, next(iter(HOSTS.values())))
+    assert "huggingface-hub" in older.changed(older.install(DIFFUSERS))
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_fits_the_host(host: Host, tmp_path: Path) -> None:
+    held = [f"{name}=={version}" for name, version in host.versions.items()]
+    (tmp_path / "host.txt").write_text("\n".join(held), encoding="utf-8")
+    installed = host.install("-r", REQUIREMENTS, DIFFUSERS, "-c", tmp_path / "host.txt")
+    assert host.changed(installed) == {}
+    assert {"diffusers", "peft", "bitsandbytes"} <= installed.keys()
