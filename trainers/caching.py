@@ -1,0 +1,170 @@
+"""Filling the caches: only what is not on disk yet is encoded.
+
+Every entry is keyed by what determines it (content, transform, encoder), never by its position: a
+changed picture, caption or crop encodes just itself. Files hold exactly the dtype that the encoder
+returned.
+
+Shapes: B batch, C latent channels, H W pixels, h w latent size, L text tokens, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .buckets import Transform, transform
+from .caches import LatentCache, LatentEntry, PromptCache, PromptEntry, digest
+from .config import require
+from .dataset import Dataset, Record, open_picture
+from .entries import EntryFiles
+
+EncodePictures = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Pixels [B, 3, H, W] in -1..1 to the mean and the deviation of the latents, each [B, C, h, w]."""
+
+EncodeTexts = Callable[[list[str]], tuple[Tensor, Tensor]]
+"""B texts to prompt embeddings [B, L, D] and pooled embeddings [B, D2]."""
+
+OnProgress = Callable[[int, int], None]
+"""Called with (done, total) before the first entry and after each. It may raise to stop."""
+
+
+def latent_cache(dataset: Dataset, encoder_id: str, folder: str | Path) -> LatentCache:
+    """What `cache_latents` will return, computed without touching a picture or the disk."""
+    entries = tuple(_latent_entry(dataset, record, encoder_id) for record in dataset.records)
+    return LatentCache(folder=os.path.abspath(folder), encoder=encoder_id, entries=entries)
+
+
+def prompt_cache(
+    texts: Iterable[str], encoder_id: str, length: int, folder: str | Path
+) -> PromptCache:
+    """What `cache_prompts` will return, computed without touching an encoder or the disk."""
+    keys = {text: digest([text, length, encoder_id]) for text in (*texts, "")}
+    entries = tuple(PromptEntry(text=text, key=key) for text, key in keys.items())
+    folder = os.path.abspath(folder)
+    return PromptCache(folder=folder, encoder=encoder_id, length=length, entries=entries)
+
+
+def num_missing(cache: LatentCache | PromptCache) -> int:
+    """How many entries have no file yet."""
+    return len(EntryFiles(cache.folder).missing(entry.key for entry in cache.entries))
+
+
+def cache_latents(
+    dataset: Dataset,
+    encode: EncodePictures,
+    encoder_id: str,
+    folder: str | Path,
+    *,
+    batch_size: int = 1,
+    on_progress: OnProgress | None = None,
+) -> LatentCache:
+    """Encode the pictures that are not in `folder` yet, `batch_size` of one size at a time.
+
+    `encode` is not called when nothing is missing. Whatever stops the work, what is done stays.
+
+    Raises:
+        ValueError: a picture changed or broke, the disk is full, or the latents are not finite.
+    """
+    cache = latent_cache(dataset, encoder_id, folder)
+    records = dict(zip((entry.key for entry in cache.entries), dataset.records, strict=True))
+
+    def encode_batch(keys: list[str]) -> Iterator[dict[str, Tensor]]:
+        batch = [records[key] for key in keys]
+        pixels = [transform(open_picture(r), *dataset.size_of(r)) for r in batch]
+        mean, std = encode(torch.stack(pixels))
+        for index, record in enumerate(batch):
+            _require_finite(mean[index], f"the picture {record.path}")
+            yield {"mean": mean[index], "std": std[index]}
+
+    sizes = {entry.key: (entry.width, entry.height) for entry in cache.entries}
+    _encode_missing(EntryFiles(folder), sizes, batch_size, encode_batch, on_progress)
+    return cache
+
+
+def cache_prompts(
+    texts: Iterable[str],
+    encode: EncodeTexts,
+    encoder_id: str,
+    length: int,
+    folder: str | Path,
+    *,
+    batch_size: int = 1,
+    on_progress: OnProgress | None = None,
+) -> PromptCache:
+    """Encode the texts, and the empty one, that are not in `folder` yet.
+
+    `encode` is not called when nothing is missing. Whatever stops the work, what is done stays.
+
+    Raises:
+        ValueError: the disk is full, or the embeddings are not finite.
+    """
+    cache = prompt_cache(texts, encoder_id, length, folder)
+    texts_by_key = {entry.key: entry.text for entry in cache.entries}
+
+    def encode_batch(keys: list[str]) -> Iterator[dict[str, Tensor]]:
+        batch = [texts_by_key[key] for key in keys]
+        embeds, pooled = encode(batch)
+        for index, text in enumerate(batch):
+            _require_finite(embeds[index], f"the caption {text[:80]!r}")
+            yield {"prompt_embeds": embeds[index], "pooled": pooled[index]}
+
+    groups = dict.fromkeys(texts_by_key)  # all have one length, so any of them share a batch
+    _encode_missing(EntryFiles(folder), groups, batch_size, encode_batch, on_progress)
+    return cache
+
+
+def _encode_missing(
+    files: EntryFiles,
+    groups: Mapping[str, Hashable],
+    batch_size: int,
+    encode_batch: Callable[[list[str]], Iterable[dict[str, Tensor]]],
+    on_progress: OnProgress | None,
+) -> None:
+    """Write what `encode_batch` gives for the keys without a file, a batch from one group each."""
+    require(batch_size >= 1, f"The batch size must be 1 or more, got {batch_size}.")
+    report = on_progress or (lambda done, total: None)
+    missing = files.missing(groups)
+    done = len(groups) - len(missing)
+    report(done, len(groups))
+    for keys in _batches(missing, groups, batch_size):
+        for key, tensors in zip(keys, encode_batch(keys), strict=True):
+            files.write(key, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+            done += 1
+            report(done, len(groups))
+
+
+def _batches(
+    keys: Iterable[str], groups: Mapping[str, Hashable], batch_size: int
+) -> Iterator[list[str]]:
+    members: dict[Hashable, list[str]] = {}
+    for key in keys:
+        members.setdefault(groups[key], []).append(key)
+    for group in members.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def _latent_entry(dataset: Dataset, record: Record, encoder_id: str) -> LatentEntry:
+    width, height = dataset.size_of(record)
+    made_by = dataclasses.asdict(Transform(width=width, height=height))
+    return LatentEntry(
+        record=record.id,
+        key=digest([record.content, made_by, encoder_id]),
+        caption=record.caption,
+        width=width,
+        height=height,
+        repeats=record.repeats,
+    )
+
+
+def _require_finite(tensor: Tensor, name: str) -> None:
+    require(
+        bool(torch.isfinite(tensor).all()),
+        f"The encoder gave infinite or invalid numbers for {name}. Start ComfyUI with --fp32-vae "
+        "or --fp32-text-enc.",
+    )

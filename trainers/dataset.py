@@ -1,0 +1,243 @@
+"""Pictures and captions as a description: what to train on, without any pixels.
+
+A dataset is checked completely when it is made; the caches turn it into tensors later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image, ImageFile
+
+from .buckets import Resolution, Size, display_size
+from .config import require
+
+PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+MissingCaptions = Literal["error", "file name", "empty"]
+MISSING_CAPTIONS: tuple[MissingCaptions, ...] = ("error", "file name", "empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One picture and its caption."""
+
+    path: str
+    """Absolute path of the picture."""
+    caption: str
+    """The text exactly as it is encoded, trigger word included."""
+    content: str
+    """SHA-256 of the file's bytes, in hex."""
+    width: int
+    """Pixels, after the EXIF rotation."""
+    height: int
+    """Pixels, after the EXIF rotation."""
+    repeats: int = 1
+    """How often the picture is seen in an epoch."""
+
+    @property
+    def id(self) -> str:
+        """Name of the sample wherever it lies: 16 hex digits of its bytes and its caption."""
+        return hashlib.sha256(f"{self.content}\0{self.caption}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Records in a fixed order, and the size they are trained at."""
+
+    records: tuple[Record, ...]
+    resolution: Resolution
+    name: str
+
+    def size_of(self, record: Record) -> Size:
+        """(width, height) in pixels at which the record is trained."""
+        return self.resolution.size_for(record.width, record.height)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Every distinct caption, in the order of the records."""
+        return tuple(dict.fromkeys(record.caption for record in self.records))
+
+    @property
+    def num_samples(self) -> int:
+        """Pictures seen in one epoch."""
+        return sum(record.repeats for record in self.records)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about what trains but is probably not meant."""
+        small = [_file_name(record) for record in self.records if self._is_upscaled(record)]
+        silent = [_file_name(record) for record in self.records if not record.caption]
+        messages = []
+        if small:
+            messages.append(f"{len(small)} pictures are enlarged to train: {_some(small)}.")
+        if silent:
+            messages.append(f"{len(silent)} captions are empty: {_some(silent)}.")
+        return tuple(messages)
+
+    def _is_upscaled(self, record: Record) -> bool:
+        width, height = self.size_of(record)
+        return record.width < width or record.height < height
+
+
+def image_folder(
+    path: str | Path,
+    *,
+    resolution: Resolution,
+    repeats: int = 1,
+    trigger: str = "",
+    caption_extension: str = ".txt",
+    missing_captions: MissingCaptions = "error",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """The pictures of one folder, sorted by name, each with the text file of the same name.
+
+    Every picture is decoded once, so that a broken one is found here. Subfolders are not read.
+    `on_progress(done, total)` is called after each picture and may raise to stop.
+
+    Raises:
+        ValueError: the folder is missing or holds no pictures, a picture does not decode, or a
+            caption is missing or not UTF-8. The message names the file.
+    """
+    require(repeats >= 1, f"Repeats must be 1 or more, got {repeats}. 1 shows each picture once.")
+    require(
+        missing_captions in MISSING_CAPTIONS,
+        f"missing_captions must be one of {', '.join(MISSING_CAPTIONS)}, got {missing_captions!r}.",
+    )
+    pictures = picture_files(path)
+    records = []
+    for picture in pictures:
+        caption = _caption(picture, caption_extension, missing_captions)
+        records.append(_record(picture, _with_trigger(caption, trigger.strip()), repeats))
+        if on_progress:
+            on_progress(len(records), len(pictures))
+    return Dataset(records=tuple(records), resolution=resolution, name=Path(path).resolve().name)
+
+
+def picture_files(folder: str | Path) -> list[Path]:
+    """The pictures directly in `folder`, as absolute paths sorted by name.
+
+    Raises:
+        ValueError: the folder is missing or holds no pictures.
+    """
+    folder = Path(os.path.abspath(folder))
+    require(folder.is_dir(), f"The picture folder {folder} does not exist. Check its name.")
+    # macOS leaves "._name.jpg" files of its own beside pictures on shared drives.
+    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+    found = [path for path in visible if path.suffix.lower() in PICTURE_EXTENSIONS]
+    files = sorted((path for path in found if path.is_file()), key=lambda path: path.name)
+    kinds = ", ".join(extension[1:] for extension in PICTURE_EXTENSIONS)
+    require(
+        bool(files),
+        f"The folder {folder} holds no pictures ({kinds}). Put them directly into it: "
+        "subfolders are not read.",
+    )
+    return files
+
+
+def open_picture(record: Record) -> Image.Image:
+    """The decoded picture of a record.
+
+    Raises:
+        ValueError: the file is gone, or its content is no longer the one the record describes.
+    """
+    data = _read(Path(record.path))
+    require(
+        _digest(data) == record.content,
+        f"The picture {record.path} changed after the dataset was read. Queue the graph again.",
+    )
+    return _decode(data, record.path)
+
+
+def _record(picture: Path, caption: str, repeats: int) -> Record:
+    data = _read(picture)
+    width, height = display_size(_decode(data, picture))
+    return Record(
+        path=str(picture),
+        caption=caption,
+        content=_digest(data),
+        width=width,
+        height=height,
+        repeats=repeats,
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"Cannot read the file {path}: {error.strerror}.") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _decode(data: bytes, path: str | Path) -> Image.Image:
+    try:
+        with _refuse_truncated():
+            image = Image.open(io.BytesIO(data))
+            image.load()
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"The picture {path} has too many pixels to be opened. Make it smaller."
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's plugins raise all three
+        raise ValueError(
+            f"The picture {path} is damaged, cut off or not a picture. Replace or remove it."
+        ) from error
+    return image
+
+
+@contextmanager
+def _refuse_truncated() -> Iterator[None]:
+    # A global switch of Pillow: other packs set it to accept half a picture without a word.
+    previous = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = previous
+
+
+def _caption(picture: Path, extension: str, missing: MissingCaptions) -> str:
+    path = picture.with_suffix(extension)
+    if path.is_file():
+        return _caption_text(path)
+    require(
+        missing != "error",
+        f"The picture {picture} has no caption file {path.name}. Write one, or let missing "
+        "captions be the file name or empty.",
+    )
+    return picture.stem.replace("_", " ") if missing == "file name" else ""
+
+
+def _caption_text(path: Path) -> str:
+    try:
+        text = _read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The caption {path} is not UTF-8 text. Save it as UTF-8.") from error
+    # UTF-16 without a mark decodes as UTF-8 and is full of NULs.
+    require("\0" not in text, f"The caption {path} is not UTF-8 text. Save it as UTF-8.")
+    return text.strip()
+
+
+def _with_trigger(caption: str, trigger: str) -> str:
+    if not trigger or trigger in caption:
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+def _file_name(record: Record) -> str:
+    return Path(record.path).name
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
