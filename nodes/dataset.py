@@ -1,0 +1,301 @@
+"""Nodes from a folder of pictures to the two caches that training reads."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainers import caching
+from ..trainers.buckets import STEP, Resolution
+from ..trainers.caches import LatentCache, PromptCache
+from ..trainers.dataset import MISSING_CAPTIONS, Dataset, image_folder, picture_files
+from ..trainers.entries import EntryFiles
+from . import host
+from .encoders import cut_texts, latent_encoder, prompt_encoder
+from .loader_memory import LoaderMemory
+from .wires import AtelierDataset, AtelierLatentCache, AtelierPromptCache
+
+logger = logging.getLogger("atelier")
+
+HOST_MIN_LENGTH = 256
+"""T5 tokens that CLIP Text Encode gives at least for FLUX; longer texts give more."""
+
+
+class ImageFolderDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierImageFolderDataset",
+            display_name="Image Folder Dataset",
+            category="Atelier/dataset",
+            description="Pictures of one folder below input/, each with a text file of the same "
+            "name as its caption (cat.png and cat.txt). Everything is checked before training.",
+            search_aliases=["training images", "captions", "load folder"],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=host.dataset_folders(),
+                    tooltip="A folder below ComfyUI's input folder that holds the pictures. Its "
+                    "subfolders are not read. Press R to list new folders.",
+                ),
+                _side("width", 512),
+                _side("height", 768),
+                io.Combo.Input(
+                    "mode",
+                    options=["fixed", "buckets"],
+                    default="fixed",
+                    tooltip="fixed: every picture is cropped to width x height. buckets: every "
+                    "picture keeps its shape, at about the same number of pixels.",
+                ),
+                io.Int.Input(
+                    "repeats",
+                    default=1,
+                    min=1,
+                    max=10000,
+                    tooltip="How often each picture is seen in one epoch: 1 is once, 10 is ten "
+                    "times. It only changes the balance between datasets, never the caches.",
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip="A word that will call up what is learned. It is put before every "
+                    "caption that does not contain it: 'sks, a dog on a beach'.",
+                ),
+                host.make_input(
+                    io.Combo,
+                    "missing_captions",
+                    options=list(MISSING_CAPTIONS),
+                    default="error",
+                    advanced=True,
+                    tooltip="A picture without a text file: stop with an error, use its file name "
+                    "(a_red_cat.png is 'a red cat'), or leave the caption empty.",
+                ),
+            ],
+            outputs=[
+                AtelierDataset.Output(
+                    display_name="dataset",
+                    tooltip="The description of the pictures, for Cache Latents and Encode "
+                    "Prompts. It holds no pixels.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: str) -> bool | str:
+        try:
+            picture_files(host.dataset_folder(folder))
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **_: Any) -> list[tuple[str, int, int]]:
+        pictures = picture_files(host.dataset_folder(folder))
+        captions = [picture.with_suffix(".txt") for picture in pictures]
+        stats = [(path, path.stat()) for path in pictures + captions if path.is_file()]
+        return [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+    @classmethod
+    def execute(
+        cls,
+        folder: str,
+        width: int,
+        height: int,
+        mode: str,
+        repeats: int,
+        trigger: str,
+        missing_captions: str,
+    ) -> io.NodeOutput:
+        dataset = image_folder(
+            host.dataset_folder(folder),
+            resolution=Resolution(width=width, height=height, mode=mode),
+            repeats=repeats,
+            trigger=trigger,
+            missing_captions=missing_captions,
+            on_progress=host.Progress().update,
+        )
+        count = f"{len(dataset.records)} pictures, {dataset.num_samples} seen per epoch."
+        return io.NodeOutput(dataset, ui=_texts(count, *dataset.warnings))
+
+
+class CacheLatents(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierCacheLatents",
+            display_name="Cache Latents",
+            category="Atelier/dataset",
+            description="Encodes the pictures of a dataset with the VAE, once, and keeps the "
+            "result on disk. Only new or changed pictures are encoded; when there are none, the "
+            "VAE is not even loaded. A cancelled run goes on where it stopped.",
+            search_aliases=["vae encode dataset"],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            inputs=[
+                AtelierDataset.Input("dataset", tooltip="The pictures to encode."),
+                io.Vae.Input(
+                    "vae",
+                    lazy=True,
+                    tooltip="The VAE of the model that is trained, for FLUX ae.safetensors.",
+                ),
+                host.make_input(
+                    io.Int,
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Pictures encoded at once. More is faster on a large GPU and needs "
+                    "more memory; the training does not depend on it.",
+                ),
+            ],
+            outputs=[
+                AtelierLatentCache.Output(
+                    display_name="latents",
+                    tooltip="The encoded pictures on disk, for Train LoRA.",
+                )
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        return EntryFiles(host.cache_folder("latents")).generation()
+
+    @classmethod
+    def check_lazy_status(cls, dataset: Dataset, vae: Any = None, **_: Any) -> list[str]:
+        folder = host.cache_folder("latents")
+        encoder_id = LoaderMemory(cls.hidden, "vae", folder).recall()
+        is_full = encoder_id and not caching.num_missing(
+            caching.latent_cache(dataset, encoder_id, folder)
+        )
+        return [] if is_full else ["vae"]
+
+    @classmethod
+    def execute(cls, dataset: Dataset, batch_size: int, vae: Any = None) -> io.NodeOutput:
+        folder = host.cache_folder("latents")
+        memory = LoaderMemory(cls.hidden, "vae", folder)
+        encoder_id = memory.recall()
+        encode = _not_loaded
+        if vae is not None or not encoder_id:
+            encode, encoder_id = latent_encoder(vae)
+        progress = host.Progress().update
+        cache = caching.cache_latents(
+            dataset, encode, encoder_id, folder, batch_size=batch_size, on_progress=progress
+        )
+        memory.remember(encoder_id)
+        return io.NodeOutput(cache, ui=_texts(_size("pictures", cache)))
+
+
+class EncodePrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierEncodePrompts",
+            display_name="Encode Prompts",
+            category="Atelier/dataset",
+            description="Encodes the captions of a dataset with both text encoders, once, and "
+            "keeps the result on disk. Captions are taken literally: brackets are no weights. "
+            "Only new captions are encoded; when there are none, the encoders are not loaded.",
+            search_aliases=["cache captions", "text embeddings"],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            inputs=[
+                AtelierDataset.Input("dataset", tooltip="The captions to encode."),
+                io.Clip.Input(
+                    "clip",
+                    lazy=True,
+                    tooltip="FLUX's two text encoders, from DualCLIPLoader with type flux.",
+                ),
+                io.Int.Input(
+                    "length",
+                    default=77,
+                    min=8,
+                    max=512,
+                    tooltip="T5 tokens of every caption, padded or cut; a word is one or two. 77 "
+                    "is fast and small, 512 is the most that FLUX.1-dev knows (schnell: 256).",
+                ),
+            ],
+            outputs=[
+                AtelierPromptCache.Output(
+                    display_name="prompts",
+                    tooltip="The encoded captions on disk, for Train LoRA.",
+                )
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        return EntryFiles(host.cache_folder("prompts")).generation()
+
+    @classmethod
+    def check_lazy_status(
+        cls, dataset: Dataset, length: int, clip: Any = None, **_: Any
+    ) -> list[str]:
+        folder = host.cache_folder("prompts")
+        encoder_id = LoaderMemory(cls.hidden, "clip", folder).recall()
+        if not encoder_id:
+            return ["clip"]
+        missing = caching.num_missing(
+            caching.prompt_cache(dataset.captions, encoder_id, length, folder)
+        )
+        return ["clip"] if missing else []
+
+    @classmethod
+    def execute(cls, dataset: Dataset, length: int, clip: Any = None) -> io.NodeOutput:
+        folder = host.cache_folder("prompts")
+        memory = LoaderMemory(cls.hidden, "clip", folder)
+        encoder_id = memory.recall()
+        encode = _not_loaded
+        if clip is not None or not encoder_id:
+            encode, encoder_id = prompt_encoder(clip, length)
+        texts, progress = dataset.captions, host.Progress().update
+        cache = caching.cache_prompts(
+            texts, encode, encoder_id, length, folder, on_progress=progress
+        )
+        memory.remember(encoder_id)
+        warnings = _length_warnings(texts, length, clip)
+        return io.NodeOutput(cache, ui=_texts(_size("captions", cache), *warnings))
+
+
+def _side(name: str, default: int) -> Any:
+    return io.Int.Input(
+        name,
+        default=default,
+        min=64,
+        max=8192,
+        step=STEP,
+        tooltip=f"The {name} in pixels at which pictures are trained, a multiple of {STEP}. Time "
+        "and memory grow with width x height.",
+    )
+
+
+def _not_loaded(_: Any) -> Any:
+    raise ValueError("The cache changed while this ran. Queue the graph again.")
+
+
+def _size(things: str, cache: LatentCache | PromptCache) -> str:
+    return f"{len(cache.entries)} {things} cached, {cache.total_bytes / 2**20:.1f} MiB on disk."
+
+
+def _length_warnings(texts: tuple[str, ...], length: int, clip: Any) -> list[str]:
+    warnings = []
+    if length != HOST_MIN_LENGTH:
+        warnings.append(
+            f"Captions are encoded to {length} T5 tokens, but CLIP Text Encode will use "
+            f"{HOST_MIN_LENGTH} or more. Set length to {HOST_MIN_LENGTH} to train on what you "
+            "will sample with."
+        )
+    cut = cut_texts(clip, texts, length) if clip is not None else []
+    if cut:
+        warnings.append(
+            f"{len(cut)} captions are longer than {length} tokens and were cut, for example "
+            f"{cut[0][:60]!r}."
+        )
+    return warnings
+
+
+def _texts(message: str, *warnings: str) -> dict[str, list[str]]:
+    """Text for the node's face; warnings go to the log as well."""
+    for warning in warnings:
+        logger.warning(warning)
+    return {"text": [message, *warnings]}

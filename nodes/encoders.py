@@ -1,0 +1,259 @@
+"""ComfyUI's VAE and CLIP objects as the encoders of the caches, and both built from a folder.
+
+Shapes: B batch, C latent channels, H W pixels, h w latent size, L text tokens, D width.
+"""
+# ruff: noqa: TID251
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.sd
+import comfy.text_encoders.flux as flux_text_encoders
+import comfy.utils
+import torch
+from comfy.supported_models_base import ClipTarget
+from torch import Tensor
+
+from ..trainers.caching import EncodePictures, EncodeTexts
+
+CLIP_LENGTH = 77
+_SAMPLES = 1024
+
+
+def latent_encoder(vae: Any) -> tuple[EncodePictures, str]:
+    """The encoder of a FLUX autoencoder and its identity.
+
+    ComfyUI's own `encode` gives only the mean, so the network is called here. Mean and deviation
+    are those of the model's latents: shifted and scaled as FLUX expects.
+
+    Raises:
+        ValueError: the VAE is of another kind.
+    """
+    _require_flux_vae(vae)
+    latent_format, network = comfy.latent_formats.Flux(), vae.first_stage_model
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [B, 3, H, W] in -1..1 to mean and deviation [B, C, h, w], float32 on the CPU."""
+        memory = vae.memory_used_encode(pixels.shape, vae.vae_dtype)
+        comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory)
+        with torch.no_grad():
+            moments = network.encoder(_as_input(vae, pixels))
+            if hasattr(network, "quant_conv"):  # FLUX's own file has none, diffusers' may
+                moments = network.quant_conv(moments)
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
+        return _result(latent_format.process_in(mean)), _result(
+            deviation * latent_format.scale_factor
+        )
+
+    facts = (vae.vae_dtype, latent_format.scale_factor, latent_format.shift_factor)
+    return encode, _identity(vae.patcher, facts, lambda name: name.startswith(_VAE_PARTS))
+
+
+def prompt_encoder(clip: Any, length: int) -> tuple[EncodeTexts, str]:
+    """The encoder of FLUX's two text encoders and its identity.
+
+    Texts are taken literally: no weights in brackets, no `embedding:`. T5 gets exactly `length`
+    tokens, padded or cut, without an attention mask; CLIP-L gives the pooled vector. This is what
+    diffusers' `FluxPipeline.encode_prompt` computes.
+
+    Raises:
+        ValueError: the CLIP is of another kind, or the length is not between 8 and 512.
+    """
+    if not 8 <= length <= 512:
+        raise ValueError(f"The prompt length must be between 8 and 512 tokens, got {length}.")
+    clip_l, t5xxl = _flux_text_encoders(clip)
+
+    def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
+        """B texts to prompt embeddings [B, length, D] and pooled [B, D2], float32 on the CPU."""
+        clip.cond_stage_model.reset_clip_options()
+        clip.load_model()
+        # Newer versions run weights from the CPU and must be told where to compute.
+        clip.cond_stage_model.set_clip_options({"execution_device": clip.patcher.load_device})
+        with torch.no_grad():
+            embeds, _ = t5xxl.encode(_token_ids(clip.tokenizer.t5xxl, texts, length))
+            _, pooled = clip_l.encode(_token_ids(clip.tokenizer.clip_l, texts, CLIP_LENGTH))
+        return _result(embeds), _result(pooled)
+
+    return encode, _identity(clip.patcher, (), lambda name: not name.endswith(_UNUSED_CLIP_PARTS))
+
+
+def cut_texts(clip: Any, texts: tuple[str, ...], length: int) -> list[str]:
+    """The texts of more than `length` T5 tokens, whose end is not encoded."""
+    tokenizer = clip.tokenizer.t5xxl.tokenizer
+    return [text for text in texts if len(tokenizer(text)["input_ids"]) > length]
+
+
+_VAE_PARTS = ("encoder.", "quant_conv.")
+_UNUSED_CLIP_PARTS = ("text_projection.weight", "logit_scale")  # files may lack them
+
+
+def _require_flux_vae(vae: Any) -> None:
+    network = getattr(vae, "first_stage_model", None)
+    if not hasattr(network, "encoder") or vae.latent_dim != 2 or vae.latent_channels != 16:
+        channels = getattr(vae, "latent_channels", "no")
+        raise ValueError(
+            f"This VAE does not fit FLUX: it gives {channels} latent channels, or only a preview; "
+            "FLUX needs 16. Load ae.safetensors with Load VAE."
+        )
+
+
+def _as_input(vae: Any, pixels: Tensor) -> Tensor:
+    return vae.process_input((pixels + 1) / 2).to(vae.device, vae.vae_dtype)
+
+
+def _flux_text_encoders(clip: Any) -> tuple[Any, Any]:
+    networks = getattr(clip, "cond_stage_model", None)
+    clip_l, t5xxl = getattr(networks, "clip_l", None), getattr(networks, "t5xxl", None)
+    if clip_l is None or t5xxl is None or t5xxl.enable_attention_masks:
+        raise ValueError(
+            "This CLIP is not FLUX's, which has two text encoders, CLIP-L and T5-XXL. Load both "
+            "with DualCLIPLoader and type flux."
+        )
+    return clip_l, t5xxl
+
+
+def _token_ids(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
+    # The inner tokenizer is transformers' own: ComfyUI's wrapper would read brackets as weights.
+    padding = {"padding": "max_length", "truncation": True, "max_length": length}
+    return tokenizer.tokenizer(texts, **padding)["input_ids"]
+
+
+def _result(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # a copy made here is an ordinary tensor
+        return tensor.to("cpu", torch.float32, copy=True)
+
+
+def _identity(patcher: Any, facts: tuple, is_used: Callable[[str], bool]) -> str:
+    """SHA-256 over samples of the weights in use, their LoRAs, and `facts`; moving changes none."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, values in sorted(patcher.get_key_patches().items()):
+        if is_used(name):
+            digest.update(name.encode())
+            (weight, _), *patches = values
+            for part in _parts([weight, patches]):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)}".encode()
+        yield _sample(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item)
+    elif hasattr(value, "weights"):  # a LoRA, LoKr, ... of comfy.weight_adapter
+        yield type(value).__name__.encode()
+        yield from _parts(value.weights)
+    elif not callable(value):
+        yield repr(value).encode()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // _SAMPLES)
+    chosen = (flat[:_SAMPLES], flat[::step], flat[-_SAMPLES:])
+    return b"".join(part.cpu().contiguous().view(torch.uint8).numpy().tobytes() for part in chosen)
+
+
+def build_clip(folder: str | Path) -> Any:
+    """A ComfyUI CLIP of FLUX's kind from `text_encoder/` and `text_encoder_2/` of a folder.
+
+    The folder has diffusers' layout; the sizes come from its config.json files and may be any. The
+    weights keep their dtype. The tokenizers are ComfyUI's own.
+
+    Raises:
+        ValueError: a file or a weight is missing.
+    """
+    clip_config, clip_weights = _read_part(folder, "text_encoder")
+    t5_config, t5_weights = _read_part(folder, "text_encoder_2")
+    options = {
+        "clip_l_model_config": {name: clip_config[name] for name in _CLIP_SIZES},
+        "t5xxl_model_config": {
+            **{name: t5_config[name] for name in _T5_SIZES},
+            "dense_act_fn": _T5_ACTIVATIONS[t5_config["dense_act_fn"]],
+        },
+        "dtype": clip_weights["text_model.final_layer_norm.weight"].dtype,
+    }
+    network = flux_text_encoders.flux_clip(dtype_t5=t5_weights["shared.weight"].dtype)
+    target = ClipTarget(flux_text_encoders.FluxTokenizer, network)
+    clip = comfy.sd.CLIP(target, model_options=options)
+    # ComfyUI's CLIP-L has a projection that FLUX does not use and its files do not hold.
+    clip_weights.setdefault("text_projection.weight", torch.eye(clip_config["hidden_size"]))
+    for part, weights in (("clip_l", clip_weights), ("t5xxl", t5_weights)):
+        _require_complete(getattr(clip.cond_stage_model, part).load_sd(weights), folder, part)
+    return clip
+
+
+def build_vae(folder: str | Path) -> Any:
+    """A ComfyUI VAE from `vae/` of a folder in diffusers' layout; its sizes may be any.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    config, weights = _read_part(folder, "vae")
+    if "quant_conv.weight" not in weights:  # FLUX.1's own shape, which ComfyUI recognizes
+        return comfy.sd.VAE(sd=weights)
+    channels = config["block_out_channels"]
+    sizes = {
+        "double_z": True,
+        "z_channels": config["latent_channels"],
+        "resolution": 256,
+        "in_channels": config["in_channels"],
+        "out_ch": config["out_channels"],
+        "ch": channels[0],
+        "ch_mult": [width // channels[0] for width in channels],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    parameters = {"ddconfig": sizes, "embed_dim": config["latent_channels"]}
+    vae = comfy.sd.VAE(sd=weights, config={"params": parameters})
+    vae.latent_channels = config["latent_channels"]  # a VAE made from a config keeps 4
+    return vae
+
+
+_CLIP_SIZES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"),
+    *("hidden_act", "max_position_embeddings"),
+)
+_T5_SIZES = (
+    *("d_ff", "d_kv", "d_model", "num_heads", "num_layers", "vocab_size"),
+    *("is_gated_act", "model_type"),
+)
+_T5_ACTIVATIONS = {
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+
+
+def _read_part(folder: str | Path, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and all weights (in one or several files) of one sub-folder."""
+    path = Path(folder) / part
+    files = sorted(path.glob("*.safetensors"))
+    if not (path / "config.json").is_file() or not files:
+        raise ValueError(
+            f"{folder} has no complete {part} folder: it needs config.json and *.safetensors."
+        )
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights.update(comfy.utils.load_torch_file(str(file), safe_load=True))
+    return config, weights
+
+
+def _require_complete(result: Any, folder: str | Path, part: str) -> None:
+    if result.missing_keys:
+        raise ValueError(
+            f"The text encoder {part} in {folder} lacks {len(result.missing_keys)} weights, for "
+            f"example {result.missing_keys[0]}. Copy the folder again."
+        )

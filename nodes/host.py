@@ -1,0 +1,124 @@
+"""The host's facts: folders, progress, interruption, inference mode, differences of versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import comfyui_version
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..trainers.dataset import PICTURE_EXTENSIONS
+
+DATASET_ROOTS_KEY = "atelier_datasets"
+"""Key of extra_model_paths.yaml: folders besides input/ whose subfolders may be trained on."""
+
+
+def atelier_output() -> Path:
+    """Where caches and runs lie: output/atelier."""
+    return Path(folder_paths.get_output_directory()) / "atelier"
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder of one kind of cache, `latents` or `prompts`. It may not exist yet."""
+    return atelier_output() / "cache" / kind
+
+
+def dataset_roots() -> list[Path]:
+    """input/, then the folders that the administrator added."""
+    added = folder_paths.folder_names_and_paths.get(DATASET_ROOTS_KEY, ([],))[0]
+    return [Path(folder_paths.get_input_directory()), *map(Path, added)]
+
+
+def dataset_folders() -> list[str]:
+    """Names of all folders below the dataset roots that hold pictures, with forward slashes."""
+    names = set()
+    for root in dataset_roots():
+        for folder, _, files in os.walk(root):
+            has_picture = any(name.lower().endswith(PICTURE_EXTENSIONS) for name in files)
+            if has_picture and folder != str(root):
+                names.add(Path(folder).relative_to(root).as_posix())
+    return sorted(names)
+
+
+def dataset_folder(name: str) -> Path:
+    """The folder called `name` below a dataset root.
+
+    Raises:
+        ValueError: there is none, or the name or a link leads out of the root.
+    """
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts:
+        raise ValueError("No picture folder is chosen. Make one below input/ and put pictures in.")
+    if parts[0] == "/" or ":" in parts[0] or ".." in parts:
+        raise ValueError(f"The picture folder must lie below input/, got {name!r}.")
+    for root in dataset_roots():
+        folder = root.joinpath(*parts)
+        if folder.is_dir():
+            if not folder.resolve().is_relative_to(root.resolve()):
+                raise ValueError(f"The picture folder {name!r} is a link that leads out of {root}.")
+            return folder
+    raise ValueError(f"The picture folder {name!r} is not below {dataset_roots()[0]}.")
+
+
+def model_file(kind: str, name: str) -> Path | None:
+    """The file that ComfyUI's own loaders open for `name`, or None."""
+    path = folder_paths.get_full_path(kind, name)
+    return Path(path) if path else None
+
+
+def version() -> str:
+    """ComfyUI's version, such as 0.3.75."""
+    return comfyui_version.__version__
+
+
+def encoder_dtypes() -> str:
+    """The dtypes in which this start of ComfyUI loads autoencoders and text encoders."""
+    management = comfy.model_management
+    autoencoder = management.vae_dtype(management.vae_device(), [torch.bfloat16, torch.float32])
+    return f"{autoencoder} {management.text_encoder_dtype(management.text_encoder_device())}"
+
+
+def check_interrupted() -> None:
+    """Raise ComfyUI's interruption when the user pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+class Progress:
+    """The bar of the node that runs now."""
+
+    def __init__(self, total: int = 1) -> None:
+        self._bar = comfy.utils.ProgressBar(total)
+
+    def update(self, done: int, total: int) -> None:
+        """Show the progress. Raises ComfyUI's interruption when the user pressed Cancel."""
+        check_interrupted()
+        self._bar.update_absolute(done, total)
+
+
+@contextmanager
+def training_mode() -> Iterator[None]:
+    """Leave the inference mode in which ComfyUI runs nodes, and record gradients."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def schema(**fields: Any) -> io.Schema:
+    """An `io.Schema`, without the fields that the running ComfyUI does not know yet."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return io.Schema(**{name: value for name, value in fields.items() if name in known})
+
+
+def make_input(kind: Any, name: str, **options: Any) -> Any:
+    """`kind.Input(name, ...)`, without the options that the running ComfyUI does not know yet."""
+    known = inspect.signature(kind.Input).parameters
+    return kind.Input(name, **{key: value for key, value in options.items() if key in known})

@@ -1,0 +1,67 @@
+"""Which encoder a loader node gives, remembered on disk, so that a full cache needs no loader.
+
+A cache is keyed by its encoder's weights, which are unknown until the loader has run. Three loaders
+of ComfyUI give an encoder that depends on nothing but named files and constants. For these the
+identity is remembered under the loader's inputs, its files (path, size, time of change), ComfyUI's
+version and dtypes. Any other source (a LoRA in between, a linked name, another pack) is not
+remembered: then the loader runs, and its weights tell.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..trainers.caches import digest
+from . import host
+
+_FILE_INPUTS = {
+    "VAELoader": {"vae_name": "vae"},
+    "CheckpointLoaderSimple": {"ckpt_name": "checkpoints"},
+    "DualCLIPLoader": {"clip_name1": "text_encoders", "clip_name2": "text_encoders"},
+}
+"""Loader class to its inputs that name files, and ComfyUI's kind of folder for each."""
+
+
+class LoaderMemory:
+    """The identity of the encoder at one input of the node that runs."""
+
+    def __init__(self, hidden: Any, input_name: str, folder: Path) -> None:
+        source = _source(hidden.dynprompt, hidden.unique_id, input_name)
+        self._file = folder / "loaders" / source if source else None
+
+    def recall(self) -> str:
+        """The encoder's identity, or "" when it is not known."""
+        if self._file is None or not self._file.is_file():
+            return ""
+        return self._file.read_text(encoding="utf-8")
+
+    def remember(self, encoder_id: str) -> None:
+        if self._file is not None and self.recall() != encoder_id:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            # Half a write needs no care: a wrong identity only makes the loader run.
+            self._file.write_text(encoder_id, encoding="utf-8")
+
+
+def _source(dynprompt: Any, node_id: str, input_name: str) -> str:
+    """Hash of everything that determines the linked output, or "" when that cannot be known."""
+    link = dynprompt.get_node(node_id)["inputs"].get(input_name)
+    if not isinstance(link, list):
+        return ""
+    loader = dynprompt.get_node(link[0])
+    files = _files(loader["class_type"], loader["inputs"])
+    if not files:
+        return ""
+    facts = (host.version(), host.encoder_dtypes(), loader["class_type"], loader["inputs"], link[1])
+    return digest([facts, files])
+
+
+def _files(class_type: str, inputs: dict[str, Any]) -> list[tuple[str, int, int]]:
+    kinds = _FILE_INPUTS.get(class_type, {})
+    if any(isinstance(value, list) for value in inputs.values()):
+        return []
+    paths = [host.model_file(kind, inputs[name]) for name, kind in kinds.items()]
+    if None in paths:
+        return []
+    stats = [(path, path.stat()) for path in paths]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]

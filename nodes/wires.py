@@ -1,0 +1,12 @@
+"""The pack's own wire types, declared once. The name in quotes is a contract: never rename it."""
+
+from comfy_api.latest import io
+
+AtelierDataset = io.Custom("ATELIER_DATASET")
+"""`trainers.dataset.Dataset`"""
+
+AtelierLatentCache = io.Custom("ATELIER_LATENT_CACHE")
+"""`trainers.caches.LatentCache`"""
+
+AtelierPromptCache = io.Custom("ATELIER_PROMPT_CACHE")
+"""`trainers.caches.PromptCache`"""
