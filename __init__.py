@@ -1,4 +1,4 @@
-"""What ComfyUI loads. The nodes are imported on demand, so that this file can be imported without ComfyUI."""
+"""What ComfyUI loads: the nodes are imported on demand, so this can be imported without ComfyUI."""
 
 import logging
 
