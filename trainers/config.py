@@ -1,0 +1,168 @@
+"""Every setting of a training job: frozen, keyword-only, checked when made, and able to go through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
+COMPUTE_DTYPES: tuple[str, ...] = ("auto", "bf16", "fp16", "fp32")
+
+# Suffixes of diffusers' module names, as peft matches them: a name equals the target or ends with
+# "." + target. `qlora` is the list of the Hugging Face QLoRA script; `all` and `all+ffs` are
+# SimpleTuner's names, here without the model's own final `proj_out`, which `all+ffs` would match.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "qlora": ("to_k", "to_q", "to_v", "to_out.0"),
+    "all": (
+        *("to_k", "to_q", "to_v", "to_out.0"),
+        *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+    ),
+    "all+ffs": (
+        *("to_k", "to_q", "to_v", "to_out.0"),
+        *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        *("proj_mlp", "proj_out"),
+    ),
+}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` for a user's mistake."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    rank: int = 4
+    """Size of the bottleneck, 1 to 4096. A higher rank learns more and makes a larger file."""
+    alpha: float | None = None
+    """Strength numerator: the LoRA is scaled by alpha / rank. None means alpha = rank."""
+    targets: str = "qlora"
+    """Which layers learn: a name of LORA_TARGETS."""
+
+    def __post_init__(self) -> None:
+        require(
+            1 <= self.rank <= 4096,
+            f"The LoRA rank must be between 1 and 4096, got {self.rank}. 4 to 32 is usual.",
+        )
+        require(
+            self.alpha is None or self.alpha > 0,
+            f"The LoRA alpha must be above 0, got {self.alpha}. Use the rank if in doubt.",
+        )
+        require(
+            self.targets in LORA_TARGETS,
+            f"Unknown LoRA targets '{self.targets}'. Choose one of: {', '.join(LORA_TARGETS)}.",
+        )
+
+    @property
+    def scale(self) -> float:
+        """Factor in front of B(A x)."""
+        return (self.alpha or self.rank) / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The settings that change the weights a run produces, apart from its length."""
+
+    learning_rate: float = 1e-4
+    """Step size of AdamW8bit. 1e-4 is the recipe's; small LoRAs bear up to 1e-3."""
+    batch_size: int = 1
+    """Pictures per micro-step, all of one size. Costs memory in proportion."""
+    gradient_accumulation: int = 1
+    """Micro-steps per optimizer step. Costs time, not memory."""
+    guidance: float = 1.0
+    """Guidance value given to a guidance-distilled network; 1.0 preserves the distillation."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to this one."""
+    gradient_checkpointing: bool = True
+    """Recompute each block in backward: far less memory for about a third more time."""
+    compute_dtype: ComputeDtype = "auto"
+    """Type of the arithmetic: auto takes bf16 where the device computes in it, else fp16 or fp32."""
+    seed: int = 0
+    """Seed of the initial LoRA, the order of the pictures, the noise and the timesteps."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.learning_rate > 0,
+            f"The learning rate must be above 0, got {self.learning_rate}. 1e-4 is usual.",
+        )
+        require(self.batch_size >= 1, f"The batch size must be at least 1, got {self.batch_size}.")
+        require(
+            self.gradient_accumulation >= 1,
+            f"Gradient accumulation must be at least 1, got {self.gradient_accumulation}.",
+        )
+        require(self.guidance >= 0, f"The guidance must not be negative, got {self.guidance}.")
+        require(
+            self.max_grad_norm > 0,
+            f"The largest gradient norm must be above 0, got {self.max_grad_norm}. 1.0 is usual.",
+        )
+        require(
+            self.compute_dtype in COMPUTE_DTYPES,
+            f"Unknown compute dtype '{self.compute_dtype}'. "
+            f"Choose one of: {', '.join(COMPUTE_DTYPES)}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How long to train, in optimizer steps or in passes over the dataset."""
+
+    amount: int = 700
+    unit: Literal["steps", "epochs"] = "steps"
+
+    def __post_init__(self) -> None:
+        require(
+            self.amount >= 1,
+            f"The training length must be at least 1, got {self.amount} {self.unit}.",
+        )
+        require(self.unit in ("steps", "epochs"), f"Unknown unit of length '{self.unit}'.")
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        return self.amount if self.unit == "steps" else self.amount * steps_per_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """A whole job but for its data and its base model."""
+
+    name: str = "my_lora"
+    """Name of the run and of the LoRA file."""
+    length: Length = field(default_factory=Length)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    checkpoint_every: int = 250
+    """Optimizer steps between checkpoints. A checkpoint is also written whenever the run stops."""
+
+    def __post_init__(self) -> None:
+        allowed = self.name and all(c.isalnum() or c in "-_. " for c in self.name)
+        require(
+            bool(allowed) and not self.name.startswith((".", " ")) and not self.name.endswith(" "),
+            f"The name '{self.name}' cannot be a file name. "
+            "Use letters, digits, spaces, '-', '_' and '.'.",
+        )
+        require(
+            self.checkpoint_every >= 1,
+            f"Checkpoints need a distance of at least 1 step, got {self.checkpoint_every}.",
+        )
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain JSON values."""
+    return dataclasses.asdict(settings)
+
+
+def job_from_json(values: dict[str, Any]) -> JobSettings:
+    """The inverse of `to_json` for a JobSettings; an unknown field is an error."""
+    try:
+        return JobSettings(
+            **{
+                **values,
+                "length": Length(**values.get("length", {})),
+                "lora": LoraSettings(**values.get("lora", {})),
+                "train": TrainSettings(**values.get("train", {})),
+            }
+        )
+    except TypeError as error:
+        raise ValueError(f"The job has a setting that this version does not know: {error}.") from None

@@ -1,0 +1,292 @@
+"""FLUX.1: its names, its shape, and the diffusers network over a weight store.
+
+Shapes: B batch, C latent channels (16), H W latent size, L image tokens (H/2 * W/2), T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .store import PackedWeight, WeightStore
+
+HEAD_SIZE = 128
+AXES = (16, 56, 56)
+LATENT_CHANNELS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxConfig:
+    """The numbers that tell one FLUX from another; all are read from the shapes in its file."""
+
+    hidden_size: int
+    depth: int
+    depth_single: int
+    in_channels: int
+    context_dim: int
+    vector_dim: int
+    guidance: bool
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> FluxConfig:
+        """Read from the shapes of the tensors under their original names."""
+        hidden_size, in_channels = shapes["img_in.weight"]
+        return cls(
+            hidden_size=hidden_size,
+            depth=_count_blocks(shapes, "double_blocks."),
+            depth_single=_count_blocks(shapes, "single_blocks."),
+            in_channels=in_channels,
+            context_dim=shapes["txt_in.weight"][1],
+            vector_dim=shapes["vector_in.in_layer.weight"][1],
+            guidance="guidance_in.in_layer.weight" in shapes,
+        )
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // HEAD_SIZE
+
+
+def _count_blocks(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    return len({name.split(".")[1] for name in shapes if name.startswith(prefix)})
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a diffusers tensor lies in the original file: a name and a range of its rows."""
+
+    name: str
+    rows: slice = field(default_factory=lambda: slice(None))
+
+
+_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_DOUBLE_QKV = {
+    ("attn.to_q", "attn.to_k", "attn.to_v"): "img_attn.qkv",
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"): "txt_attn.qkv",
+}
+_DOUBLE_NORMS = {
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+}
+_SINGLE = {"norm.linear": "modulation.lin", "proj_out": "linear2"}
+_SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
+_TOP = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "proj_out": "final_layer.linear",
+}
+_TOP_GUIDANCE = {
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+}
+FINAL_MODULATION = ("norm_out.linear", "final_layer.adaLN_modulation.1")
+"""diffusers' name and the original one; the halves shift and scale are swapped between them."""
+
+
+def linear_sources(config: FluxConfig) -> dict[str, Source]:
+    """diffusers' Linear module name -> rows of an original Linear, without FINAL_MODULATION."""
+    width = config.hidden_size
+    sources = {ours: Source(theirs) for ours, theirs in _TOP.items()}
+    if config.guidance:
+        sources |= {ours: Source(theirs) for ours, theirs in _TOP_GUIDANCE.items()}
+    for index in range(config.depth):
+        ours, theirs = f"transformer_blocks.{index}", f"double_blocks.{index}"
+        sources |= {f"{ours}.{a}": Source(f"{theirs}.{b}") for a, b in _DOUBLE.items()}
+        for names, fused in _DOUBLE_QKV.items():
+            for part, name in enumerate(names):
+                rows = slice(part * width, (part + 1) * width)
+                sources[f"{ours}.{name}"] = Source(f"{theirs}.{fused}", rows)
+    for index in range(config.depth_single):
+        ours, theirs = f"single_transformer_blocks.{index}", f"single_blocks.{index}"
+        sources |= {f"{ours}.{a}": Source(f"{theirs}.{b}") for a, b in _SINGLE.items()}
+        for part, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
+            rows = slice(part * width, (part + 1) * width)
+            sources[f"{ours}.{name}"] = Source(f"{theirs}.linear1", rows)
+        sources[f"{ours}.proj_mlp"] = Source(f"{theirs}.linear1", slice(3 * width, 7 * width))
+    return sources
+
+
+def norm_sources(config: FluxConfig) -> dict[str, str]:
+    """diffusers' QK-norm module name -> the original module, whose tensor is called `scale`."""
+    names: dict[str, str] = {}
+    for index in range(config.depth):
+        ours, theirs = f"transformer_blocks.{index}", f"double_blocks.{index}"
+        names |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in _DOUBLE_NORMS.items()}
+    for index in range(config.depth_single):
+        ours, theirs = f"single_transformer_blocks.{index}", f"single_blocks.{index}"
+        names |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in _SINGLE_NORMS.items()}
+    return names
+
+
+def original_linears(config: FluxConfig) -> dict[str, list[str]]:
+    """Original Linear module -> the diffusers modules whose rows, in order, make it up."""
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for ours, source in linear_sources(config).items():
+        parts.setdefault(source.name, []).append((source.rows.start or 0, ours))
+    merged = {name: [ours for _, ours in sorted(rows)] for name, rows in parts.items()}
+    return merged | {FINAL_MODULATION[1]: [FINAL_MODULATION[0]]}
+
+
+class LinearView(nn.Linear):
+    """A Linear of the diffusers network: some rows of a matrix that the store owns.
+
+    The rows are cut at forward time, so the store may move its bytes at any moment.
+    """
+
+    def __init__(self, store: WeightStore, source: Source) -> None:
+        nn.Module.__init__(self)
+        self.store, self.source = store, source
+        packed = store.packed[f"{source.name}.weight"]
+        self.in_features = packed.shape[1]
+        self.out_features = len(range(*source.rows.indices(packed.shape[0])))
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Empty: tells peft the device and a float dtype for its adapters, and nothing else."""
+        return torch.empty(0, dtype=torch.float32, device=self.store.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        name, rows = self.source.name, self.source.rows
+        bias = self.store.plain.get(f"{name}.bias")
+        packed = self.store.packed[f"{name}.weight"]
+        return packed.linear(x, bias[rows] if bias is not None else None, rows)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The rows [out, in] in `dtype`."""
+        packed = self.store.packed[f"{self.source.name}.weight"]
+        return packed.dequantize(dtype, self.source.rows)
+
+
+def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype):
+    """diffusers' `FluxTransformer2DModel` whose Linears are views into `store`; it holds no matrix
+    of its own but the final modulation, a copy with diffusers' order of scale and shift.
+
+    Args:
+        dtype: what the network will compute in; only the QK-norm scales are kept in it.
+
+    Raises:
+        ValueError: if the network has extra input channels (Fill, Depth, Canny), which sample but
+            do not train.
+    """
+    if config.in_channels != 4 * LATENT_CHANNELS:
+        raise ValueError(
+            f"This FLUX takes {config.in_channels // 4} latent channels (Fill, Depth or Canny). "
+            "It samples, but LoRAs are trained on FLUX.1-dev, schnell, Krea or Kontext."
+        )
+    transformer = _empty_transformer(config)
+    for name, source in linear_sources(config).items():
+        transformer.set_submodule(name, LinearView(store, source))
+    transformer.set_submodule(FINAL_MODULATION[0], LinearView(*_final_modulation(store)))
+    for ours, theirs in norm_sources(config).items():
+        # A clone: autograd keeps norm scales for backward, which a host's tensor may not allow.
+        with torch.inference_mode(False):
+            scale = store.plain[f"{theirs}.scale"].to(dtype, copy=True)
+        transformer.get_submodule(ours).weight = nn.Parameter(scale, requires_grad=False)
+    return transformer.requires_grad_(False)
+
+
+def _empty_transformer(config: FluxConfig):
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        return FluxTransformer2DModel(
+            in_channels=config.in_channels,
+            num_layers=config.depth,
+            num_single_layers=config.depth_single,
+            attention_head_dim=HEAD_SIZE,
+            num_attention_heads=config.num_heads,
+            joint_attention_dim=config.context_dim,
+            pooled_projection_dim=config.vector_dim,
+            guidance_embeds=config.guidance,
+            axes_dims_rope=AXES,
+        )
+
+
+def _final_modulation(store: WeightStore) -> tuple[WeightStore, Source]:
+    theirs = FINAL_MODULATION[1]
+    weight = store.packed[f"{theirs}.weight"]
+    with torch.inference_mode(False):
+        swapped = swap_halves(weight.data)
+        bias = swap_halves(store.plain[f"{theirs}.bias"])
+    packed = PackedWeight(weight.format, swapped, None, weight.shape[1])
+    return WeightStore({f"{theirs}.weight": packed}, {f"{theirs}.bias": bias}), Source(theirs)
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """(shift, scale) rows as (scale, shift) rows, and back; a new tensor."""
+    first, second = tensor.chunk(2, dim=0)
+    return torch.cat([second, first], dim=0)
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """Latents [B, C, H, W] -> tokens [B, H/2 * W/2, 4C]; H and W must be even."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * 4)
+
+
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack_latents`, to latents [B, C, height, width]."""
+    batch, _, channels = tokens.shape
+    patches = tokens.view(batch, height // 2, width // 2, channels // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+
+
+def image_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Positions [H/2 * W/2, 3] of the image tokens: 0, row, column."""
+    ids = torch.zeros(height // 2, width // 2, 3, device=device)
+    ids[..., 1] = torch.arange(height // 2, device=device)[:, None]
+    ids[..., 2] = torch.arange(width // 2, device=device)[None, :]
+    return ids.reshape(-1, 3)
+
+
+def velocity(
+    transformer,
+    latents: Tensor,
+    *,
+    sigma: Tensor,
+    prompt_embeds: Tensor,
+    pooled: Tensor,
+    guidance: float,
+) -> Tensor:
+    """The network's prediction of noise - image, [B, C, H, W] like `latents`.
+
+    Args:
+        latents: [B, C, H, W], in the dtype to compute with.
+        sigma: [B], the share of noise, 0 to 1.
+        prompt_embeds: [B, T, D] of the T5 encoder.
+        pooled: [B, D2] of the CLIP encoder.
+        guidance: the value embedded by a guidance-distilled network, ignored by others.
+    """
+    height, width = latents.shape[-2:]
+    device, dtype = latents.device, latents.dtype
+    tokens = transformer(
+        hidden_states=pack_latents(latents),
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        pooled_projections=pooled.to(dtype),
+        timestep=sigma,
+        img_ids=image_ids(height, width, device),
+        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
+        guidance=sigma.new_full(sigma.shape, guidance)
+        if transformer.config.guidance_embeds
+        else None,
+        return_dict=False,
+    )[0]
+    return unpack_latents(tokens, height, width)

@@ -1,0 +1,158 @@
+"""One run on disk: its identity, its checkpoints, its metrics. Nothing here computes.
+
+`<root>/<name>-<hash8>/` holds `run.json`, `job.json`, `metrics.jsonl` and
+`checkpoints/step-000250/`. A checkpoint is written under a temporary name, synced and renamed, so
+it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .config import JobSettings, to_json
+from .files import disk_full, read_safetensors, sync_folder, write_json, write_safetensors
+
+_VERSION = 1
+_CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """Everything that determines the weights of a run, its length aside."""
+
+    base: str
+    """Identity of the base model's file."""
+    base_format: str
+    latents: str
+    """Fingerprint of the latent cache."""
+    prompts: str
+    """Fingerprint of the prompt cache."""
+    job: JobSettings
+
+    def to_json(self) -> dict[str, Any]:
+        """Length, name and checkpoint distance do not change what a step computes."""
+        job = to_json(self.job)
+        return {
+            "version": _VERSION,
+            "base": self.base,
+            "base_format": self.base_format,
+            "latents": self.latents,
+            "prompts": self.prompts,
+            "lora": job["lora"],
+            "train": job["train"],
+        }
+
+    def hash8(self) -> str:
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after `step` optimizer steps."""
+
+    step: int
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    values: dict[str, Any]
+    """JSON values: those of the optimizer's state and the gradient scaler's."""
+
+
+class Run:
+    """A run folder, made on first use."""
+
+    def __init__(self, root: Path, identity: RunIdentity) -> None:
+        self.identity = identity
+        self.name = f"{identity.job.name}-{identity.hash8()}"
+        self.folder = root / self.name
+        self._checkpoints = self.folder / "checkpoints"
+        self._metrics = self.folder / "metrics.jsonl"
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in self._checkpoints.glob(".*.tmp"):
+            shutil.rmtree(leftover)
+        write_json(self.folder / "run.json", identity.to_json())
+
+    def steps_saved(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        names = (_CHECKPOINT_NAME.fullmatch(path.name) for path in self._checkpoints.iterdir())
+        return sorted(int(match.group(1)) for match in names if match)
+
+    def start_step(self, num_steps: int) -> int:
+        """Where a run to `num_steps` begins: 0, or the last checkpoint.
+
+        Raises:
+            ValueError: if the run is already longer and has no checkpoint at `num_steps`.
+        """
+        saved = self.steps_saved()
+        if num_steps in saved or not saved:
+            return num_steps if saved else 0
+        if saved[-1] > num_steps:
+            choices = ", ".join(str(step) for step in saved)
+            raise ValueError(
+                f"This run already has {saved[-1]} steps and no checkpoint at {num_steps}. "
+                f"Ask for one of {choices}, for more steps, or change the seed for a new run."
+            )
+        return saved[-1]
+
+    def load(self, step: int) -> Checkpoint:
+        """Read a checkpoint.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        folder = self._checkpoints / f"step-{step:06d}"
+        adapter, _ = read_safetensors(folder / "adapter.safetensors")
+        optimizer, _ = read_safetensors(folder / "optimizer.safetensors")
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return Checkpoint(step, adapter, optimizer, values)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, atomically; one that exists is kept.
+
+        Raises:
+            ValueError: if the disk is full. Earlier checkpoints are untouched.
+        """
+        final = self._checkpoints / f"step-{checkpoint.step:06d}"
+        if final.exists():
+            return
+        temporary = self._checkpoints / f".step-{checkpoint.step:06d}.{os.getpid()}.tmp"
+        try:
+            temporary.mkdir()
+            write_safetensors(temporary / "adapter.safetensors", checkpoint.adapter, {})
+            write_safetensors(temporary / "optimizer.safetensors", checkpoint.optimizer, {})
+            write_json(temporary / "state.json", checkpoint.values)
+            temporary.rename(final)
+            sync_folder(self._checkpoints)
+        except OSError as error:
+            raise disk_full(final) if error.errno == errno.ENOSPC else error from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def log(self, metrics: dict[str, float | int]) -> None:
+        """Append one line to the metrics."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, float | int]]:
+        """All whole lines of the metrics; one that a crash cut short is left out."""
+        if not self._metrics.exists():
+            return []
+        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that will be repeated."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        self._metrics.unlink(missing_ok=True)
+        for line in kept:
+            self.log(line)
