@@ -163,13 +163,13 @@ class CacheLatents(io.ComfyNode):
         return EntryFiles(host.cache_folder("latents")).generation()
 
     @classmethod
-    def check_lazy_status(cls, dataset: Dataset, vae: Any = None, **_: Any) -> list[str]:
+    def check_lazy_status(cls, dataset: Dataset, **_: Any) -> list[str]:
         folder = host.cache_folder("latents")
         encoder_id = LoaderMemory(cls.hidden, "vae", folder).recall()
-        is_full = encoder_id and not caching.num_missing(
-            caching.latent_cache(dataset, encoder_id, folder)
-        )
-        return [] if is_full else ["vae"]
+        if not encoder_id:
+            return ["vae"]
+        wanted = caching.latent_cache(dataset, encoder_id, folder)
+        return ["vae"] if caching.num_missing(wanted) else []
 
     @classmethod
     def execute(cls, dataset: Dataset, batch_size: int, vae: Any = None) -> io.NodeOutput:
@@ -179,9 +179,13 @@ class CacheLatents(io.ComfyNode):
         encode = _not_loaded
         if vae is not None or not encoder_id:
             encode, encoder_id = latent_encoder(vae)
-        progress = host.Progress().update
         cache = caching.cache_latents(
-            dataset, encode, encoder_id, folder, batch_size=batch_size, on_progress=progress
+            dataset,
+            encode,
+            encoder_id,
+            folder,
+            batch_size=batch_size,
+            on_progress=host.Progress().update,
         )
         memory.remember(encoder_id)
         return io.NodeOutput(cache, ui=_texts(_size("pictures", cache)))
@@ -228,17 +232,13 @@ class EncodePrompts(io.ComfyNode):
         return EntryFiles(host.cache_folder("prompts")).generation()
 
     @classmethod
-    def check_lazy_status(
-        cls, dataset: Dataset, length: int, clip: Any = None, **_: Any
-    ) -> list[str]:
+    def check_lazy_status(cls, dataset: Dataset, length: int, **_: Any) -> list[str]:
         folder = host.cache_folder("prompts")
         encoder_id = LoaderMemory(cls.hidden, "clip", folder).recall()
         if not encoder_id:
             return ["clip"]
-        missing = caching.num_missing(
-            caching.prompt_cache(dataset.captions, encoder_id, length, folder)
-        )
-        return ["clip"] if missing else []
+        wanted = caching.prompt_cache(dataset.captions, encoder_id, length, folder)
+        return ["clip"] if caching.num_missing(wanted) else []
 
     @classmethod
     def execute(cls, dataset: Dataset, length: int, clip: Any = None) -> io.NodeOutput:
@@ -248,12 +248,11 @@ class EncodePrompts(io.ComfyNode):
         encode = _not_loaded
         if clip is not None or not encoder_id:
             encode, encoder_id = prompt_encoder(clip, length)
-        texts, progress = dataset.captions, host.Progress().update
         cache = caching.cache_prompts(
-            texts, encode, encoder_id, length, folder, on_progress=progress
+            dataset.captions, encode, encoder_id, length, folder, on_progress=host.Progress().update
         )
         memory.remember(encoder_id)
-        warnings = _length_warnings(texts, length, clip)
+        warnings = _length_warnings(dataset.captions, length, clip)
         return io.NodeOutput(cache, ui=_texts(_size("captions", cache), *warnings))
 
 
@@ -281,9 +280,8 @@ def _length_warnings(texts: tuple[str, ...], length: int, clip: Any) -> list[str
     warnings = []
     if length != HOST_MIN_LENGTH:
         warnings.append(
-            f"Captions are encoded to {length} T5 tokens, but CLIP Text Encode will use "
-            f"{HOST_MIN_LENGTH} or more. Set length to {HOST_MIN_LENGTH} to train on what you "
-            "will sample with."
+            f"Captions are encoded to {length} T5 tokens; CLIP Text Encode will use "
+            f"{HOST_MIN_LENGTH} or more. Set length to {HOST_MIN_LENGTH} to train on the same."
         )
     cut = cut_texts(clip, texts, length) if clip is not None else []
     if cut:

@@ -257,3 +257,12 @@ def _require_complete(result: Any, folder: str | Path, part: str) -> None:
             f"The text encoder {part} in {folder} lacks {len(result.missing_keys)} weights, for "
             f"example {result.missing_keys[0]}. Copy the folder again."
         )
+
+
+def checkpoint_parts(path: str | Path) -> tuple[Any, Any]:
+    """CLIP and VAE of an all-in-one checkpoint, each None if the file does not hold it."""
+    with torch.inference_mode(False):
+        _, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+            str(path), output_vae=True, output_clip=True, output_model=False
+        )
+    return clip, vae

@@ -77,9 +77,9 @@ class Dataset:
         silent = [_file_name(record) for record in self.records if not record.caption]
         messages = []
         if small:
-            messages.append(f"{len(small)} pictures are enlarged to train: {_some(small)}.")
+            messages.append(f"Pictures enlarged to the training size: {_some(small)}.")
         if silent:
-            messages.append(f"{len(silent)} captions are empty: {_some(silent)}.")
+            messages.append(f"Pictures with an empty caption: {_some(silent)}.")
         return tuple(messages)
 
     def _is_upscaled(self, record: Record) -> bool:
@@ -240,4 +240,5 @@ def _file_name(record: Record) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")

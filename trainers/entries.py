@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _GENERATION = "generation"
+_MARK = "atelier"  # one field of metadata: safetensors writes several in random order
 
 
 class EntryFiles:
@@ -47,7 +48,7 @@ class EntryFiles:
             ValueError: the disk is full or refuses the file; nothing is left behind.
         """
         checksum = _checksum(safetensors.torch.save(tensors))
-        data = safetensors.torch.save(tensors, {"key": key, "crc32": checksum})
+        data = safetensors.torch.save(tensors, {_MARK: f"{key} {checksum}"})
         path = self.path(key)
         temporary = path.with_name(f"{key}.{uuid.uuid4().hex}.tmp")
         try:
@@ -94,7 +95,7 @@ class EntryFiles:
     def _is_complete(self, key: str) -> bool:
         try:
             with safe_open(self.path(key), framework="pt") as file:  # compares header and length
-                return (file.metadata() or {}).get("key") == key
+                return (file.metadata() or {}).get(_MARK, "").startswith(key)
         except (OSError, SafetensorError):
             return False
 
@@ -115,8 +116,8 @@ def _checksum(data: bytes) -> str:
 
 
 def _checked(data: bytes, key: str) -> dict[str, Tensor]:
-    metadata = json.loads(data[8 : _data_start(data)])["__metadata__"]
-    if (metadata["key"], metadata["crc32"]) != (key, _checksum(data)):
+    header = json.loads(data[8 : _data_start(data)])
+    if header["__metadata__"][_MARK] != f"{key} {_checksum(data)}":
         raise ValueError("checksum")
     return safetensors.torch.load(data)
 

@@ -1,0 +1,225 @@
+"""Folders of pictures as datasets: what is read, and what is refused in which words."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from atelier.trainers.buckets import Resolution
+from atelier.trainers.dataset import Dataset, image_folder, open_picture
+from PIL import Image, ImageFile
+
+RESOLUTION = Resolution(width=64, height=64)
+
+
+def add_picture(folder: Path, name: str, caption: str | None = "a caption", side: int = 80) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    Image.new("RGB", (side, side), "red").save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def read(folder: Path, **options: object) -> Dataset:
+    return image_folder(folder, resolution=RESOLUTION, **options)
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "jpeg", "webp", "bmp", "PNG"])
+def test_every_common_picture_format_is_read(tmp_path: Path, extension: str) -> None:
+    add_picture(tmp_path, f"one.{extension}")
+    assert [(r.width, r.height) for r in read(tmp_path).records] == [(80, 80)]
+
+
+def test_records_are_sorted_by_name(tmp_path: Path) -> None:
+    for name in ("b.png", "a10.png", "a1.png", "ü.png"):
+        add_picture(tmp_path, name)
+    names = [Path(record.path).name for record in read(tmp_path).records]
+    assert names == ["a1.png", "a10.png", "b.png", "ü.png"]
+
+
+def test_text_files_folders_and_hidden_files_are_no_pictures(tmp_path: Path) -> None:
+    add_picture(tmp_path, "one.png")
+    (tmp_path / "notes.md").write_text("x", encoding="utf-8")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "._one.png").write_bytes(b"made by macOS")
+    assert len(read(tmp_path).records) == 1
+
+
+def test_the_id_is_the_hash_of_bytes_and_caption(tmp_path: Path) -> None:
+    path = add_picture(tmp_path, "one.png", "a cat")
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    expected = hashlib.sha256(f"{content}\0a cat".encode()).hexdigest()[:16]
+    assert read(tmp_path).records[0].id == expected
+
+
+def test_the_id_does_not_depend_on_the_place(tmp_path: Path) -> None:
+    add_picture(tmp_path / "a", "one.png")
+    add_picture(tmp_path / "b", "other.png")
+    add_picture(tmp_path / "b", "first.png", "another")
+    assert read(tmp_path / "a").records[0].id == read(tmp_path / "b").records[1].id
+
+
+def test_a_rotated_picture_has_the_size_that_viewers_show(tmp_path: Path) -> None:
+    path = add_picture(tmp_path, "one.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (90, 60)).save(path, exif=exif)
+    record = read(tmp_path).records[0]
+    assert (record.width, record.height) == (60, 90)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"a cat", "a cat"),
+        ("\ufeffa cat".encode(), "a cat"),
+        (b"  a cat\r\n", "a cat"),
+        ("ein Kätzchen 猫".encode(), "ein Kätzchen 猫"),
+        (b"(a cat:1.2) [x] embedding:y", "(a cat:1.2) [x] embedding:y"),
+        (b"", ""),
+    ],
+)
+def test_captions_are_read_literally(tmp_path: Path, data: bytes, expected: str) -> None:
+    add_picture(tmp_path, "one.png").with_suffix(".txt").write_bytes(data)
+    assert read(tmp_path).records[0].caption == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [("a dog", "sks, a dog"), ("a sks dog", "a sks dog"), ("", "sks")],
+)
+def test_the_trigger_comes_before_captions_without_it(
+    tmp_path: Path, caption: str, expected: str
+) -> None:
+    add_picture(tmp_path, "one.png", caption)
+    assert read(tmp_path, trigger=" sks ").records[0].caption == expected
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("file name", "a red cat"), ("empty", "")])
+def test_missing_captions_can_be_filled(tmp_path: Path, choice: str, expected: str) -> None:
+    add_picture(tmp_path, "a_red_cat.png", caption=None)
+    assert read(tmp_path, missing_captions=choice).records[0].caption == expected
+
+
+def test_distinct_captions_are_listed_once(tmp_path: Path) -> None:
+    for name, caption in (("a.png", "x"), ("b.png", "y"), ("c.png", "x")):
+        add_picture(tmp_path, name, caption)
+    assert read(tmp_path).captions == ("x", "y")
+
+
+def test_repeats_count_into_the_samples_of_an_epoch(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        add_picture(tmp_path, name)
+    assert read(tmp_path, repeats=3).num_samples == 6
+
+
+def test_pictures_smaller_than_the_size_are_named(tmp_path: Path) -> None:
+    add_picture(tmp_path, "small.png", side=63)
+    add_picture(tmp_path, "large.png", side=64)
+    assert read(tmp_path).warnings == ("Pictures enlarged to the training size: small.png.",)
+
+
+def test_empty_captions_are_named(tmp_path: Path) -> None:
+    add_picture(tmp_path, "silent.png", caption="")
+    assert read(tmp_path).warnings == ("Pictures with an empty caption: silent.png.",)
+
+
+def test_progress_is_reported_after_each_picture(tmp_path: Path) -> None:
+    seen = []
+    for name in ("a.png", "b.png"):
+        add_picture(tmp_path, name)
+    read(tmp_path, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"folder .*nowhere does not exist"):
+        read(tmp_path / "nowhere")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no pictures"):
+        read(tmp_path)
+
+
+def break_picture(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    broken = {"half": data[: len(data) // 2], "empty": b"", "text": b"not a picture" * 99}
+    path.write_bytes(broken[how])
+
+
+@pytest.mark.parametrize("how", ["half", "empty", "text"])
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "bmp"])
+def test_a_broken_picture_is_refused_by_name(tmp_path: Path, extension: str, how: str) -> None:
+    add_picture(tmp_path, "good.png")
+    break_picture(add_picture(tmp_path, f"bad.{extension}"), how)
+    with pytest.raises(ValueError, match=rf"bad\.{extension} is damaged, cut off or not a picture"):
+        read(tmp_path)
+
+
+def test_half_a_picture_is_refused_although_another_pack_accepts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    break_picture(add_picture(tmp_path, "bad.jpg"), "half")
+    with pytest.raises(ValueError, match=r"bad\.jpg is damaged"):
+        read(tmp_path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_a_picture_of_absurd_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    add_picture(tmp_path, "bomb.png")
+    with pytest.raises(ValueError, match=r"bomb\.png has too many pixels"):
+        read(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
+def test_an_unreadable_picture_is_refused(tmp_path: Path) -> None:
+    add_picture(tmp_path, "secret.png").chmod(0)
+    with pytest.raises(ValueError, match=r"Cannot read the file .*secret\.png"):
+        read(tmp_path)
+
+
+def test_a_missing_caption_is_refused_by_name(tmp_path: Path) -> None:
+    add_picture(tmp_path, "one.png", caption=None)
+    with pytest.raises(ValueError, match=r"one\.png has no caption file one\.txt"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_a_caption_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    path = add_picture(tmp_path, "one.png").with_suffix(".txt")
+    path.write_bytes("ein Kätzchen".encode(encoding))
+    with pytest.raises(ValueError, match=r"one\.txt is not UTF-8 text"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("repeats", [0, -1])
+def test_no_repeats_are_refused(tmp_path: Path, repeats: int) -> None:
+    with pytest.raises(ValueError, match=f"Repeats must be 1 or more, got {repeats}"):
+        read(tmp_path, repeats=repeats)
+
+
+def test_an_unknown_choice_for_missing_captions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="error, file name, empty, got 'skip'"):
+        read(tmp_path, missing_captions="skip")
+
+
+def test_a_picture_that_changed_since_is_refused(tmp_path: Path) -> None:
+    path = add_picture(tmp_path, "one.png")
+    record = read(tmp_path).records[0]
+    add_picture(tmp_path, "one.png", side=90)
+    with pytest.raises(ValueError, match=f"{path.name} changed after the dataset was read"):
+        open_picture(record)
+
+
+def test_a_picture_that_is_gone_is_refused(tmp_path: Path) -> None:
+    path = add_picture(tmp_path, "one.png")
+    record = read(tmp_path).records[0]
+    path.unlink()
+    with pytest.raises(ValueError, match=r"Cannot read the file .*one\.png"):
+        open_picture(record)
