@@ -207,6 +207,9 @@ class ComfyServer(ComfyClient):
                 env=environment,
                 stdout=log,
                 stderr=None if log is None else subprocess.STDOUT,
+                # Ctrl-C must reach us alone, so that `stop` lets a run save before the server ends.
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
         try:
             self._wait_until_ready()
@@ -219,12 +222,14 @@ class ComfyServer(ComfyClient):
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(ServerError, OSError):
-            self._drain(process)
-        process.terminate()
         try:
+            with contextlib.suppress(ServerError, OSError):
+                self._drain(process)
+            process.terminate()
             process.wait(timeout=10)
         except subprocess.TimeoutExpired:
+            pass
+        finally:
             process.kill()
             process.wait()
 
@@ -259,6 +264,8 @@ class ComfyServer(ComfyClient):
     def _drain(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         if process.poll() is None and self.get("/queue")["queue_running"]:
+            text = "Waiting for the running node to stop; Ctrl-C again ends it at once."
+            print(text, file=sys.stderr, flush=True)
             self.post("/queue", {"clear": True})
             self.interrupt()
         while process.poll() is None and time.monotonic() < deadline:

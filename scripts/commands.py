@@ -66,7 +66,12 @@ class ProgressPrinter:
 def run(options: Namespace) -> None:
     """Queue a workflow and print its outputs."""
     if options.server:
-        run_on(ComfyClient(options.server), options)
+        client = ComfyClient(options.server)
+        try:
+            run_on(client, options)
+        except KeyboardInterrupt:
+            client.interrupt()
+            raise
         return
     with start_server(options) as server:
         run_on(server, options)
@@ -80,9 +85,6 @@ def run_on(client: ComfyClient, options: Namespace) -> None:
     printer = ProgressPrinter(graph)
     try:
         entry = client.run(graph, printer)
-    except KeyboardInterrupt:
-        client.interrupt()
-        raise
     finally:
         printer.close()
     print_outputs(client, graph, entry)
@@ -131,7 +133,9 @@ def start_server(
 
 def main() -> int:
     options = build_parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for name in ("SIGTERM", "SIGHUP"):  # the second where it exists: the terminal was closed
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(143))
     try:
         {"run": run, "serve": serve, "demo": demo}[options.command](options)
     except (GraphError, ServerError, workflow.WorkflowError) as err:
