@@ -3,6 +3,7 @@
 The ComfyUI is named by ATELIER_COMFYUI (dev.py does so), else it is the one under .dev.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -34,6 +35,8 @@ def make_comfy_importable() -> None:
     import comfy.cli_args  # reads sys.argv, once
 
     sys.argv = arguments
+    # ComfyUI's `nodes` puts the folder comfy/ on the path, whose utils.py would hide this package.
+    importlib.import_module("utils")
 
 
 make_comfy_importable()
