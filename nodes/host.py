@@ -16,6 +16,7 @@ import comfyui_version
 import folder_paths
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..trainers.dataset import PICTURE_EXTENSIONS
 
@@ -76,6 +77,20 @@ def model_file(kind: str, name: str) -> Path | None:
     return Path(path) if path else None
 
 
+def model_names(kind: str) -> list[str]:
+    """The names that ComfyUI lists for a kind of model, such as `diffusion_models`."""
+    if kind not in folder_paths.folder_names_and_paths:
+        return []
+    return folder_paths.get_filename_list(kind)
+
+
+def diffusers_folders() -> dict[str, Path]:
+    """Folders in diffusers' layout below models/diffusers, by name."""
+    roots = [Path(root) for root in folder_paths.get_folder_paths("diffusers")]
+    folders = [folder for root in roots if root.is_dir() for folder in sorted(root.iterdir())]
+    return {folder.name: folder for folder in folders if (folder / "transformer").is_dir()}
+
+
 def version() -> str:
     """ComfyUI's version, such as 0.3.75."""
     return comfyui_version.__version__
@@ -102,7 +117,48 @@ class Progress:
     def update(self, done: int, total: int) -> None:
         """Show the progress. Raises ComfyUI's interruption when the user pressed Cancel."""
         check_interrupted()
+        self.show(done, total)
+
+    def show(self, done: int, total: int) -> None:
+        """Show the progress of work that looks for an interruption itself."""
         self._bar.update_absolute(done, total)
+
+
+def show_text(text: str, node_id: str) -> None:
+    """Show a line of text on a node while it runs, in every open browser."""
+    from server import PromptServer  # only there when ComfyUI runs as a server
+
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
+def blocked_output(message: str) -> Any:
+    """A value for an output that has nothing to give: only a node that wants it stops, with
+    `message`."""
+    return ExecutionBlocker(message)
+
+
+def compute_device() -> torch.device:
+    """Where ComfyUI computes."""
+    return comfy.model_management.get_torch_device()
+
+
+def offload_device() -> torch.device:
+    """Where ComfyUI keeps a network that does not compute."""
+    return comfy.model_management.unet_offload_device()
+
+
+def free_device_memory() -> None:
+    """Give up what is loaded on the device, after it ran out of memory."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+
+
+def lora_file(name: str) -> Path:
+    """Where the LoRA called `name` is written: output/loras, which every LoRA loader lists."""
+    folder = Path(folder_paths.get_output_directory()) / "loras"
+    if str(folder) not in folder_paths.get_folder_paths("loras"):
+        folder_paths.add_model_folder_path("loras", str(folder))
+    return folder / f"{name}.safetensors"
 
 
 @contextmanager

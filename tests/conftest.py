@@ -1,6 +1,6 @@
 """Loads the pack under the name `atelier`, in the way ComfyUI loads it, before tests are collected.
 
-Also makes the modules of scripts/ importable, and fixes the number of torch's threads.
+Also makes the modules of scripts/ and tests/support/ importable, and fixes the number of torch's threads.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("MKL_NUM_THREADS", "2")
 
-sys.path.append(str(ROOT / "scripts"))
+sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 
 spec = importlib.util.spec_from_file_location("atelier", ROOT / "__init__.py")
 assert spec is not None

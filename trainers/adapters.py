@@ -94,25 +94,28 @@ def attach_lora(transformer: nn.Module, settings: LoraSettings, *, seed: int) ->
     return lora
 
 
-def save_lora(
-    path: Path, state: dict[str, Tensor], settings: LoraSettings, metadata: dict[str, str]
-) -> None:
-    """Write the LoRA file: float32, with an alpha per module, atomically.
-
-    Raises:
-        ValueError: if a weight is not finite, or the disk is full.
-    """
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
-        raise ValueError(
-            "The LoRA holds values that are not finite and was not saved: the training diverged. "
-            "Lower the learning rate, or compute in bf16 or fp32."
-        )
+def file_tensors(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
+    """The tensors of a LoRA file: float32, named as diffusers does, with an alpha per module."""
     tensors = {f"{_PREFIX}{name}": tensor.float() for name, tensor in state.items()}
     alpha = float(settings.alpha or settings.rank)
     for name in state:
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
             tensors[f"{_PREFIX}{module}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def save_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a LoRA file atomically.
+
+    Raises:
+        ValueError: if a weight is not finite, or the disk is full.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise ValueError(
+            "The LoRA holds values that are not finite and was not saved: the training diverged. "
+            "Lower the learning rate, or compute in bf16 or fp32."
+        )
     write_safetensors(path, tensors, {"format": "pt", **metadata})
 
 

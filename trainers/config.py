@@ -1,4 +1,4 @@
-"""Every setting of a training job: frozen, keyword-only, checked when made, and able to go through JSON."""
+"""Every setting of a training job: frozen, keyword-only, checked when made, JSON and back."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class TrainSettings:
     gradient_checkpointing: bool = True
     """Recompute each block in backward: far less memory for about a third more time."""
     compute_dtype: ComputeDtype = "auto"
-    """Type of the arithmetic: auto takes bf16 where the device computes in it, else fp16 or fp32."""
+    """Type of the arithmetic: auto takes bf16 where the device is fast in it, else fp16 or fp32."""
     seed: int = 0
     """Seed of the initial LoRA, the order of the pictures, the noise and the timesteps."""
 
@@ -165,4 +165,6 @@ def job_from_json(values: dict[str, Any]) -> JobSettings:
             }
         )
     except TypeError as error:
-        raise ValueError(f"The job has a setting that this version does not know: {error}.") from None
+        raise ValueError(
+            f"The job has a setting that this version does not know: {error}."
+        ) from None

@@ -172,9 +172,11 @@ def load_flux(
     *,
     format: str,
     device: torch.device | str = "cpu",
+    quantize_on: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedFlux:
-    """Read a FLUX file or diffusers folder and pack its block matrices in `format` on `device`.
+    """Read a FLUX file or diffusers folder into a store on `device`, its block matrices packed in
+    `format` one after the other on `quantize_on`.
 
     Raises:
         ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors.
@@ -185,7 +187,8 @@ def load_flux(
     files = TensorFiles(model_files(path))
     names = _OriginalNames(files) if "img_in.weight" in files else _DiffusersNames(files)
     config = FluxConfig.from_shapes(_checked_shapes(names, path))
-    store = _pack_all(names, config, format, torch.device(device), on_progress)
+    devices = (torch.device(quantize_on), torch.device(device))
+    store = _pack_all(names, config, format, devices, on_progress)
     return LoadedFlux(store, config, files.identity(), str(path), format)
 
 
@@ -246,9 +249,10 @@ def _checked_shapes(names: _OriginalNames | _DiffusersNames, path: Path):
     if "double_stream_modulation_img.lin.weight" in names.files:
         raise ValueError(f"'{path.name}' is a FLUX.2 model. This node loads FLUX.1 models.")
     essential = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight")
-    if not all(name in shapes for name in essential):
+    absent = _first_missing(essential, shapes)
+    if absent is not None:
         raise ValueError(
-            f"'{path.name}' is not a FLUX.1 model: it has no '{_first_missing(essential, shapes)}'. "
+            f"'{path.name}' is not a FLUX.1 model: it has no '{absent}'. "
             "Choose a FLUX.1 file such as flux1-dev.safetensors."
         )
     config = FluxConfig.from_shapes(shapes)
@@ -272,20 +276,22 @@ def _pack_all(
     names: _OriginalNames | _DiffusersNames,
     config: FluxConfig,
     format: str,
-    device: torch.device,
+    devices: tuple[torch.device, torch.device],
     on_progress: Callable[[int, int], None],
 ) -> WeightStore:
+    quantize_on, device = devices
     packed: dict[str, PackedWeight] = {}
     plain: dict[str, Tensor] = {}
     needed = _needed_names(config)
     # Outside inference mode, in which the host runs its nodes: see store._PackedLinear.
     with torch.inference_mode(False), torch.no_grad():
         for done, name in enumerate(needed):
-            tensor = names.read(name, device)
+            tensor = names.read(name, quantize_on)
             if tensor.ndim == 2:
                 in_block = name.startswith(("double_blocks.", "single_blocks."))
                 packed[name] = PackedWeight.pack(tensor, format if in_block else "bf16")
+                packed[name].to(device)
             else:
-                plain[name] = tensor
+                plain[name] = tensor.to(device)
             on_progress(done + 1, len(needed))
     return WeightStore(packed, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class Hooks:
     """Called once with the step the run starts from and its length."""
     on_step: Callable[[Step], None] = lambda step: None
     sample: Callable[[int, dict[str, Tensor]], None] | None = None
-    """Called with the step and the LoRA's tensors, to draw pictures with them."""
+    """Called with the step and the LoRA's tensors, to draw pictures with them. It is asked again
+    for the last step of a run that is answered from disk."""
     sample_every: int = 0
     """Optimizer steps between samples, the first at step 0; 0 samples only at the end."""
 
@@ -94,11 +96,15 @@ def open_run(root: Path, job: JobSettings, base: LoadedFlux, data: TrainingData)
     return Run(root, identity)
 
 
-def num_steps(job: JobSettings, data: TrainingData) -> int:
-    """Optimizer steps of the job; an epoch that does not fill the last step counts it whole."""
-    order = BatchOrder(data.latents.entries, batch_size=job.train.batch_size, seed=job.train.seed)
-    accumulation = job.train.gradient_accumulation
-    return job.length.num_steps(-(-order.batches_per_epoch // accumulation))
+def steps_per_epoch(job: JobSettings, data: TrainingData) -> int:
+    """Optimizer steps of one pass over the data; the last one of an epoch may be begun early."""
+    order = _order(job, data)
+    return max(1, math.ceil(order.batches_per_epoch / job.train.gradient_accumulation))
+
+
+def _order(job: JobSettings, data: TrainingData) -> BatchOrder:
+    settings = job.train
+    return BatchOrder(data.latents.entries, batch_size=settings.batch_size, seed=settings.seed)
 
 
 def train(
@@ -112,15 +118,18 @@ def train(
     Raises:
         ValueError: for settings that do not fit the model or the data, or a loss that diverged.
     """
-    length = num_steps(job, data)
+    length = job.length.num_steps(steps_per_epoch(job, data))
     start = run.start_step(length)
     run.forget_metrics_after(start)
     hooks.on_start(start, length)
     if start == length:
-        return _trained(run, length, run.load(length).adapter)
+        lora = run.load(length).adapter
+        if hooks.sample:
+            hooks.sample(length, lora)
+        return _trained(run, length, lora)
 
     state = TrainState(base, job)
-    order = BatchOrder(data.latents.entries, batch_size=job.train.batch_size, seed=job.train.seed)
+    order = _order(job, data)
     if start:
         state.restore(run.load(start))
     step = start

@@ -22,9 +22,7 @@ def make_adamw8bit(parameters: list[nn.Parameter], learning_rate: float) -> torc
             "The AdamW8bit optimizer needs the package bitsandbytes: "
             "run `pip install bitsandbytes`."
         ) from error
-    return AdamW8bit(
-        parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8
-    )
+    return AdamW8bit(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -123,7 +123,7 @@ class PackedWeight:
         return FORMATS[self.format].unpack(self.data[rows], scale, dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
-        """`x` [..., in] times the transposed rows, plus `bias` [rows]; differentiable in `x` only."""
+        """`x` [..., in] by the transposed rows, plus `bias` [rows]; differentiable in `x` only."""
         return _PackedLinear.apply(x, self, bias, rows)
 
 

@@ -1,0 +1,22 @@
+"""The ComfyUI side: every node of the pack, listed once."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .dataset import CacheLatents, EncodePrompts, ImageFolderDataset
+from .loaders import LoadQuantizedFlux
+from .lora import ApplyLora
+from .train import TrainLora
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadQuantizedFlux,
+    ImageFolderDataset,
+    CacheLatents,
+    EncodePrompts,
+    TrainLora,
+    ApplyLora,
+]
+
+
+class AtelierExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

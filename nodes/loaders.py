@@ -1,0 +1,124 @@
+"""The loader of the base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainers.config import COMPUTE_DTYPES
+from ..trainers.devices import compute_dtype as resolve_dtype
+from ..trainers.load import load_flux
+from ..trainers.store import FORMATS
+from . import host
+from .encoders import build_clip, build_vae, checkpoint_parts
+from .native import build_model
+
+NANO = "nano (built in)"
+_NANO_FOLDER = Path(__file__).parent.parent / "assets" / "nano"
+_NO_CLIP = (
+    "This model file holds no text encoders. Add the node DualCLIPLoader with type flux and "
+    "connect its CLIP instead."
+)
+_NO_VAE = (
+    "This model file holds no autoencoder. Add the node Load VAE with ae.safetensors and connect "
+    "its VAE instead."
+)
+
+
+class LoadQuantizedFlux(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierLoadQuantizedFlux",
+            display_name="Load Quantized FLUX",
+            category="Atelier/loaders",
+            description="Loads a FLUX.1 model into few bits. The MODEL works with every node of "
+            "ComfyUI, and Train LoRA trains on the same copy in memory.",
+            search_aliases=["nf4", "bitsandbytes", "flux loader", "quantize"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=_model_names(),
+                    tooltip="A FLUX.1 file of models/diffusion_models or models/checkpoints (bf16, "
+                    "fp16 or fp8), a folder of models/diffusers, or the small model that comes "
+                    "with the pack and needs no download.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="nf4",
+                    tooltip="How the weights are kept. nf4: 4 bits each, a quarter of the memory "
+                    "of bf16, with a small loss of precision. bf16: as in the file, for cards "
+                    "with 24 GB or more.",
+                ),
+                host.make_input(
+                    io.Combo,
+                    "compute_dtype",
+                    options=list(COMPUTE_DTYPES),
+                    default="auto",
+                    advanced=True,
+                    tooltip="Type of the arithmetic when pictures are made. auto: bf16 where the "
+                    "device is fast in it, else fp16 or fp32. fp32 is exact and slow.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model, for samplers, LoRA loaders and Train LoRA."),
+                io.Clip.Output(tooltip="The text encoders, if the model comes with them."),
+                io.Vae.Output(tooltip="The autoencoder, if the model comes with it."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: Any) -> tuple[str, int]:
+        path = _model_path(model)
+        return str(path), path.stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, model: str, format: str, compute_dtype: str) -> io.NodeOutput:
+        path = _model_path(model)
+        loaded = load_flux(
+            path,
+            format=format,
+            device=host.offload_device(),
+            quantize_on=host.compute_device(),
+            on_progress=host.Progress().update,
+        )
+        dtype = resolve_dtype(compute_dtype, host.compute_device())
+        return io.NodeOutput(build_model(loaded, dtype), *_clip_and_vae(path, model))
+
+
+def _model_names() -> list[str]:
+    """Files of models/diffusion_models by their plain names, like the core loader lists them."""
+    checkpoints = [f"checkpoints/{name}" for name in host.model_names("checkpoints")]
+    folders = [f"diffusers/{name}" for name in host.diffusers_folders()]
+    return [NANO, *host.model_names("diffusion_models"), *checkpoints, *folders]
+
+
+def _model_path(name: str) -> Path:
+    if name == NANO:
+        return _NANO_FOLDER / "nano-flux.safetensors"
+    kind, _, rest = name.partition("/")
+    if kind == "diffusers":
+        path = host.diffusers_folders().get(rest)
+    elif kind == "checkpoints":
+        path = host.model_file("checkpoints", rest)
+    else:
+        path = host.model_file("diffusion_models", name)
+    if path is None:
+        raise ValueError(f"The model '{name}' is not there any more. Press R and choose another.")
+    return path
+
+
+def _clip_and_vae(path: Path, name: str) -> tuple[Any, Any]:
+    """What the model comes with, or a stop that names the node to add."""
+    if name.startswith("checkpoints/"):
+        clip, vae = checkpoint_parts(path)
+        return clip or host.blocked_output(_NO_CLIP), vae or host.blocked_output(_NO_VAE)
+    folder = _NANO_FOLDER if name == NANO else path
+    has_clip = (folder / "text_encoder").is_dir() and (folder / "text_encoder_2").is_dir()
+    return (
+        build_clip(folder) if has_clip else host.blocked_output(_NO_CLIP),
+        build_vae(folder) if (folder / "vae").is_dir() else host.blocked_output(_NO_VAE),
+    )

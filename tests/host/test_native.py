@@ -1,0 +1,143 @@
+"""The MODEL face: the host's own network over the store (DESIGN I1, I2, I4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.sample
+import comfy.sd
+import pytest
+import torch
+from atelier.nodes.native import SampleSettings, add_lora, build_model, draw_latents
+from atelier.trainers.adapters import attach_lora, file_tensors
+from atelier.trainers.config import LoraSettings
+from atelier.trainers.flux import build_transformer, velocity
+from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.store import FORMATS
+from flux_files import write_flux
+
+SIGMA = torch.tensor([0.7, 0.2])
+GUIDANCE = 2.5
+
+
+def inputs(loaded: LoadedFlux, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    config = loaded.config
+    return {
+        "latents": draw(2, 16, 12, 8),
+        "prompt_embeds": draw(2, 20, config.context_dim),
+        "pooled": draw(2, config.vector_dim),
+    }
+
+
+def native_velocity(model, latents, prompt_embeds, pooled) -> torch.Tensor:
+    model.load(torch.device("cpu"))
+    with torch.inference_mode():
+        return model.model.diffusion_model(
+            latents, SIGMA, context=prompt_embeds, y=pooled, guidance=torch.full((2,), GUIDANCE)
+        )
+
+
+def training_velocity(transformer, latents, prompt_embeds, pooled) -> torch.Tensor:
+    with torch.no_grad():
+        return velocity(
+            transformer,
+            latents,
+            sigma=SIGMA,
+            prompt_embeds=prompt_embeds,
+            pooled=pooled,
+            guidance=GUIDANCE,
+        )
+
+
+@pytest.fixture(scope="module")
+def flux_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_flux(tmp_path_factory.mktemp("flux") / "flux.safetensors", depth=2, depth_single=2)
+
+
+@pytest.fixture(params=list(FORMATS))
+def loaded(request: pytest.FixtureRequest, flux_file: Path) -> LoadedFlux:
+    return load_flux(flux_file, format=request.param)
+
+
+def trained_like(transformer, settings: LoraSettings):
+    """A LoRA with values as if it had been trained."""
+    lora = attach_lora(transformer, settings, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in lora.parameters.values():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return lora
+
+
+def test_both_faces_give_the_same_velocity(loaded: LoadedFlux) -> None:
+    transformer = build_transformer(loaded.store, loaded.config, torch.float32)
+    model = build_model(loaded, torch.float32)
+    values = inputs(loaded)
+    native, training = native_velocity(model, **values), training_velocity(transformer, **values)
+    assert torch.max(torch.abs(native - training)) <= 1e-5
+
+
+def test_both_faces_share_the_bytes_of_every_block_matrix(loaded: LoadedFlux) -> None:
+    model = build_model(loaded, torch.float32)
+    network = model.model.diffusion_model
+    for name, packed in loaded.store.packed.items():
+        module = network.get_submodule(name.removesuffix(".weight"))
+        assert module.weight.data_ptr() == packed.data.data_ptr()
+
+
+@pytest.mark.parametrize("targets", ["qlora", "all", "all+ffs"])
+def test_a_live_lora_equals_its_file_through_the_core_loader(
+    loaded: LoadedFlux, targets: str
+) -> None:
+    settings = LoraSettings(rank=4, alpha=2.0, targets=targets)
+    transformer = build_transformer(loaded.store, loaded.config, torch.float32)
+    values = inputs(loaded)
+    base = training_velocity(transformer, **values)
+    lora = trained_like(transformer, settings)
+    live = training_velocity(transformer, **values)
+    model = build_model(loaded, torch.float32)
+    patched, _ = comfy.sd.load_lora_for_models(
+        model, None, file_tensors(lora.state(), settings), 1.0, 0.0
+    )
+    assert torch.max(torch.abs(live - base)) > 0.01
+    assert torch.max(torch.abs(native_velocity(patched, **values) - live)) <= 1e-4
+
+
+def test_base_bytes_survive_a_lora_on_and_off(loaded: LoadedFlux) -> None:
+    before = loaded.store.content_hash()
+    model, values = build_model(loaded, torch.float32), inputs(loaded)
+    plain = native_velocity(model, **values)
+    settings = LoraSettings(rank=4)
+    transformer = build_transformer(loaded.store, loaded.config, torch.float32)
+    tensors = file_tensors(trained_like(transformer, settings).state(), settings)
+    native_velocity(add_lora(model, tensors, -0.7), **values)
+    assert loaded.store.content_hash() == before
+    assert torch.equal(native_velocity(model, **values), plain)
+
+
+def test_comfyui_samples_with_and_without_a_lora(loaded: LoadedFlux) -> None:
+    before = loaded.store.content_hash()
+    model = build_model(loaded, torch.float32)
+    config = loaded.config
+    positive = [
+        [
+            torch.randn(1, 20, config.context_dim),
+            {"pooled_output": torch.randn(1, config.vector_dim)},
+        ]
+    ]
+    settings = LoraSettings(rank=4)
+    transformer = build_transformer(loaded.store, loaded.config, torch.float32)
+    tensors = file_tensors(trained_like(transformer, settings).state(), settings)
+    draw = SampleSettings(width=64, height=64, steps=2, seed=0)
+    with torch.inference_mode():
+        plain = draw_latents(model, positive, draw)
+        patched = draw_latents(add_lora(model, tensors, 1.0), positive, draw)
+        again = draw_latents(model, positive, draw)
+    assert not torch.equal(plain, patched)
+    assert torch.equal(plain, again)
+    assert loaded.store.content_hash() == before

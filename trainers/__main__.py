@@ -1,0 +1,40 @@
+"""`python -m trainers job.json`: train a job without ComfyUI.
+
+Every run of the Train LoRA node leaves its `job.json` in output/atelier/<run>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .job import read_job, run_job
+from .loop import Step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainers", description=__doc__)
+    parser.add_argument("job", type=Path, help="the job file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output"),
+        help="folder for the LoRA and the run (default: output)",
+    )
+    arguments = parser.parse_args()
+    try:
+        path = run_job(read_job(arguments.job), arguments.output, _show)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _show(step: Step) -> None:
+    sys.stderr.write(f"step {step.step}/{step.num_steps}  loss {step.loss:.4f}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

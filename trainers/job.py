@@ -1,0 +1,84 @@
+"""The job file: all that a training without ComfyUI needs, in JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .adapters import file_tensors, lora_metadata, save_lora
+from .caches import LatentCache, PromptCache
+from .config import JobSettings, job_from_json, to_json
+from .devices import default_device
+from .files import write_json
+from .load import LoadedFlux, load_flux
+from .loop import Hooks, Step, TrainingData, open_run, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job file, read."""
+
+    model: str
+    format: str
+    data: TrainingData
+    settings: JobSettings
+
+
+def write_job(folder: Path, base: LoadedFlux, data: TrainingData, settings: JobSettings) -> None:
+    """Write `job.json`, with which `python -m trainers` trains the same LoRA."""
+    write_json(
+        folder / "job.json",
+        {
+            "model": base.path,
+            "format": base.format,
+            "latents": json.loads(data.latents.to_json()),
+            "prompts": json.loads(data.prompts.to_json()),
+            "settings": to_json(settings),
+        },
+    )
+
+
+def read_job(path: Path) -> Job:
+    """Read a job file.
+
+    Raises:
+        ValueError: if it is no job file, or a setting in it is wrong.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Job(
+            model=values["model"],
+            format=values["format"],
+            data=TrainingData(
+                latents=LatentCache.from_json(json.dumps(values["latents"])),
+                prompts=PromptCache.from_json(json.dumps(values["prompts"])),
+            ),
+            settings=job_from_json(values["settings"]),
+        )
+    except FileNotFoundError:
+        raise ValueError(f"The job file '{path}' does not exist.") from None
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"'{path.name}' is not a job file: {error!r}.") from None
+
+
+def run_job(job: Job, output: Path, on_step: Callable[[Step], None]) -> Path:
+    """Train the job on the accelerator, or the CPU; returns the LoRA file in `output`."""
+    device = default_device()
+    with torch.no_grad():
+        base = load_flux(job.model, format=job.format, device=device, quantize_on=device)
+    run = open_run(output, job.settings, base, job.data)
+    trained = train(run, base, job.data, job.settings, Hooks(on_step=on_step))
+    path = output / f"{run.name}.safetensors"
+    metadata = lora_metadata(
+        name=job.settings.name,
+        settings=job.settings.lora,
+        base_format=base.format,
+        steps=trained.step,
+        run=run.identity.to_json(),
+    )
+    save_lora(path, file_tensors(trained.lora, job.settings.lora), metadata)
+    return path
