@@ -286,7 +286,7 @@ def _length_warnings(texts: tuple[str, ...], length: int, clip: Any) -> list[str
     cut = cut_texts(clip, texts, length) if clip is not None else []
     if cut:
         warnings.append(
-            f"{len(cut)} captions are longer than {length} tokens and were cut, for example "
+            f"Captions longer than {length} tokens, whose end is cut off: {len(cut)}, for example "
             f"{cut[0][:60]!r}."
         )
     return warnings

@@ -27,7 +27,8 @@ class LoaderMemory:
     """The identity of the encoder at one input of the node that runs."""
 
     def __init__(self, hidden: Any, input_name: str, folder: Path) -> None:
-        source = _source(hidden.dynprompt, hidden.unique_id, input_name)
+        dynprompt, node_id = getattr(hidden, "dynprompt", None), getattr(hidden, "unique_id", "")
+        source = _source(dynprompt, node_id, input_name)
         self._file = folder / "loaders" / source if source else None
 
     def recall(self) -> str:
@@ -45,6 +46,8 @@ class LoaderMemory:
 
 def _source(dynprompt: Any, node_id: str, input_name: str) -> str:
     """Hash of everything that determines the linked output, or "" when that cannot be known."""
+    if dynprompt is None:  # the node was called outside a graph
+        return ""
     link = dynprompt.get_node(node_id)["inputs"].get(input_name)
     if not isinstance(link, list):
         return ""

@@ -1,0 +1,360 @@
+"""The dataset nodes in ComfyUI's own executor, in this process, on the nano networks.
+
+Two loaders of ComfyUI are replaced by ones that count their runs and read the nano files.
+"""
+
+import copy
+import functools
+import inspect
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from atelier.nodes import host
+from atelier.nodes.dataset import CacheLatents, EncodePrompts, ImageFolderDataset
+from atelier.nodes.encoders import build_clip, build_vae
+from atelier.trainers.entries import EntryFiles
+from PIL import Image
+
+NODES = [ImageFolderDataset, CacheLatents, EncodePrompts]
+NANO = Path(__file__).resolve().parents[2] / "assets" / "nano"
+MODEL_FILES = {"vae": ["a.safetensors"], "text_encoders": ["c.safetensors", "t.safetensors"]}
+
+
+@functools.cache
+def nano_vae() -> Any:
+    return build_vae(NANO)
+
+
+@functools.cache
+def nano_clip() -> Any:
+    return build_clip(NANO)
+
+
+class CountingLoader:
+    """A loader in the old style of nodes; `runs` counts how often it was executed."""
+
+    runs = 0
+    FUNCTION = "load"
+    CATEGORY = "test"
+
+    @classmethod
+    def counted(cls) -> None:
+        CountingLoader.runs += 1
+
+
+class NanoVaeLoader(CountingLoader):
+    RETURN_TYPES = ("VAE",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"vae_name": ("STRING", {})}}
+
+    def load(self, vae_name: str) -> tuple:
+        self.counted()
+        return (nano_vae(),)
+
+
+class NanoClipLoader(CountingLoader):
+    RETURN_TYPES = ("CLIP",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"clip_name1": ("STRING", {}), "clip_name2": ("STRING", {})}}
+
+    def load(self, clip_name1: str, clip_name2: str) -> tuple:
+        self.counted()
+        return (nano_clip(),)
+
+
+class Keep:
+    """An output node that keeps what it is given."""
+
+    kept: list[Any] = []  # noqa: RUF012
+    FUNCTION, CATEGORY, OUTPUT_NODE, RETURN_TYPES = "keep", "test", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"value": ("*", {})}}
+
+    def keep(self, value: Any) -> tuple:
+        Keep.kept.append(value)
+        return ()
+
+
+class Name:
+    """A node that gives a file's name, so that a loader's input is linked."""
+
+    FUNCTION, CATEGORY, RETURN_TYPES = "name", "test", ("STRING",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def name(self) -> tuple:
+        return (MODEL_FILES["vae"][0],)
+
+
+class Runner:
+    """Runs graphs as ComfyUI does, each time with an empty cache of node outputs."""
+
+    def run(self, graph: dict[str, Any]) -> Any:
+        """The value that the graph's Keep node got. Raises RuntimeError with ComfyUI's message."""
+        import execution
+
+        server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None)
+        Keep.kept.clear()
+        CountingLoader.runs = 0
+        executor = execution.PromptExecutor(server, cache_args={"ram": 0, "lru": 0})
+        executor.execute(copy.deepcopy(graph), "prompt", {}, ["keep"])
+        event, data = executor.status_messages[-1]
+        if event != "execution_success":
+            raise RuntimeError(data.get("exception_message", event))
+        outputs = executor.history_result["outputs"]
+        self.texts = {name: output["text"] for name, output in outputs.items() if "text" in output}
+        return Keep.kept[0]
+
+
+def encoded_files() -> list[Path]:
+    return list(host.cache_folder("latents").rglob("*.safetensors"))
+
+
+@pytest.fixture
+def runner(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    import nodes
+
+    classes = {node.GET_SCHEMA().node_id: node for node in NODES}
+    classes |= {"VAELoader": NanoVaeLoader, "DualCLIPLoader": NanoClipLoader}
+    classes |= {"OtherLoader": NanoVaeLoader, "Keep": Keep, "Name": Name}
+    for name, node in classes.items():
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
+    return Runner()
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of ComfyUI's kind with two pictures in input/red and files for the loaders."""
+    for name in ("input", "output"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
+    for kind, names in MODEL_FILES.items():
+        (tmp_path / kind).mkdir()
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"})
+        )
+        for name in names:
+            (tmp_path / kind / name).write_bytes(b"weights")
+    add_picture(tmp_path / "input" / "red", "one", (255, 0, 0))
+    add_picture(tmp_path / "input" / "red", "two", (0, 255, 0))
+    return tmp_path
+
+
+def add_picture(folder: Path, name: str, colour: tuple[int, int, int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text(f"caption {name}", encoding="utf-8")
+
+
+def dataset_node(**inputs: Any) -> dict[str, Any]:
+    values = {"folder": "red", "width": 64, "height": 64, "mode": "fixed", "repeats": 1}
+    values |= {"trigger": "", "missing_captions": "error", **inputs}
+    return {"class_type": "AtelierImageFolderDataset", "inputs": values}
+
+
+def latents_graph(loader: str = "VAELoader", vae_name: Any = "a.safetensors") -> dict[str, Any]:
+    latents = {"dataset": ["dataset", 0], "vae": ["vae", 0], "batch_size": 1}
+    return {
+        "dataset": dataset_node(),
+        "name": {"class_type": "Name", "inputs": {}},
+        "vae": {"class_type": loader, "inputs": {"vae_name": vae_name}},
+        "latents": {"class_type": "AtelierCacheLatents", "inputs": latents},
+        "keep": {"class_type": "Keep", "inputs": {"value": ["latents", 0]}},
+    }
+
+
+def prompts_graph(length: int = 77) -> dict[str, Any]:
+    names = {"clip_name1": "c.safetensors", "clip_name2": "t.safetensors"}
+    prompts = {"dataset": ["dataset", 0], "clip": ["clip", 0], "length": length}
+    return {
+        "dataset": dataset_node(),
+        "clip": {"class_type": "DualCLIPLoader", "inputs": names},
+        "prompts": {"class_type": "AtelierEncodePrompts", "inputs": prompts},
+        "keep": {"class_type": "Keep", "inputs": {"value": ["prompts", 0]}},
+    }
+
+
+GRAPHS = {"latents": latents_graph(), "prompts": prompts_graph()}
+
+
+def test_latents_of_all_pictures_are_cached(runner: Runner) -> None:
+    cache = runner.run(latents_graph())
+    shapes = [tuple(cache.load(entry).mean.shape) for entry in cache.entries]
+    assert shapes == [(16, 8, 8)] * 2
+
+
+@pytest.mark.parametrize("length", [77, 300])
+def test_prompts_have_the_asked_length(runner: Runner, length: int) -> None:
+    cache = runner.run(prompts_graph(length))
+    assert [e.text for e in cache.entries] == ["caption one", "caption two", ""]
+    assert cache.load("caption one").prompt_embeds.shape == (length, 128)
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_full_cache_does_not_run_its_loader(runner: Runner, kind: str) -> None:
+    first = runner.run(GRAPHS[kind])
+    assert CountingLoader.runs == 1
+    assert runner.run(GRAPHS[kind]) == first
+    assert CountingLoader.runs == 0
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_something_new_runs_the_loader(runner: Runner, workplace: Path, kind: str) -> None:
+    runner.run(GRAPHS[kind])
+    add_picture(workplace / "input" / "red", "three", (0, 0, 255))
+    runner.run(GRAPHS[kind])
+    assert CountingLoader.runs == 1
+
+
+def test_another_length_runs_the_loader(runner: Runner) -> None:
+    runner.run(prompts_graph(77))
+    runner.run(prompts_graph(78))
+    assert CountingLoader.runs == 1
+
+
+@pytest.mark.parametrize(("kind", "name"), [("vae", "a"), ("text_encoders", "t")])
+@pytest.mark.parametrize("change", ["time", "size"])
+def test_a_changed_model_file_runs_the_loader(
+    runner: Runner, workplace: Path, kind: str, name: str, change: str
+) -> None:
+    graph = GRAPHS["latents" if kind == "vae" else "prompts"]
+    runner.run(graph)
+    path = workplace / kind / f"{name}.safetensors"
+    stat = path.stat()
+    path.write_bytes(b"weights" if change == "time" else b"other weights")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + (change == "time")))
+    runner.run(graph)
+    assert CountingLoader.runs == 1
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        latents_graph(loader="OtherLoader"),
+        latents_graph(vae_name=["name", 0]),
+        latents_graph(vae_name="missing.safetensors"),
+    ],
+    ids=["another node", "a linked name", "a missing file"],
+)
+def test_a_source_that_is_not_known_always_runs(runner: Runner, graph: dict[str, Any]) -> None:
+    for _ in range(2):
+        runner.run(graph)
+        assert CountingLoader.runs == 1
+
+
+def test_another_version_of_comfyui_runs_the_loader(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.run(latents_graph())
+    monkeypatch.setattr(host, "version", lambda: "another")
+    runner.run(latents_graph())
+    assert CountingLoader.runs == 1
+
+
+def test_a_damaged_entry_is_encoded_anew_when_the_graph_is_queued_again(runner: Runner) -> None:
+    cache = runner.run(latents_graph())
+    mark = CacheLatents.fingerprint_inputs()
+    path = EntryFiles(cache.folder).path(cache.entries[0].key)
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ValueError, match="missing or damaged"):
+        cache.load(cache.entries[0])
+    assert CacheLatents.fingerprint_inputs() != mark  # ComfyUI runs the node again
+    assert torch.isfinite(runner.run(latents_graph()).load(cache.entries[0]).mean).all()
+
+
+def test_cancel_keeps_what_was_encoded(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = host.Progress.update
+
+    def cancel_after_one(self: host.Progress, done: int, total: int) -> None:
+        if len(encoded_files()) == 1:
+            comfy.model_management.interrupt_current_processing()
+        update(self, done, total)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host.Progress, "update", cancel_after_one)
+        with pytest.raises(RuntimeError, match="execution_interrupted"):
+            runner.run(latents_graph())
+    (kept,) = encoded_files()
+    written_ns = kept.stat().st_mtime_ns
+    runner.run(latents_graph())
+    assert len(encoded_files()) == 2
+    assert kept.stat().st_mtime_ns == written_ns
+
+
+def test_the_dataset_node_shows_what_it_found(runner: Runner, workplace: Path) -> None:
+    (workplace / "input" / "red" / "one.txt").write_text("", encoding="utf-8")
+    keep = {"class_type": "Keep", "inputs": {"value": ["dataset", 0]}}
+    runner.run({"dataset": dataset_node(width=128, repeats=3), "keep": keep})
+    assert runner.texts["dataset"] == [
+        "2 pictures, 6 seen per epoch.",
+        "Pictures enlarged to the training size: one.png, two.png.",
+        "Pictures with an empty caption: one.png.",
+    ]
+
+
+@pytest.mark.parametrize(("length", "num_warnings"), [(77, 1), (256, 0), (512, 1)])
+def test_a_length_unlike_clip_text_encodes_is_told(
+    runner: Runner, length: int, num_warnings: int
+) -> None:
+    runner.run(prompts_graph(length))
+    warnings = runner.texts["prompts"][1:]
+    assert len(warnings) == num_warnings
+    assert all("CLIP Text Encode will use 256 or more" in warning for warning in warnings)
+
+
+def test_captions_that_are_cut_are_told(runner: Runner, workplace: Path) -> None:
+    (workplace / "input" / "red" / "one.txt").write_text("cat " * 300, encoding="utf-8")
+    runner.run(prompts_graph(256))
+    (warning,) = runner.texts["prompts"][1:]
+    assert warning.startswith("Captions longer than 256 tokens, whose end is cut off: 1,")
+
+
+def test_a_user_error_arrives_as_its_sentence(runner: Runner, workplace: Path) -> None:
+    (workplace / "input" / "red" / "one.txt").unlink()
+    with pytest.raises(RuntimeError, match=r"one\.png has no caption file one\.txt"):
+        runner.run(latents_graph())
+
+
+@pytest.mark.parametrize(
+    ("change", "is_new"),
+    [("caption", True), ("picture", True), ("another file", False), ("nothing", False)],
+)
+def test_the_fingerprint_follows_pictures_and_captions(
+    workplace: Path, change: str, is_new: bool
+) -> None:
+    folder = workplace / "input" / "red"
+    before = ImageFolderDataset.fingerprint_inputs(folder="red")
+    if change == "caption":
+        (folder / "one.txt").write_text("a longer caption", encoding="utf-8")
+    if change == "picture":
+        add_picture(folder, "three", (0, 0, 255))
+    if change == "another file":
+        (folder / "notes.md").write_text("x", encoding="utf-8")
+    assert (ImageFolderDataset.fingerprint_inputs(folder="red") != before) == is_new
+
+
+@pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
+def test_every_input_and_output_has_a_tooltip(node: Any) -> None:
+    schema = node.GET_SCHEMA()
+    assert all(item.tooltip for item in [*schema.inputs, *schema.outputs])
+    assert schema.description
+
+
+@pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
+def test_the_schema_and_execute_name_the_same_inputs(node: Any) -> None:
+    parameters = list(inspect.signature(node.execute).parameters)
+    assert sorted(item.id for item in node.GET_SCHEMA().inputs) == sorted(parameters)

@@ -1,0 +1,74 @@
+"""What the pack asks of the host: folders, inference mode, differences of versions."""
+
+from pathlib import Path
+
+import folder_paths
+import pytest
+import torch
+from atelier.nodes import host
+from atelier.nodes.dataset import ImageFolderDataset
+from comfy_api.latest import io
+from PIL import Image
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    add_picture(tmp_path / "input" / "red")
+    return tmp_path
+
+
+def add_picture(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(folder / "one.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "No picture folder is chosen"),
+        ("nowhere", "is not below"),
+        ("../input/red", "must lie below input/, got '../input/red'"),
+        ("red/../../input/red", "must lie below input/"),
+        ("/etc", "must lie below input/"),
+        ("C:\\Users", "must lie below input/"),
+        ("..\\..", "must lie below input/"),
+        ("out", "is a link that leads out of"),
+        ("empty", "holds no pictures"),
+    ],
+)
+def test_a_folder_out_of_reach_is_refused_before_the_graph_runs(
+    workplace: Path, name: str, message: str
+) -> None:
+    add_picture(workplace / "elsewhere")
+    (workplace / "input" / "out").symlink_to(workplace / "elsewhere")
+    (workplace / "input" / "empty").mkdir()
+    assert message in str(ImageFolderDataset.validate_inputs(folder=name))
+
+
+def test_a_good_folder_is_valid(workplace: Path) -> None:
+    add_picture(workplace / "input" / "a" / "b c")
+    assert ImageFolderDataset.validate_inputs(folder="a/b c") is True
+
+
+def test_an_administrator_may_add_folders(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_picture(workplace / "more" / "blue")
+    added = ([str(workplace / "more")], set())
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, host.DATASET_ROOTS_KEY, added)
+    assert host.dataset_folders() == ["blue", "red"]
+    assert host.dataset_folder("blue") == workplace / "more" / "blue"
+
+
+def test_a_field_that_this_comfyui_lacks_is_dropped() -> None:
+    assert host.schema(node_id="x", from_the_future=1).node_id == "x"
+
+
+def test_an_option_that_this_comfyui_lacks_is_dropped() -> None:
+    assert host.make_input(io.Int, "x", default=3, from_the_future=1).default == 3
+
+
+def test_training_mode_leaves_inference_mode() -> None:
+    with torch.inference_mode(), host.training_mode():
+        weight = torch.ones(1, requires_grad=True)
+        (weight * 2).backward()
+    assert weight.grad is not None
