@@ -397,6 +397,7 @@ class Session:
             model = add_lora(self._model, file_tensors(lora, self._job.lora), 1.0)
             latents = draw_latents(model, self._sampling.positive, settings)
             picture = self._sampling.vae.decode(latents)[0]
-        pixels = (picture.clamp(0, 1) * 255).round().byte().cpu().numpy()
+        # Cut to 8 bits as Save Image does, so that a KSampler's picture is the same to the bit.
+        pixels = (picture * 255).clamp(0, 255).byte().cpu().numpy()
         write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
         self._take_device()

@@ -1,0 +1,147 @@
+"""The main line in a real ComfyUI: load, cache, train, apply, sample, through the API queue."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from comfy_server import ComfyServer, GraphError
+from graphs import node, sampled, train_graph, write_base, write_pictures
+from PIL import Image
+from safetensors.numpy import load_file
+
+
+@pytest.fixture(scope="module")
+def pictures(server: ComfyServer) -> str:
+    write_base(server.base_directory / "models")
+    write_pictures(server.base_directory / "input" / "circles")
+    return "circles"
+
+
+def pixels(server: ComfyServer, entry: dict, node_id: str) -> list[np.ndarray]:
+    images = entry["outputs"][node_id]["images"]
+    return [np.asarray(Image.open(io.BytesIO(server.view(image)))) for image in images]
+
+
+def run_folder(server: ComfyServer, lora_name: str):
+    name = lora_name.removesuffix(".safetensors")
+    return server.base_directory / "output" / "atelier" / name
+
+
+def test_a_graph_trains_a_lora_and_samples_with_it(server: ComfyServer, pictures: str) -> None:
+    graph = train_graph(pictures, name="main", sample_every=2)
+    graph |= sampled("before", ["load", 0])
+    graph |= {
+        "lora": node(
+            "AtelierApplyLoRA",
+            model=["load", 0],
+            lora_name="from the lora input",
+            strength=1.0,
+            lora=["train", 0],
+        ),
+        **sampled("applied", ["lora", 0]),
+    }
+    entry = server.run(graph)
+    before, after = pixels(server, entry, "before.save")[0], pixels(server, entry, "after.save")[0]
+    applied = pixels(server, entry, "applied.save")[0]
+    samples = pixels(server, entry, "samples")
+    assert before.shape == (64, 64, 3)
+    assert not np.array_equal(before, after)
+    assert np.array_equal(after, applied)
+    # Steps 0, 2 and 3; a KSampler with the same seed gives the pictures of the first and the last.
+    assert len(samples) == 3
+    assert np.array_equal(samples[0], before)
+    assert np.array_equal(samples[-1], after)
+
+
+def test_the_saved_lora_is_listed_and_the_core_loader_gives_the_same_picture(
+    server: ComfyServer, pictures: str
+) -> None:
+    graph = train_graph(pictures, name="listed")
+    entry = server.run(graph)
+    name = entry["outputs"]["name"]["text"][0]
+    listed = server.object_info()["LoraLoaderModelOnly"]["input"]["required"]["lora_name"][0]
+    assert name in listed
+    core = {key: graph[key] for key in ("load", "nano", "text", "guided", "empty")}
+    core["lora"] = node(
+        "LoraLoaderModelOnly", model=["load", 0], lora_name=name, strength_model=1.0
+    )
+    core |= sampled("core", ["lora", 0])
+    loaded = pixels(server, server.run(core), "core.save")[0]
+    assert np.array_equal(loaded, pixels(server, entry, "after.save")[0])
+
+
+def test_the_same_graph_queued_again_trains_nothing(server: ComfyServer, pictures: str) -> None:
+    graph = train_graph(pictures, name="again", sampling=False)
+    name = server.run(graph)["outputs"]["name"]["text"][0]
+    metrics = run_folder(server, name) / "metrics.jsonl"
+    first = metrics.read_text()
+    graph["train"]["inputs"]["checkpoint_every"] = 100  # another node input, the same run
+    assert server.run(graph)["outputs"]["name"]["text"][0] == name
+    assert metrics.read_text() == first
+
+
+def test_a_cancelled_run_goes_on_and_ends_as_an_uninterrupted_one(
+    server: ComfyServer, pictures: str
+) -> None:
+    whole = train_graph(pictures, name="whole", sampling=False, length=6, seed=5)
+    whole_name = server.run(whole)["outputs"]["name"]["text"][0]
+    # Another name alone is the same computation in another folder.
+    halted = train_graph(pictures, name="halted", sampling=False, length=6, seed=5)
+
+    def cancel(event) -> None:
+        if event.type == "progress" and event.data["node"] == "train" and event.data["value"] == 2:
+            server.interrupt()
+
+    with pytest.raises(GraphError):
+        server.run(halted, cancel)
+    folder = run_folder(server, whole_name.replace("whole", "halted"))
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert saved
+    assert saved[-1] < "step-000006"
+    halted_name = server.run(halted)["outputs"]["name"]["text"][0]
+    loras = server.base_directory / "output" / "loras"
+    one, other = load_file(loras / whole_name), load_file(loras / halted_name)
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_the_job_file_trains_the_same_weights_without_comfyui(
+    server: ComfyServer, pictures: str, tmp_path
+) -> None:
+    from atelier.trainers.job import read_job, run_job
+
+    graph = train_graph(pictures, name="headless", sampling=False)
+    name = server.run(graph)["outputs"]["name"]["text"][0]
+    job = read_job(run_folder(server, name) / "job.json")
+    path = run_job(job, tmp_path, lambda step: None)
+    mine = load_file(server.base_directory / "output" / "loras" / name)
+    headless = load_file(path)
+    assert mine.keys() == headless.keys()
+    assert all(np.array_equal(mine[key], headless[key]) for key in mine)
+
+
+def test_progress_shows_loss_and_time_left(server: ComfyServer, pictures: str) -> None:
+    texts = []
+
+    def collect(event) -> None:
+        if event.type == "progress_text":
+            texts.append(json.dumps(event.data))
+
+    server.run(train_graph(pictures, name="shown", sampling=False, seed=9), collect)
+    assert any("loss" in text and "left" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../escape"}, "cannot be a file name"),
+        ({"name": ""}, "cannot be a file name"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_in_the_error_box(
+    server: ComfyServer, pictures: str, change: dict, message: str
+) -> None:
+    with pytest.raises(GraphError, match=message):
+        server.run(train_graph(pictures, sampling=False, **change))
