@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_the_pack_loads_without_a_traceback(server: ComfyServer) -> None:
-    log = server.log_text()
+    log = server.log_text().split("Starting server")[0]
     # torchaudio is optional to ComfyUI, which reports its absence with a traceback.
     tracebacks = re.findall(r"Traceback.*?(?=\n\n)", log, re.DOTALL)
     assert [text for text in tracebacks if "No module named 'torchaudio'" not in text] == []
