@@ -1,6 +1,6 @@
 """Loads the pack under the name `atelier`, in the way ComfyUI loads it, before tests are collected.
 
-Also makes the modules of scripts/ and tests/support/ importable, and fixes the number of torch's threads.
+Also makes the modules of scripts/ and tests/support/ importable, and fixes torch's threads.
 """
 
 import importlib.util
