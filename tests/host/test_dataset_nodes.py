@@ -3,121 +3,31 @@
 Two loaders of ComfyUI are replaced by ones that count their runs and read the nano files.
 """
 
-import copy
-import functools
 import inspect
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
+import executor
 import folder_paths
 import pytest
 import torch
 from atelier.nodes import host
 from atelier.nodes.dataset import CacheLatents, EncodePrompts, ImageFolderDataset
-from atelier.nodes.encoders import build_clip, build_vae
 from atelier.trainers.entries import EntryFiles
+from executor import CountingLoader, Runner
 from PIL import Image
 
 NODES = [ImageFolderDataset, CacheLatents, EncodePrompts]
-NANO = Path(__file__).resolve().parents[2] / "assets" / "nano"
 MODEL_FILES = {"vae": ["a.safetensors"], "text_encoders": ["c.safetensors", "t.safetensors"]}
 
 
-@functools.cache
-def nano_vae() -> Any:
-    return build_vae(NANO)
-
-
-@functools.cache
-def nano_clip() -> Any:
-    return build_clip(NANO)
-
-
-class CountingLoader:
-    """A loader in the old style of nodes; `runs` counts how often it was executed."""
-
-    runs = 0
-    FUNCTION = "load"
-    CATEGORY = "test"
-
-    @classmethod
-    def counted(cls) -> None:
-        CountingLoader.runs += 1
-
-
-class NanoVaeLoader(CountingLoader):
-    RETURN_TYPES = ("VAE",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict:
-        return {"required": {"vae_name": ("STRING", {})}}
-
-    def load(self, vae_name: str) -> tuple:
-        self.counted()
-        return (nano_vae(),)
-
-
-class NanoClipLoader(CountingLoader):
-    RETURN_TYPES = ("CLIP",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict:
-        return {"required": {"clip_name1": ("STRING", {}), "clip_name2": ("STRING", {})}}
-
-    def load(self, clip_name1: str, clip_name2: str) -> tuple:
-        self.counted()
-        return (nano_clip(),)
-
-
-class Keep:
-    """An output node that keeps what it is given."""
-
-    kept: list[Any] = []  # noqa: RUF012
-    FUNCTION, CATEGORY, OUTPUT_NODE, RETURN_TYPES = "keep", "test", True, ()
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict:
-        return {"required": {"value": ("*", {})}}
-
-    def keep(self, value: Any) -> tuple:
-        Keep.kept.append(value)
-        return ()
-
-
-class Name:
-    """A node that gives a file's name, so that a loader's input is linked."""
-
-    FUNCTION, CATEGORY, RETURN_TYPES = "name", "test", ("STRING",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict:
-        return {"required": {}}
-
-    def name(self) -> tuple:
-        return (MODEL_FILES["vae"][0],)
-
-
-class Runner:
-    """Runs graphs as ComfyUI does, each time with an empty cache of node outputs."""
-
-    def run(self, graph: dict[str, Any]) -> Any:
-        """The value that the graph's Keep node got. Raises RuntimeError with ComfyUI's message."""
-        import execution
-
-        server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None)
-        Keep.kept.clear()
-        CountingLoader.runs = 0
-        executor = execution.PromptExecutor(server, cache_args={"ram": 0, "lru": 0})
-        executor.execute(copy.deepcopy(graph), "prompt", {}, ["keep"])
-        event, data = executor.status_messages[-1]
-        if event != "execution_success":
-            raise RuntimeError(data.get("exception_message", event))
-        outputs = executor.history_result["outputs"]
-        self.texts = {name: output["text"] for name, output in outputs.items() if "text" in output}
-        return Keep.kept[0]
+@pytest.fixture(scope="module", autouse=True)
+def networks_are_forgotten() -> Iterator[None]:
+    yield
+    executor.forget_networks()
 
 
 def encoded_files() -> list[Path]:
@@ -129,8 +39,9 @@ def runner(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     import nodes
 
     classes = {node.GET_SCHEMA().node_id: node for node in NODES}
-    classes |= {"VAELoader": NanoVaeLoader, "DualCLIPLoader": NanoClipLoader}
-    classes |= {"OtherLoader": NanoVaeLoader, "Keep": Keep, "Name": Name}
+    classes |= {"VAELoader": executor.NanoVaeLoader, "DualCLIPLoader": executor.NanoClipLoader}
+    classes |= {"OtherLoader": executor.NanoVaeLoader}
+    classes |= {"Keep": executor.Keep, "Name": executor.Name}
     for name, node in classes.items():
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
     return Runner()
