@@ -4,20 +4,17 @@ The encoder is a stand-in whose results follow from the pixels by arithmetic.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from atelier.trainers import buckets, entries
+from atelier.trainers import buckets
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caches import LatentCache
-from atelier.trainers.caching import cache_latents, num_missing
+from atelier.trainers.caching import cache_latents
 from atelier.trainers.dataset import Dataset, image_folder
 from atelier.trainers.entries import EntryFiles
 from PIL import Image
@@ -211,75 +208,10 @@ def test_a_damaged_entry_is_refused_and_encoded_anew(
     assert path.read_bytes() == expected
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "text"])
-def test_an_incomplete_entry_is_encoded_anew_without_being_read_first(
-    pictures: Path, folder: Path, how: str
-) -> None:
-    cache = cache_latents(read(pictures), Encoder(), "vae", folder)
-    damage(EntryFiles(folder).path(cache.entries[0].key), how)
-    assert num_missing(cache) == 1
-
-
-def test_an_entry_under_a_wrong_name_is_refused(pictures: Path, folder: Path) -> None:
-    cache = cache_latents(read(pictures), Encoder(), "vae", folder)
-    first, second = (EntryFiles(folder).path(entry.key) for entry in cache.entries[:2])
-    first.write_bytes(second.read_bytes())
-    with pytest.raises(ValueError, match="missing or damaged"):
-        cache.load(cache.entries[0])
-
-
-def test_the_generation_changes_only_when_something_is_gone(pictures: Path, folder: Path) -> None:
-    before = EntryFiles(folder).generation()
-    cache = cache_latents(read(pictures), Encoder(), "vae", folder)
-    assert EntryFiles(folder).generation() == before
-    EntryFiles(folder).path(cache.entries[0].key).unlink()
-    with pytest.raises(ValueError, match="missing or damaged"):
-        cache.load(cache.entries[0])
-    assert EntryFiles(folder).generation() != before
-
-
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (errno.ENOSPC, "The disk of .* is full. Free some space"),
-        (errno.EACCES, "Cannot write to the cache folder .*: Permission denied"),
-    ],
-)
-def test_a_disk_that_refuses_is_one_sentence_and_leaves_nothing(
-    pictures: Path, folder: Path, number: int, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(entries.os, "fsync", refuse)
-    with pytest.raises(ValueError, match=message):
-        cache_latents(read(pictures), Encoder(), "vae", folder)
-    assert [path for path in folder.rglob("*") if path.is_file()] == []
-
-
-def test_a_cache_folder_that_is_a_file_is_refused(pictures: Path, folder: Path) -> None:
-    folder.write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match="Cannot write to the cache folder"):
-        cache_latents(read(pictures), Encoder(), "vae", folder)
-
-
 def test_numbers_that_are_not_finite_are_refused_by_name(pictures: Path, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"invalid numbers for the picture .*a\.png"):
         cache_latents(read(pictures), lambda p: (p / 0, p), "vae", folder)
     assert not list(folder.rglob("*.safetensors"))
-
-
-def write_entries(folder: Path) -> None:
-    for number in range(50):
-        EntryFiles(folder).write(f"{number:064x}", {"mean": torch.full((64,), float(number))})
-
-
-def test_several_writers_may_write_the_same_entries_at_once(folder: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write_entries, [folder] * 4))
-    for number in range(50):
-        assert torch.all(EntryFiles(folder).read(f"{number:064x}")["mean"] == number)
-    assert not list(folder.rglob("*.tmp"))
 
 
 def test_files_are_plain_safetensors(pictures: Path, folder: Path) -> None:
