@@ -2,13 +2,17 @@
 
 A cache is keyed by its encoder's weights, which are unknown until the loader has run. Three loaders
 of ComfyUI give an encoder that depends on nothing but named files and constants. For these the
-identity is remembered under the loader's inputs, its files (path, size, time of change), ComfyUI's
+identity is remembered under the loader's inputs, its files (path, size, times of change), ComfyUI's
 version and dtypes. Any other source (a LoRA in between, a linked name, another pack) is not
 remembered: then the loader runs, and its weights tell.
+
+A file that changed after ComfyUI started is not remembered either: ComfyUI keeps what a loader
+gave, so the encoder in memory may still be that of the file's former content.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ _FILE_INPUTS = {
     "DualCLIPLoader": {"clip_name1": "text_encoders", "clip_name2": "text_encoders"},
 }
 """Loader class to its inputs that name files, and ComfyUI's kind of folder for each."""
+
+_STARTED_NS = time.time_ns()  # ComfyUI imports packs before any loader runs
 
 
 class LoaderMemory:
@@ -59,12 +65,15 @@ def _source(dynprompt: Any, node_id: str, input_name: str) -> str:
     return digest([facts, files])
 
 
-def _files(class_type: str, inputs: dict[str, Any]) -> list[tuple[str, int, int]]:
+def _files(class_type: str, inputs: dict[str, Any]) -> list[tuple[str, int, int, int]]:
+    """Path, size and times of the loader's files; none when they do not tell what it gives."""
     kinds = _FILE_INPUTS.get(class_type, {})
     if any(isinstance(value, list) for value in inputs.values()):
         return []
     paths = [host.model_file(kind, inputs[name]) for name, kind in kinds.items()]
     if None in paths:
         return []
-    stats = [(path, path.stat()) for path in paths]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    stats = [(str(path), path.stat()) for path in paths]
+    if any(max(stat.st_mtime_ns, stat.st_ctime_ns) >= _STARTED_NS for _, stat in stats):
+        return []
+    return [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]

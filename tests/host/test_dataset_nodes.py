@@ -5,6 +5,7 @@ Two loaders of ComfyUI are replaced by ones that count their runs and read the n
 
 import inspect
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import executor
 import folder_paths
 import pytest
 import torch
-from atelier.nodes import host
+from atelier.nodes import host, loader_memory
 from atelier.nodes.dataset import CacheLatents, EncodePrompts, ImageFolderDataset
 from atelier.trainers.entries import EntryFiles
 from executor import CountingLoader, Runner
@@ -38,6 +39,8 @@ def encoded_files() -> list[Path]:
 def runner(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     import nodes
 
+    tomorrow_ns = time.time_ns() + 86_400 * 10**9
+    monkeypatch.setattr(loader_memory, "_STARTED_NS", tomorrow_ns)  # the files here are new
     classes = {node.GET_SCHEMA().node_id: node for node in NODES}
     classes |= {"VAELoader": executor.NanoVaeLoader, "DualCLIPLoader": executor.NanoClipLoader}
     classes |= {"OtherLoader": executor.NanoVaeLoader}
@@ -164,6 +167,15 @@ def test_a_changed_model_file_runs_the_loader(
 def test_a_source_that_is_not_known_always_runs(runner: Runner, graph: dict[str, Any]) -> None:
     for _ in range(2):
         runner.run(graph)
+        assert CountingLoader.runs == 1
+
+
+def test_a_file_that_is_newer_than_this_comfyui_always_runs(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_memory, "_STARTED_NS", 0)
+    for _ in range(2):
+        runner.run(latents_graph())
         assert CountingLoader.runs == 1
 
 
