@@ -2,7 +2,7 @@
 
 Shapes: B batch, C latent channels, H W pixels, h w latent size, L text tokens, D width.
 """
-# ruff: noqa: TID251
+# ruff: noqa: TID251 (the third module that imports ComfyUI: its encoders are what this is about)
 
 from __future__ import annotations
 
@@ -48,10 +48,9 @@ def latent_encoder(vae: Any) -> tuple[EncodePictures, str]:
             if hasattr(network, "quant_conv"):  # FLUX's own file has none, diffusers' may
                 moments = network.quant_conv(moments)
         mean, log_variance = moments.float().chunk(2, dim=1)
-        deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
-        return _result(latent_format.process_in(mean)), _result(
-            deviation * latent_format.scale_factor
-        )
+        mean = latent_format.process_in(mean)
+        deviation = torch.exp(0.5 * log_variance.clamp(-30, 20)) * latent_format.scale_factor
+        return _result(mean), _result(deviation)
 
     facts = (vae.vae_dtype, latent_format.scale_factor, latent_format.shift_factor)
     return encode, _identity(vae.patcher, facts, lambda name: name.startswith(_VAE_PARTS))
