@@ -25,7 +25,10 @@ _DTYPES = {
 }
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _SAMPLE_BYTES = 4096
-_LARGE_TENSOR_BYTES = 1 << 20
+_SAMPLED_TENSOR_BYTES = 4 * _SAMPLE_BYTES
+"""Tensors from this size on tell one model from another: every matrix, also of a small model."""
+_SCALE_NAMES = ("scale_weight", "weight_scale")
+"""How ComfyUI's fp8 files call the factor of a `weight`, in older and newer ones."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class _Entry:
     """One tensor of a safetensors file: where its bytes lie."""
 
     path: Path
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     start: int
     num_bytes: int
@@ -55,7 +58,7 @@ class TensorFiles:
             digest.update(json.dumps(header, sort_keys=True).encode())
             for name, info in header.items():
                 if name != "__metadata__":
-                    self._entries[_strip_prefix(name)] = _entry(path, name, info, data_start)
+                    self._entries[_strip_prefix(name)] = _entry(path, info, data_start)
         self._header_digest = digest
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
@@ -63,8 +66,24 @@ class TensorFiles:
         return name in self._entries
 
     def read(self, name: str, device: torch.device) -> Tensor:
-        """A fresh tensor on `device`, an fp8 one with its scale as bf16."""
+        """A fresh bf16 tensor on `device`, an fp8 one multiplied by its scale."""
+        raw = self._view(name)
+        for end in _SCALE_NAMES:
+            scale_name = name.removesuffix("weight") + end
+            if scale_name in self._entries:
+                raw = raw.float()  # a copy: the buffer is used again
+                raw = raw * self._view(scale_name).float()
+        return raw.to(device=device, dtype=torch.bfloat16, copy=True)
+
+    def _view(self, name: str) -> Tensor:
+        """A tensor as it is in the file, until the next one is read."""
         entry = self._entries[name]
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise ValueError(
+                f"The tensor '{name}' in '{entry.path.name}' has the type {entry.dtype}. "
+                "Use a file in bf16, fp16, fp32 or fp8."
+            )
         if len(self._buffer) < entry.num_bytes:
             self._buffer = bytearray(entry.num_bytes)
         view = memoryview(self._buffer)[: entry.num_bytes]
@@ -72,18 +91,14 @@ class TensorFiles:
             file.seek(entry.start)
             if file.readinto(view) != entry.num_bytes:
                 raise ValueError(f"The file '{entry.path.name}' is cut short: download it again.")
-        raw = torch.frombuffer(view, dtype=entry.dtype).view(entry.shape)
-        scale_name = name.removesuffix("weight") + "scale_weight"
-        if scale_name in self._entries and scale_name != name:
-            raw = raw.float() * self.read(scale_name, torch.device("cpu")).float()
-        return raw.to(device=device, dtype=torch.bfloat16, copy=True)
+        return torch.frombuffer(view, dtype=dtype).view(entry.shape)
 
     def identity(self) -> str:
-        """SHA-256 over the headers and fixed samples of every large tensor."""
+        """SHA-256 over the headers and fixed samples of every tensor but the smallest."""
         digest = self._header_digest.copy()
         for name in sorted(self._entries):
             entry = self._entries[name]
-            if entry.num_bytes >= _LARGE_TENSOR_BYTES:
+            if entry.num_bytes >= _SAMPLED_TENSOR_BYTES:
                 with entry.path.open("rb") as file:
                     for part in range(4):
                         file.seek(entry.start + part * (entry.num_bytes - _SAMPLE_BYTES) // 3)
@@ -98,15 +113,9 @@ def _strip_prefix(name: str) -> str:
     return name
 
 
-def _entry(path: Path, name: str, info: dict, data_start: int) -> _Entry:
+def _entry(path: Path, info: dict, data_start: int) -> _Entry:
     begin, end = info["data_offsets"]
-    dtype = _DTYPES.get(info["dtype"])
-    if dtype is None:
-        raise ValueError(
-            f"The tensor '{name}' in '{path.name}' has the type {info['dtype']}. "
-            "Use a file in bf16, fp16, fp32 or fp8."
-        )
-    return _Entry(path, dtype, tuple(info["shape"]), data_start + begin, end - begin)
+    return _Entry(path, info["dtype"], tuple(info["shape"]), data_start + begin, end - begin)
 
 
 def _read_header(path: Path) -> tuple[dict, int]:
@@ -125,8 +134,6 @@ def _read_header(path: Path) -> tuple[dict, int]:
             data_start = 8 + length
     except (struct.error, UnicodeDecodeError, json.JSONDecodeError):
         raise wrong from None
-    except FileNotFoundError:
-        raise ValueError(f"The model file '{path}' does not exist.") from None
     ends = [info["data_offsets"][1] for key, info in header.items() if key != "__metadata__"]
     if size < data_start + max(ends, default=0):
         raise ValueError(f"The file '{path.name}' is cut short: download it again.")
@@ -137,8 +144,10 @@ def model_files(path: Path) -> list[Path]:
     """The safetensors files of a model: the file itself, or those of a diffusers folder.
 
     Raises:
-        ValueError: if a shard that the folder's index names is missing, or there is no file.
+        ValueError: if `path`, or a shard that its index names, is missing, or there is no file.
     """
+    if not path.exists():
+        raise ValueError(f"The model file '{path}' does not exist.")
     if path.is_file():
         return [path]
     folder = path / "transformer" if (path / "transformer").is_dir() else path

@@ -1,7 +1,7 @@
 """FLUX.1 files of random weights under the true key names, of any width and depth.
 
-The names and shapes are those of black-forest-labs' flux1-dev.safetensors, written out here anew, so
-that a mistake in the pack's own tables cannot hide.
+The names and shapes are those of black-forest-labs' flux1-dev.safetensors, written out here anew,
+so that a mistake in the pack's own tables cannot hide.
 """
 
 from __future__ import annotations

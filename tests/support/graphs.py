@@ -1,7 +1,7 @@
 """API graphs for the host tests: the main line in few steps.
 
-The base is a random FLUX of one double and one single block, whose every layer counts; text encoders
-and autoencoder are nano's.
+The base is a random FLUX of one double and one single block, whose every layer counts; text
+encoders and autoencoder are nano's.
 """
 
 from __future__ import annotations
