@@ -2,7 +2,6 @@
 
 Shapes: B batch, C latent channels, H W pixels, h w latent size, L text tokens, D width.
 """
-# ruff: noqa: TID251 (the third module that imports ComfyUI: its encoders are what this is about)
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import inspect
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -159,6 +161,26 @@ def lora_file(name: str) -> Path:
     if str(folder) not in folder_paths.get_folder_paths("loras"):
         folder_paths.add_model_folder_path("loras", str(folder))
     return folder / f"{name}.safetensors"
+
+
+@contextmanager
+def ended_before_exit(seconds: float = 30.0) -> Iterator[None]:
+    """While this runs, a server that exits asks the work inside to stop, and waits for it.
+
+    ComfyUI's worker is a daemon thread: an exit would end it without unwinding.
+    """
+    ended = threading.Event()
+
+    def stop_and_wait() -> None:
+        comfy.model_management.interrupt_current_processing()
+        ended.wait(seconds)
+
+    atexit.register(stop_and_wait)
+    try:
+        yield
+    finally:
+        ended.set()
+        atexit.unregister(stop_and_wait)
 
 
 @contextmanager

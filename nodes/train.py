@@ -321,7 +321,7 @@ class Session:
             sample_every=self._sampling.every,
         )
         try:
-            with host.training_mode():
+            with host.ended_before_exit(), host.training_mode():
                 self._take_device()
                 return loop.train(self._run, self._base, self._data, self._job, hooks)
         except torch.OutOfMemoryError as error:

@@ -5,18 +5,18 @@ Only this file knows the layout; the caches speak of keys.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import uuid
 import zlib
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .files import write_atomically
 
 _GENERATION = "generation"
 _MARK = "atelier"  # one field of metadata: safetensors writes several in random order
@@ -49,17 +49,7 @@ class EntryFiles:
         """
         checksum = _checksum(safetensors.torch.save(tensors))
         data = safetensors.torch.save(tensors, {_MARK: f"{key} {checksum}"})
-        path = self.path(key)
-        temporary = path.with_name(f"{key}.{uuid.uuid4().hex}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_synced(temporary, data)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise ValueError(_why_not_written(self.folder, error)) from error
-        finally:
-            with suppress(OSError):  # it is gone when all went well
-                temporary.unlink()
+        write_atomically(self.path(key), lambda temporary: _write(temporary, data))
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors of `key`, on the CPU.
@@ -100,11 +90,8 @@ class EntryFiles:
             return False
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def _data_start(data: bytes) -> int:
@@ -120,12 +107,3 @@ def _checked(data: bytes, key: str) -> dict[str, Tensor]:
     if header["__metadata__"][_MARK] != f"{key} {_checksum(data)}":
         raise ValueError("checksum")
     return safetensors.torch.load(data)
-
-
-def _why_not_written(folder: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"The disk of {folder} is full. Free some space and queue again: "
-            "what was encoded is kept."
-        )
-    return f"Cannot write to the cache folder {folder}: {error.strerror}."

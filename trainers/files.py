@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,30 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it to `path`.
 
     Raises:
-        ValueError: if the disk is full; what stood at `path` before is untouched.
+        ValueError: if the disk is full or refuses; what stood at `path` before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _sync(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise disk_full(path) from error
-        raise
+        raise not_written(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone when all went well
+            temporary.unlink()
 
 
-def disk_full(path: Path) -> ValueError:
-    return ValueError(
-        f"The disk is full: '{path.name}' was not written to '{path.parent}'. "
-        "Free some space and queue again; what was saved before is untouched."
-    )
+def not_written(path: Path, error: OSError) -> ValueError:
+    """What a user should read when the operating system refuses to write `path`."""
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no quota error
+        return ValueError(
+            f"The disk of {path.parent} is full. Free some space and queue again: "
+            "what was saved before is kept."
+        )
+    return ValueError(f"Cannot write {path}: {error.strerror}.")
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

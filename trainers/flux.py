@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +191,7 @@ def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype
             f"This FLUX takes {config.in_channels // 4} latent channels (Fill, Depth or Canny). "
             "It samples, but LoRAs are trained on FLUX.1-dev, schnell, Krea or Kontext."
         )
-    transformer = _empty_transformer(config)
+    transformer = empty_transformer(config)
     for name, source in linear_sources(config).items():
         transformer.set_submodule(name, LinearView(store, source))
     transformer.set_submodule(FINAL_MODULATION[0], LinearView(*_final_modulation(store)))
@@ -202,9 +203,11 @@ def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype
     return transformer.requires_grad_(False)
 
 
-def _empty_transformer(config: FluxConfig):
-    from diffusers import FluxTransformer2DModel
-
+def empty_transformer(config: FluxConfig):
+    try:
+        from diffusers import FluxTransformer2DModel
+    except ImportError as error:
+        raise ValueError(_diffusers_needed()) from error
     with torch.device("meta"):
         return FluxTransformer2DModel(
             in_channels=config.in_channels,
@@ -217,6 +220,15 @@ def _empty_transformer(config: FluxConfig):
             guidance_embeds=config.guidance,
             axes_dims_rope=AXES,
         )
+
+
+def _diffusers_needed() -> str:
+    """One command: alone, pip would pick a diffusers that replaces the host's huggingface_hub."""
+    held = [f'"{name}=={version(name)}"' for name in ("transformers", "huggingface_hub")]
+    return (
+        "Training needs a package diffusers that fits the others here. Run, with the Python of "
+        f'ComfyUI: python -m pip install "diffusers>=0.33.0" {" ".join(held)}'
+    )
 
 
 def _final_modulation(store: WeightStore) -> tuple[WeightStore, Source]:

@@ -138,7 +138,7 @@ def train(
             if hooks.sample and hooks.sample_every and step % hooks.sample_every == 0:
                 hooks.sample(step, state.lora.state())
             began = time.perf_counter()
-            loss, grad_norm = _optimizer_step(state, step, order, data, hooks)
+            loss, grad_norm = optimizer_step(state, step, order, data, hooks)
             step += 1
             seconds = time.perf_counter() - began
             run.log({"step": step, "loss": loss, "grad_norm": grad_norm, "seconds": seconds})
@@ -205,7 +205,7 @@ class TrainState:
         del self.transformer, self.lora, self.optimizer, self.parameters
 
 
-def _optimizer_step(
+def optimizer_step(
     state: TrainState, step: int, order: BatchOrder, data: TrainingData, hooks: Hooks
 ) -> tuple[float, float]:
     """One optimizer step over all its micro-steps; returns the mean loss and the gradient norm."""

@@ -7,7 +7,6 @@ it is whole or not there.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import JobSettings, to_json
-from .files import disk_full, read_safetensors, sync_folder, write_json, write_safetensors
+from .files import not_written, read_safetensors, sync_folder, write_json, write_safetensors
 
 _VERSION = 1
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
@@ -134,7 +133,7 @@ class Run:
             temporary.rename(final)
             sync_folder(self._checkpoints)
         except OSError as error:
-            raise disk_full(final) if error.errno == errno.ENOSPC else error from error
+            raise not_written(final, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

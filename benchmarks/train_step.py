@@ -1,0 +1,233 @@
+"""One optimizer step of ours beside the plain loop of the QLoRA recipe, in one process.
+
+    python -P benchmarks/train_step.py [--runs 7] [--out benchmarks/results/train_step.json]
+
+The plain loop is a diffusers FLUX whose block Linears are `bitsandbytes.nn.Linear4bit`, with peft's
+`add_adapter` and bitsandbytes' AdamW8bit, its batch lying in memory. Ours is the loop's own step,
+and reads the caches. Both hold the same weights in NF4, compute in the same dtype on the same
+batch, with gradient checkpointing. Runs alternate, so that a busy machine slows both; the ratio is
+the median over the pairs. Memory is the process's, and the two share it: it is not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT_TOKENS = 77
+PIXELS = 128
+
+
+def import_pack() -> None:
+    """Load the pack as `atelier`, as ComfyUI does, whatever its folder is called."""
+    spec = importlib.util.spec_from_file_location("atelier", ROOT / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules["atelier"] = pack
+    spec.loader.exec_module(pack)
+    sys.path.append(str(ROOT / "tests" / "support"))
+
+
+import_pack()
+
+from atelier.trainers import loop  # noqa: E402
+from atelier.trainers.batches import BatchOrder  # noqa: E402
+from atelier.trainers.caches import (  # noqa: E402
+    LatentCache,
+    LatentEntry,
+    PromptCache,
+    PromptEntry,
+)
+from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings  # noqa: E402
+from atelier.trainers.devices import compute_dtype, default_device  # noqa: E402
+from atelier.trainers.entries import EntryFiles  # noqa: E402
+from atelier.trainers.flow import add_noise, flow_loss, sample_sigmas, seeded  # noqa: E402
+from atelier.trainers.flux import image_ids, pack_latents, unpack_latents  # noqa: E402
+from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
+from flux_files import write_flux  # noqa: E402
+
+
+def make_data(folder: Path, base: LoadedFlux) -> loop.TrainingData:
+    """Caches of one random picture and caption."""
+    size, config = PIXELS // 8, base.config
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(16, size, size, generator=generator)
+    EntryFiles(folder).write("a" * 64, {"mean": latents, "std": torch.zeros_like(latents)})
+    embeds = torch.randn(TEXT_TOKENS, config.context_dim, generator=generator)
+    pooled = torch.randn(config.vector_dim, generator=generator)
+    EntryFiles(folder).write("b" * 64, {"prompt_embeds": embeds, "pooled": pooled})
+    entry = LatentEntry(record="a", key="a" * 64, caption="a", width=PIXELS, height=PIXELS)
+    return loop.TrainingData(
+        latents=LatentCache(folder=str(folder), encoder="", entries=(entry,)),
+        prompts=PromptCache(
+            folder=str(folder),
+            encoder="",
+            length=TEXT_TOKENS,
+            entries=(PromptEntry(text="a", key="b" * 64),),
+        ),
+    )
+
+
+def our_step(base: LoadedFlux, data: loop.TrainingData, job: JobSettings) -> Callable[[], float]:
+    state = loop.TrainState(base, job)
+    order = BatchOrder(data.latents.entries, batch_size=1, seed=job.train.seed)
+    return lambda: loop.optimizer_step(state, 0, order, data, loop.Hooks())[0]
+
+
+def plain_step(base: LoadedFlux, data: loop.TrainingData, job: JobSettings) -> Callable[[], float]:
+    """The loop of the Hugging Face script, down to what one step needs."""
+    from bitsandbytes.optim import AdamW8bit
+    from peft import LoraConfig
+
+    device = base.store.device
+    dtype = compute_dtype(job.train.compute_dtype, device)
+    transformer = plain_transformer(base, dtype).to(device)
+    transformer.add_adapter(LoraConfig(r=job.lora.rank, target_modules=list(TARGETS)))
+    transformer.enable_gradient_checkpointing()
+    transformer.train()
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    optimizer = AdamW8bit(parameters, lr=job.train.learning_rate, weight_decay=1e-4)
+    entry = data.latents.entries[0]
+    generator = seeded(job.train.seed, "micro-step", 0)
+    latents, prompt_embeds, pooled = data.load([entry], device, generator)
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    sigma = sample_sigmas(1, generator).to(device)
+    height, width = latents.shape[-2:]
+
+    def step() -> float:
+        tokens = transformer(
+            hidden_states=pack_latents(add_noise(latents, noise, sigma).to(dtype)),
+            encoder_hidden_states=prompt_embeds.to(dtype),
+            pooled_projections=pooled.to(dtype),
+            timestep=sigma,
+            img_ids=image_ids(height, width, device),
+            txt_ids=torch.zeros(TEXT_TOKENS, 3, device=device),
+            guidance=torch.ones(1, device=device),
+            return_dict=False,
+        )[0]
+        loss = flow_loss(unpack_latents(tokens, height, width), latents, noise).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+def plain_transformer(base: LoadedFlux, dtype: torch.dtype) -> nn.Module:
+    """A diffusers model of the same weights, its block Linears replaced by Linear4bit."""
+    from atelier.trainers.flux import build_transformer, empty_transformer
+
+    views = build_transformer(base.store, base.config, dtype)
+    model = empty_transformer(base.config).to_empty(device="cpu").to(dtype)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            view = views.get_submodule(name)
+            bias = view.store.plain[f"{view.source.name}.bias"][view.source.rows]
+            weight = view.dequantize(torch.bfloat16).clone()
+            model.set_submodule(name, plain_linear(name, weight, bias, dtype))
+        elif name.endswith(("norm_q", "norm_k", "norm_added_q", "norm_added_k")):
+            module.weight = nn.Parameter(views.get_submodule(name).weight.clone())
+    return model.requires_grad_(False)
+
+
+def plain_linear(
+    name: str, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+) -> nn.Linear:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    out_features, in_features = weight.shape
+    if "blocks." not in name:
+        linear = nn.Linear(in_features, out_features, dtype=dtype)
+        linear.weight = nn.Parameter(weight.to(dtype))
+    else:
+        linear = Linear4bit(
+            in_features,
+            out_features,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            compress_statistics=False,
+        )
+        linear.weight = Params4bit(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=False
+        )
+        # Else an evaluation repacks the weight on a CPU and the layer stops being differentiable.
+        linear.support_avx512bf16_for_cpu = False
+    linear.bias = nn.Parameter(bias.to(dtype))
+    return linear
+
+
+def seconds(step: Callable[[], float], device: torch.device) -> float:
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def compare(base: LoadedFlux, folder: Path, runs: int) -> dict[str, float]:
+    """Median seconds of both, and the median of ours / plain over alternating pairs."""
+    data = make_data(folder, base)
+    job = JobSettings(lora=LoraSettings(rank=4), train=TrainSettings())
+    ours, plain = our_step(base, data, job), plain_step(base, data, job)
+    losses = [(ours(), plain()) for _ in range(2)]  # warm-up
+    pairs = []
+    for index in range(runs):
+        first, second = (ours, plain) if index % 2 == 0 else (plain, ours)
+        times = {first: seconds(first, base.store.device)}
+        times[second] = seconds(second, base.store.device)
+        pairs.append((times[ours], times[plain]))
+    return {
+        "ours_s": statistics.median(pair[0] for pair in pairs),
+        "plain_s": statistics.median(pair[1] for pair in pairs),
+        "ratio": statistics.median(pair[0] / pair[1] for pair in pairs),
+        "ratio_min": min(pair[0] / pair[1] for pair in pairs),
+        "ratio_max": max(pair[0] / pair[1] for pair in pairs),
+        "first_loss_ours": losses[0][0],
+        "first_loss_plain": losses[0][1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=7, help="pairs per network, at least 5")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/train_step.json")
+    arguments = parser.parse_args()
+    device = default_device()
+    rows = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        wide = {"width": 1024, "depth": 2, "depth_single": 2}
+        files = {
+            "nano": ROOT / "assets/nano/nano-flux.safetensors",
+            "width 1024, 2 + 2 blocks": write_flux(folder / "wide.safetensors", **wide),
+        }
+        for title, file in files.items():
+            base = load_flux(file, format="nf4", device=device, quantize_on=device)
+            rows[title] = compare(base, folder / "cache", arguments.runs)
+            sys.stdout.write(f"{title}: {json.dumps(rows[title], indent=1)}\n")
+    result = {"device": str(device), "torch": torch.__version__, "machine": platform.machine()}
+    result |= {"threads": torch.get_num_threads(), "runs": arguments.runs, "networks": rows}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
