@@ -44,7 +44,6 @@ def train_autoencoder(pictures: EmojiPictures, recipe: Recipe, work: Path, devic
         save(autoencoder_pictures(pictures, seed=recipe.seed), path)
     train, held_out = torch.load(path)
     autoencoder = new_autoencoder().to(device, memory_format=torch.channels_last)
-    autoencoder.decoder.conv_out.bias.data.fill_(1.0)  # white
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         size_px, count = (64, 16) if step < 0.8 * recipe.steps else (128, 4)

@@ -1,4 +1,4 @@
-"""One training loop for every stage: AdamW, warm-up and cosine, moving average, checkpoints that resume."""
+"""One training loop for every stage: AdamW, a falling rate, a moving average, checkpoints that resume."""
 
 import logging
 import math
@@ -35,10 +35,13 @@ def save(value: object, path: Path) -> None:
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Share of the peak rate: linear warm-up, then half a cosine to 2 %."""
+    """Share of the peak rate: linear warm-up, level, and half a cosine down to 2 % over the last third.
+
+    Level for so long that a run can be given more steps, or fewer, after it has begun.
+    """
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
-    progress = min(1.0, (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
+    progress = max(0.0, 3 * step / recipe.steps - 2)
     return 0.02 + 0.49 * (1 + math.cos(math.pi * progress))
 
 
