@@ -239,6 +239,13 @@ class ComfyServer(ComfyClient):
             raise ServerError("The server was not started.")
         return self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        """Id of the server's process."""
+        if self._process is None:
+            raise ServerError("The server was not started.")
+        return self._process.pid
+
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
