@@ -9,8 +9,11 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    if torch.cuda.is_available():  # also AMD's cards
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("xpu" if torch.xpu.is_available() else "cpu")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -33,4 +36,6 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether the CPU multiplies bf16 itself; the questions are private in torch 2.5 to 2.13."""
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in questions)
