@@ -59,6 +59,7 @@ class Lora:
         for name, module in list(self._transformer.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 self._transformer.set_submodule(name, module.get_base_layer())
+        del self._transformer.peft_config  # else peft warns of a second adapter
 
 
 def attach_lora(transformer: nn.Module, settings: LoraSettings, *, seed: int) -> Lora:

@@ -1,0 +1,126 @@
+"""Settings: every bad one is refused where it is made, and JSON gives them back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+from atelier.trainers.config import (
+    COMPUTE_DTYPES,
+    LORA_TARGETS,
+    JobSettings,
+    Length,
+    LoraSettings,
+    TrainSettings,
+    job_from_json,
+    to_json,
+)
+
+BAD_SETTINGS = [
+    (LoraSettings, {"rank": 0}, r"rank must be between 1 and 4096, got 0\. 4 to 32 is usual\."),
+    (LoraSettings, {"rank": -1}, r"rank must be between 1 and 4096, got -1"),
+    (LoraSettings, {"rank": 4097}, r"rank must be between 1 and 4096, got 4097"),
+    (LoraSettings, {"alpha": 0.0}, r"alpha must be above 0, got 0\.0\. Use the rank if in doubt"),
+    (LoraSettings, {"alpha": -2.0}, r"alpha must be above 0, got -2\.0"),
+    (LoraSettings, {"alpha": math.nan}, r"alpha must be above 0, got nan"),
+    (LoraSettings, {"targets": "all-linear"}, r"targets 'all-linear'\. Choose one of: .*qlora"),
+    (TrainSettings, {"learning_rate": 0.0}, r"learning rate must be above 0, got 0\.0\. 1e-4"),
+    (TrainSettings, {"learning_rate": -1e-4}, r"learning rate must be above 0, got -0\.0001"),
+    (TrainSettings, {"learning_rate": math.nan}, r"learning rate must be above 0, got nan"),
+    (TrainSettings, {"batch_size": 0}, r"batch size must be at least 1, got 0"),
+    (TrainSettings, {"gradient_accumulation": 0}, r"accumulation must be at least 1, got 0"),
+    (TrainSettings, {"guidance": -0.5}, r"guidance must not be negative, got -0\.5"),
+    (TrainSettings, {"guidance": math.nan}, r"guidance must not be negative, got nan"),
+    (TrainSettings, {"max_grad_norm": 0.0}, r"gradient norm must be above 0, got 0\.0"),
+    (TrainSettings, {"compute_dtype": "int8"}, r"dtype 'int8'\. Choose one of: auto, bf16, fp16"),
+    (Length, {"amount": 0}, r"length must be at least 1, got 0 steps"),
+    (Length, {"amount": -3, "unit": "epochs"}, r"length must be at least 1, got -3 epochs"),
+    (Length, {"unit": "hours"}, r"Unknown unit of length 'hours'"),
+    (JobSettings, {"checkpoint_every": 0}, r"distance of at least 1 step, got 0"),
+    *(
+        (JobSettings, {"name": name}, r"cannot be a file name\. Use letters, digits")
+        for name in ("", " ", "a/b", "a\\b", "..", ".hidden", "a:b", "a\n", "end ", "a*", " a")
+    ),
+]
+ALL_SET = JobSettings(
+    name="Katze 猫_1.5-b",
+    length=Length(amount=3, unit="epochs"),
+    lora=LoraSettings(rank=8, alpha=4.0, targets="all+ffs"),
+    train=TrainSettings(
+        learning_rate=2e-3,
+        batch_size=3,
+        gradient_accumulation=5,
+        guidance=0.0,
+        max_grad_norm=0.5,
+        gradient_checkpointing=False,
+        compute_dtype="fp16",
+        seed=2**53 - 1,
+    ),
+    checkpoint_every=7,
+)
+
+
+@pytest.mark.parametrize(("settings", "change", "message"), BAD_SETTINGS)
+def test_a_bad_setting_is_refused(settings: type, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**change)
+
+
+@pytest.mark.parametrize("job", [JobSettings(), ALL_SET], ids=["defaults", "all set"])
+def test_json_gives_the_settings_back(job: JobSettings) -> None:
+    assert job_from_json(json.loads(json.dumps(to_json(job)))) == job
+
+
+def test_what_json_leaves_out_has_its_default() -> None:
+    assert job_from_json({"name": "a", "lora": {"rank": 8}}) == JobSettings(
+        name="a", lora=LoraSettings(rank=8)
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"epochs": 3}, {"lora": {"dropout": 0.1}}, {"train": {"lr": 1e-4}}, {"length": {"steps": 3}}],
+)
+def test_an_unknown_field_is_refused(values: dict) -> None:
+    with pytest.raises(ValueError, match=r"setting that this version does not know: .*argument"):
+        job_from_json(values)
+
+
+def test_a_bad_value_in_json_is_refused_as_in_code() -> None:
+    with pytest.raises(ValueError, match="rank must be between"):
+        job_from_json({"lora": {"rank": 0}})
+
+
+@pytest.mark.parametrize("settings", [LoraSettings, TrainSettings, Length, JobSettings])
+def test_settings_are_frozen_and_named(settings: type) -> None:
+    field = dataclasses.fields(settings)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(settings(), field, 1)
+    with pytest.raises(TypeError):
+        settings(1)
+
+
+def test_the_defaults_are_the_recipe_of_the_blog() -> None:
+    """huggingface.co/blog/flux-qlora, its train_dreambooth_lora_flux_miniature.py."""
+    job = JobSettings()
+    assert (job.lora.rank, job.lora.alpha, job.lora.scale) == (4, None, 1.0)
+    assert LORA_TARGETS[job.lora.targets] == ("to_k", "to_q", "to_v", "to_out.0")
+    assert (job.train.learning_rate, job.train.guidance, job.length.amount) == (1e-4, 1.0, 700)
+    assert (job.train.max_grad_norm, job.train.gradient_checkpointing) == (1.0, True)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (2.0, 0.25), (16.0, 2.0)])
+def test_the_scale_is_alpha_by_rank(alpha: float | None, scale: float) -> None:
+    assert LoraSettings(rank=8, alpha=alpha).scale == scale
+
+
+@pytest.mark.parametrize(("unit", "expected"), [("steps", 3), ("epochs", 36)])
+def test_the_length_in_steps(unit: str, expected: int) -> None:
+    assert Length(amount=3, unit=unit).num_steps(12) == expected
+
+
+@pytest.mark.parametrize("dtype", COMPUTE_DTYPES)
+def test_every_dtype_that_is_offered_is_accepted(dtype: str) -> None:
+    assert TrainSettings(compute_dtype=dtype).compute_dtype == dtype
