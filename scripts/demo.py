@@ -27,7 +27,6 @@ from PIL import Image
 
 DATASET = "openmoji"
 """The folder below input/ that the quickstart workflow reads."""
-NUM_PROMPTS = 16
 ARTWORK_CREDIT = "The true pictures: OpenMoji (openmoji.org), CC BY-SA 4.0."
 
 
@@ -36,21 +35,20 @@ def main(
     out_dir: Path,
     *,
     settings: tuple[str, ...] = (),
-    num_prompts: int = NUM_PROMPTS,
+    num_held_out: int | None = None,
 ) -> None:
     """Train, paint and measure; writes the pictures, the LoRA and summary.json into `out_dir`.
 
-    `settings` change the quickstart, for example "Train LoRA.length=20".
+    `settings` change the quickstart, for example "AtelierTrainLoRA.length=20"; of the subjects to
+    paint and to measure only the first `num_held_out` are taken.
     """
     began = time.monotonic()
     out_dir.mkdir(parents=True, exist_ok=True)
-    demo_pictures.write_dataset(
-        server.base_directory / "input" / DATASET, demo_pictures.load_subjects("train")
-    )
+    write_dataset(server)
     with PeakMemory() as memory:
         graph = demo_graph.load(server.object_info(), settings)
         trained = train(server, graph)
-        held_out = demo_pictures.load_subjects("held_out")[:num_prompts]
+        held_out = demo_pictures.load_subjects("held_out")[:num_held_out]
         rows = paint(server, graph, held_out)
     print("\nMeasuring", flush=True)
     summary = {
@@ -85,6 +83,12 @@ class Trained:
         }
 
 
+def write_dataset(server: ComfyServer) -> None:
+    """Put the training pictures where the quickstart workflow looks for them."""
+    folder = server.base_directory / "input" / DATASET
+    demo_pictures.write_dataset(folder, demo_pictures.load_subjects("train"))
+
+
 def train(server: ComfyServer, graph: Graph) -> Trained:
     """Queue the quickstart workflow as it is."""
     progress = NodeProgress(graph)
@@ -98,7 +102,7 @@ def train(server: ComfyServer, graph: Graph) -> Trained:
         lora_path=lora_path,
         run_folder=run_folder,
         losses=[json.loads(line)["loss"] for line in metrics],
-        seconds=progress.seconds.get(demo_graph.node_titled(graph, TRAIN), 0.0),
+        seconds=progress.seconds.get(demo_graph.node_called(graph, TRAIN), 0.0),
     )
 
 

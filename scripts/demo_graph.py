@@ -9,30 +9,31 @@ from comfy_server import GraphError
 from workflow import Graph
 
 WORKFLOW = comfy_server.ROOT / "workflows" / "atelier_quickstart_nano.json"
-TRAIN, PROMPT, BEFORE, AFTER = "Train LoRA", "Prompt", "Before", "After"
-"""Titles of the nodes that the demo needs to find."""
+TRAIN, PROMPT, BEFORE, AFTER = "AtelierTrainLoRA", "Prompt", "Before", "After"
+"""Class or title of the nodes that the demo needs to find."""
 LORA_NAME = "lora_name"
 """Id of the node that the demo adds, which tells the name of the LoRA file."""
 
 
 def load(object_info: dict[str, Any], settings: tuple[str, ...] = ()) -> Graph:
-    """The quickstart in API form; `settings` are changes such as "Train LoRA.length=20"."""
+    """The quickstart in API form; `settings` are changes such as
+    "AtelierTrainLoRA.length=20"."""
     graph = workflow.load(WORKFLOW, object_info)
     for setting in settings:
         workflow.apply_setting(graph, setting, object_info)
     graph[LORA_NAME] = {
         "class_type": "PreviewAny",
-        "inputs": {"source": [node_titled(graph, TRAIN), 2]},
+        "inputs": {"source": [node_called(graph, TRAIN), 2]},
         "_meta": {"title": "Name of the LoRA"},
     }
     return graph
 
 
-def node_titled(graph: Graph, title: str) -> str:
-    """The id of the one node with this title."""
-    found = [key for key, node in graph.items() if node.get("_meta", {}).get("title") == title]
+def node_called(graph: Graph, name: str) -> str:
+    """The id of the one node with this title or class."""
+    found = workflow.nodes_called(graph, name)
     if len(found) != 1:
-        raise GraphError(f"{WORKFLOW.name} has {len(found)} nodes titled '{title}', not one.")
+        raise GraphError(f"{WORKFLOW.name} has {len(found)} nodes called '{name}', not one.")
     return found[0]
 
 
@@ -42,8 +43,8 @@ def with_prompts(graph: Graph, prompts: list[str]) -> Graph:
     Only what depends on the prompt is repeated, each time with the next seed, under ids that
     `output_of` gives: the model is loaded and the LoRA trained once.
     """
-    prompt_node = node_titled(graph, PROMPT)
-    repeated = branch(graph, node_titled(graph, BEFORE)) | branch(graph, node_titled(graph, AFTER))
+    prompt_node = node_called(graph, PROMPT)
+    repeated = branch(graph, node_called(graph, BEFORE)) | branch(graph, node_called(graph, AFTER))
     whole = dict(graph)
     for number, prompt in enumerate(prompts):
         for node_id in repeated:
@@ -61,7 +62,7 @@ def with_prompts(graph: Graph, prompts: list[str]) -> Graph:
 
 def branch(graph: Graph, output: str) -> set[str]:
     """The nodes on all ways from the prompt to `output`, but not the training and what it needs."""
-    prompt_node, train_node = node_titled(graph, PROMPT), node_titled(graph, TRAIN)
+    prompt_node, train_node = node_called(graph, PROMPT), node_called(graph, TRAIN)
     if output == prompt_node:
         return {prompt_node}
     if output == train_node:
@@ -72,8 +73,8 @@ def branch(graph: Graph, output: str) -> set[str]:
 
 
 def output_of(graph: Graph, title: str, number: int) -> str:
-    """The id of the node titled `title` in the branch of prompt `number` of `with_prompts`."""
-    return copy_id(node_titled(graph, title), number)
+    """The id of the node called `title` in the branch of prompt `number` of `with_prompts`."""
+    return copy_id(node_called(graph, title), number)
 
 
 def copy_id(node_id: str, number: int) -> str:

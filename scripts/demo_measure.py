@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 NANO = ROOT / "assets" / "nano"
+JUDGE = NANO / "judge.safetensors"
 OPENMOJI = 3
 """Place of this artwork in the judge's answers."""
 
@@ -109,7 +110,7 @@ def judge_accuracy(pictures: list[Image.Image]) -> float:
 
 def load_judge():
     """The judge that lies beside the nano model, with its own code."""
-    return load_module("nano_judge", NANO / "judge.py").load_judge(NANO / "judge.safetensors")
+    return load_module("nano_judge", NANO / "judge.py").load_judge(JUDGE)
 
 
 def to_tensor(pictures: list[Image.Image]) -> Tensor:
