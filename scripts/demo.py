@@ -190,7 +190,7 @@ On subjects that the LoRA was not trained on:
 (true pictures {summary["subject_score_true"]:.2f})
 Look at  {out_dir / "before_after.png"}
          {out_dir / "loss.png"}
-Use      {summary["lora_path"]}  (ComfyUI/models/loras)
+The LoRA (for the nano model) is {summary["lora_path"]}
 All numbers are in {out_dir / "summary.json"}"""
 
 

@@ -1,13 +1,15 @@
 """What the demo shows while ComfyUI works: a bar with the numbers that the nodes report."""
 
+import shutil
 import sys
 import time
 
 from comfy_server import Event, node_name
 from workflow import Graph
 
-BAR_LENGTH = 24
+BAR_LENGTH = 16
 LINE_EVERY_S = 3
+"""How long a bar waits between two lines where the output is not a terminal."""
 
 
 class Bar:
@@ -21,7 +23,8 @@ class Bar:
         filled = BAR_LENGTH * done // total
         line = f"  [{'#' * filled}{'-' * (BAR_LENGTH - filled)}] {text}"
         if sys.stdout.isatty():
-            print(f"\r{line:<99.99}", end="", flush=True)
+            columns = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:columns]:<{columns}}", end="", flush=True)
             self._is_open = True
         elif time.monotonic() - self._printed > LINE_EVERY_S:
             self._printed = time.monotonic()

@@ -8,10 +8,11 @@ import demo_graph
 import demo_measure
 import demo_pictures
 import demo_plot
+import demo_progress
 import demo_sheet
 import numpy as np
 import pytest
-from comfy_server import ROOT, ComfyServer, GraphError
+from comfy_server import ROOT, ComfyServer, Event, GraphError
 from PIL import Image
 from safetensors import safe_open
 
@@ -121,6 +122,26 @@ def test_the_sheet_shows_every_picture_of_every_row() -> None:
     sheet = demo_sheet.contact_sheet(names, [row, row], title="a", subtitle="b", footnote="c")
     counts = dict(map(reversed, sheet.getcolors(1 << 20)))
     assert all(counts[colour] >= 2 * (demo_sheet.PICTURE_PX - 1) ** 2 for colour in colours)
+
+
+def test_progress_names_each_node_once_and_shows_what_it_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_progress, "LINE_EVERY_S", -1)
+    progress = demo_progress.NodeProgress(make_graph())
+    progress(Event("executing", {"node": "train"}))
+    progress(Event("progress_text", {"node": "train", "text": "loss 0.5  0:01 left"}))
+    progress(Event("progress", {"node": "train", "value": 1, "max": 2}))
+    progress(Event("executing", {"node": "before"}))
+    progress(Event("progress", {"node": "before", "value": 2, "max": 2}))
+    progress(Event("execution_success"))
+    assert capsys.readouterr().out.splitlines() == [
+        "AtelierTrainLoRA",
+        "  [########--------] loss 0.5 0:01 left",
+        "Before",
+        "  [################] 2/2",
+    ]
+    assert progress.seconds.keys() == {"train", "before"}
 
 
 @pytest.fixture(scope="module")
