@@ -25,8 +25,11 @@ def contact_sheet(
     starts = range(0, len(columns), COLUMNS)
     band_px = HEADING_PX + len(rows) * (PICTURE_PX + GAP_PX) + BAND_GAP_PX
     width_px = 2 * MARGIN_PX + LABEL_PX + min(len(columns), COLUMNS) * (PICTURE_PX + GAP_PX)
-    pen_width = max(width_px, 2 * MARGIN_PX + round(font(24).getlength(title)))
-    size = (pen_width, MARGIN_PX + TITLE_PX + len(starts) * band_px + FOOT_PX)
+    text_px = max(font(24).getlength(title), font(15).getlength(subtitle))
+    size = (
+        max(width_px, 2 * MARGIN_PX + round(text_px)),
+        MARGIN_PX + TITLE_PX + len(starts) * band_px + FOOT_PX,
+    )
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN_PX, MARGIN_PX), title, INK, font(24))
