@@ -19,18 +19,17 @@ logger = logging.getLogger("nano")
 
 @torch.no_grad()
 def real_pictures(pictures: EmojiPictures, autoencoder: AutoencoderKL, codes: list[str], device: torch.device) -> Tensor:
-    """[3, codes, 4, 3, 128, 128] uint8: as drawn, through the autoencoder, and moved and through the autoencoder.
+    """[2, codes, 4, 3, 128, 128] uint8: as drawn, and a little smaller, moved and through the autoencoder.
 
     Half of what a classifier sees has the decoder's texture, so that it cannot tell artworks or generated pictures by it.
     """
     drawn = to_tensor([pictures.picture(artwork, code) for code in codes for artwork in ARTWORKS])
     generator, decoded = torch.Generator().manual_seed(1), []
-    for change in (lambda images: images, lambda images: moved(images, generator)):
-        for part in drawn.split(32):
-            images = change(part.to(device).float() / 127.5 - 1)
-            back = autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
-            decoded.append(((back.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
-    return torch.cat([drawn, *decoded]).view(3, len(codes), len(ARTWORKS), *drawn.shape[1:])
+    for part in drawn.split(32):
+        images = moved(part.to(device).float() / 127.5 - 1, generator)
+        back = autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
+        decoded.append(((back.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+    return torch.cat([drawn, *decoded]).view(2, len(codes), len(ARTWORKS), *drawn.shape[1:])
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -82,20 +81,17 @@ def train_judge(pictures: EmojiPictures, autoencoder: AutoencoderKL, recipe: Rec
     numbers = torch.arange(len(codes))
     figures = {
         "style, real pictures of other subjects": accuracy(style, own[0].flatten(0, 1), artworks.repeat(len(codes))),
-        "style, the same through the autoencoder": accuracy(style, own[1].flatten(0, 1), artworks.repeat(len(codes))),
-        "style, the same smaller and moved": accuracy(style, own[2].flatten(0, 1), artworks.repeat(len(codes))),
+        "style, the same smaller, moved and decoded": accuracy(style, own[1].flatten(0, 1), artworks.repeat(len(codes))),
     }
-    subject = None
-    for left_out in (None, "twemoji", "openmoji"):
+    for left_out in (None, "twemoji", "openmoji"):  # the judge itself, then two that show what it is worth
         kept = [a for a, artwork in enumerate(ARTWORKS) if artwork != left_out]
         name = f"judge_subject_without_{left_out}" if left_out else "judge_subject"
         labels = numbers.repeat_interleave(len(kept))
         network = train_classifier(name, own[:, :, kept].flatten(1, 2), labels, SUBJECT_WIDTHS, recipe, work)
         if left_out is None:
-            subject = network
+            save_judge(Judge(style, network, codes), work / "judge.safetensors")
         else:
             figures[f"subject, {left_out} never seen"] = accuracy(network, own[0, :, ARTWORKS.index(left_out)], numbers)
-    save_judge(Judge(style, subject, codes), work / "judge.safetensors")
     logger.info("judge: %s", figures)
     return figures
 
