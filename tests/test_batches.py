@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -97,5 +98,5 @@ def test_pictures_meet_others_in_another_epoch() -> None:
 def test_sizes_are_shuffled_among_each_other() -> None:
     order = BatchOrder(make_entries(), batch_size=1, seed=0)
     widths = [order.batch(step)[0].width for step in range(order.batches_per_epoch)]
-    changes = sum(a != b for a, b in zip(widths, widths[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(widths))
     assert changes > len(set(SIZES))

@@ -19,7 +19,14 @@ from typing import Any
 from torch import Tensor
 
 from .config import JobSettings, to_json
-from .files import not_written, read_safetensors, sync_folder, write_json, write_safetensors
+from .files import (
+    not_written,
+    read_safetensors,
+    sync_folder,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
 
 _VERSION = 1
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
@@ -110,9 +117,15 @@ class Run:
             ValueError: if it is damaged.
         """
         folder = self._checkpoints / f"step-{step:06d}"
-        adapter, _ = read_safetensors(folder / "adapter.safetensors")
-        optimizer, _ = read_safetensors(folder / "optimizer.safetensors")
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        try:
+            adapter, _ = read_safetensors(folder / "adapter.safetensors")
+            optimizer, _ = read_safetensors(folder / "optimizer.safetensors")
+            values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"The checkpoint '{folder}' is damaged. Delete this folder and queue again: "
+                "the run goes on from the checkpoint before."
+            ) from error
         return Checkpoint(step, adapter, optimizer, values)
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -138,9 +151,16 @@ class Run:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def log(self, metrics: dict[str, float | int]) -> None:
-        """Append one line to the metrics."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        """Append one line to the metrics.
+
+        Raises:
+            ValueError: if the disk is full.
+        """
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise not_written(self._metrics, error) from error
 
     def metrics(self) -> list[dict[str, float | int]]:
         """All whole lines of the metrics; one that a crash cut short is left out."""
@@ -152,6 +172,5 @@ class Run:
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that will be repeated."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        self._metrics.unlink(missing_ok=True)
-        for line in kept:
-            self.log(line)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(self._metrics, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,0 +1,307 @@
+"""A run on disk: whole checkpoints or none, and an identity of what determines the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from atelier.trainers import files, run
+from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.run import Checkpoint, Run, RunIdentity
+from safetensors import SafetensorError
+from small_disk import fill, small_disk
+from training import training_data
+
+IDENTITY = RunIdentity(
+    base="base", base_format="nf4", latents="latents", prompts="prompts", job=JobSettings()
+)
+
+
+def checkpoint(step: int, size: int = 8) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    return Checkpoint(
+        step,
+        {"a": torch.randn(size, generator=generator)},
+        {"0/state1": torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)},
+        {"optimizer": {"0/step": step}, "scaler": {"scale": 1.5 * step}},
+    )
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    assert (one.step, one.values) == (other.step, other.values)
+    for mine, theirs in ((one.adapter, other.adapter), (one.optimizer, other.optimizer)):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Run:
+    """A run with a checkpoint at step 1."""
+    made = Run(tmp_path, IDENTITY)
+    made.save(checkpoint(1))
+    return made
+
+
+def test_a_checkpoint_comes_back(saved: Run) -> None:
+    assert_same(saved.load(1), checkpoint(1))
+
+
+def test_a_run_opened_again_finds_its_checkpoints(saved: Run, tmp_path: Path) -> None:
+    saved.save(checkpoint(12))
+    saved.save(checkpoint(1_234_567))
+    assert Run(tmp_path, IDENTITY).steps_saved() == [1, 12, 1_234_567]
+
+
+def test_a_checkpoint_that_exists_is_kept(saved: Run) -> None:
+    saved.save(dataclasses.replace(checkpoint(2), step=1))
+    assert_same(saved.load(1), checkpoint(1))
+
+
+def full_sync(patch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    patch.setattr(files.os, "fsync", full)
+
+
+def full_safetensors(patch: pytest.MonkeyPatch) -> None:
+    """What the library's own code in Rust raises."""
+
+    def full(*_: object, **__: object) -> None:
+        text = 'I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
+        raise SafetensorError(f"Error while serializing: {text}")
+
+    patch.setattr("safetensors.torch.save_file", full)
+
+
+@pytest.mark.parametrize("break_disk", [full_sync, full_safetensors], ids=lambda f: f.__name__)
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(
+    saved: Run, monkeypatch: pytest.MonkeyPatch, break_disk: Callable
+) -> None:
+    with monkeypatch.context() as patch:
+        break_disk(patch)
+        with pytest.raises(
+            ValueError, match=r"^The disk of .* is full\. Free some space and queue"
+        ):
+            saved.save(checkpoint(2))
+    assert names(saved.folder / "checkpoints") == ["step-000001"]
+    assert_same(saved.load(1), checkpoint(1))
+
+
+@pytest.mark.parametrize("last", ["write_json", "write_safetensors"])
+def test_a_crash_while_saving_leaves_the_checkpoint_before(
+    saved: Run, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    def crash(*_: object) -> None:
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, last, crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            saved.save(checkpoint(2))
+    assert names(saved.folder / "checkpoints") == ["step-000001"]
+
+
+def test_what_a_killed_process_left_is_removed_when_the_run_is_opened(
+    saved: Run, tmp_path: Path
+) -> None:
+    half = saved.folder / "checkpoints" / ".step-000002.77.tmp"
+    half.mkdir()
+    (half / "adapter.safetensors").write_bytes(b"half")
+    assert Run(tmp_path, IDENTITY).steps_saved() == [1]
+    assert names(saved.folder / "checkpoints") == ["step-000001"]
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_one_sentence(saved: Run, name: str, damage: str) -> None:
+    path = saved.folder / "checkpoints" / "step-000001" / name
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-5])
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"^The checkpoint '.*step-000001' is damaged\. Delete"):
+        saved.load(1)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
+
+
+def test_a_really_full_disk_leaves_the_checkpoint_before(disk: Path) -> None:
+    made = Run(disk, IDENTITY)
+    made.save(checkpoint(1))
+    with pytest.raises(ValueError, match=r"^The disk of .* is full\. Free some space and queue"):
+        made.save(checkpoint(2, size=1 << 20))
+    assert names(made.folder / "checkpoints") == ["step-000001"]
+    assert_same(made.load(1), checkpoint(1))
+    made.save(checkpoint(3))
+    assert made.steps_saved() == [1, 3]
+
+
+def log_until_full(made: Run) -> tuple[int, str]:
+    """Lines written before the disk refused one, and what it then said."""
+    for count in range(10_000):  # the last page of the file has room for some
+        try:
+            made.log({"step": 2 + count, "loss": 0.25})
+        except ValueError as error:
+            return count, str(error)
+    raise AssertionError("the disk was never full")
+
+
+def test_a_really_full_disk_keeps_the_metrics(disk: Path) -> None:
+    made = Run(disk, IDENTITY)
+    made.log({"step": 1, "loss": 0.5})
+    filler = fill(disk)
+    count, message = log_until_full(made)
+    filler.unlink()
+    assert message.startswith(f"The disk of {made.folder} is full. Free some space and queue")
+    assert [line["step"] for line in made.metrics()] == list(range(1, count + 2))
+
+
+def test_a_new_run_on_a_really_full_disk_is_one_sentence(disk: Path) -> None:
+    fill(disk)
+    with pytest.raises(ValueError, match=r"^The disk of .* is full\. Free some space and queue"):
+        Run(disk, IDENTITY)
+
+
+def test_metrics_come_back_in_order(saved: Run) -> None:
+    lines = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    for line in lines:
+        saved.log(line)
+    assert saved.metrics() == lines
+
+
+def test_a_line_that_a_crash_cut_is_left_out(saved: Run) -> None:
+    saved.log({"step": 1, "loss": 0.5})
+    with (saved.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert saved.metrics() == [{"step": 1, "loss": 0.5}]
+
+
+def test_a_resumed_run_writes_after_a_cut_line(saved: Run) -> None:
+    test_a_line_that_a_crash_cut_is_left_out(saved)
+    saved.forget_metrics_after(1)
+    saved.log({"step": 2, "loss": 0.25})
+    assert [line["step"] for line in saved.metrics()] == [1, 2]
+
+
+def test_forgetting_drops_the_steps_that_will_be_repeated(saved: Run) -> None:
+    for step in range(1, 6):
+        saved.log({"step": step, "loss": 1.0})
+    saved.forget_metrics_after(3)
+    assert [line["step"] for line in saved.metrics()] == [1, 2, 3]
+
+
+def test_a_full_disk_while_forgetting_keeps_every_line(
+    saved: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(1, 4):
+        saved.log({"step": step, "loss": 1.0})
+    with monkeypatch.context() as patch:
+        full_sync(patch)
+        with pytest.raises(ValueError, match=r"^The disk of .* is full"):
+            saved.forget_metrics_after(1)
+    assert [line["step"] for line in saved.metrics()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("steps_saved", "asked", "expected"),
+    [
+        ([], 10, 0),
+        ([4], 4, 4),
+        ([4], 10, 4),
+        ([2, 4], 10, 4),
+        ([2, 4], 2, 2),
+    ],
+)
+def test_where_a_run_begins(
+    tmp_path: Path, steps_saved: list[int], asked: int, expected: int
+) -> None:
+    made = Run(tmp_path, IDENTITY)
+    for step in steps_saved:
+        made.save(checkpoint(step))
+    assert made.start_step(asked) == expected
+
+
+def test_fewer_steps_without_a_checkpoint_name_those_that_there_are(saved: Run) -> None:
+    saved.save(checkpoint(4))
+    with pytest.raises(
+        ValueError, match=r"^This run already has 4 steps .* at 3\. Ask for one of 1, 4"
+    ):
+        saved.start_step(3)
+
+
+def test_two_runs_of_one_identity_share_a_folder(tmp_path: Path) -> None:
+    assert Run(tmp_path, IDENTITY).folder == Run(tmp_path, IDENTITY).folder
+
+
+def test_the_run_file_holds_all_that_the_hash_is_over(saved: Run) -> None:
+    assert json.loads((saved.folder / "run.json").read_text()) == IDENTITY.to_json()
+
+
+def job(**change: object) -> dict[str, object]:
+    return {"job": dataclasses.replace(JobSettings(), **change)}  # pyright: ignore
+
+
+def train(**change: object) -> dict[str, object]:
+    return job(train=TrainSettings(**change))  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base": "another"},
+        {"base_format": "bf16"},
+        {"latents": "another"},
+        {"prompts": "another"},
+        job(lora=LoraSettings(rank=8)),
+        job(lora=LoraSettings(alpha=2.0)),
+        job(lora=LoraSettings(targets="all")),
+        train(learning_rate=2e-4),
+        train(batch_size=2),
+        train(gradient_accumulation=2),
+        train(guidance=2.0),
+        train(max_grad_norm=2.0),
+        train(compute_dtype="fp32"),
+        train(seed=1),
+    ],
+    ids=str,
+)
+def test_what_changes_the_weights_changes_the_run(change: dict) -> None:
+    assert dataclasses.replace(IDENTITY, **change).hash8() != IDENTITY.hash8()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [job(name="another"), job(length=Length(amount=5)), job(checkpoint_every=5)],
+    ids=str,
+)
+def test_what_does_not_change_the_weights_does_not_change_the_run(change: dict) -> None:
+    assert dataclasses.replace(IDENTITY, **change).hash8() == IDENTITY.hash8()
+
+
+@pytest.mark.parametrize("field", ["caption", "key", "repeats"])
+def test_the_run_follows_what_is_in_the_latent_cache(tmp_path: Path, field: str) -> None:
+    cache = training_data(tmp_path).latents
+    change = {field: 2 if field == "repeats" else "another"}
+    entries = (dataclasses.replace(cache.entries[0], **change), *cache.entries[1:])
+    changed = dataclasses.replace(cache, entries=entries)
+    assert changed.fingerprint() != cache.fingerprint()
+
+
+def test_the_run_follows_neither_the_folder_nor_the_order_of_the_cache(tmp_path: Path) -> None:
+    cache = training_data(tmp_path).latents
+    moved = dataclasses.replace(cache, folder="/elsewhere", entries=cache.entries[::-1])
+    assert moved.fingerprint() == cache.fingerprint()
