@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 ARTWORKS = ("noto", "fluent", "twemoji", "openmoji")
-STYLE_WIDTHS, SUBJECT_WIDTHS = (24, 48, 64, 96), (32, 64, 96, 128)
+STYLE_WIDTHS, SUBJECT_WIDTHS = (24, 48, 64, 64), (32, 64, 96, 128)
 
 
 def classifier(widths: tuple[int, ...], num_classes: int) -> nn.Sequential:
