@@ -25,6 +25,7 @@ from atelier.trainers.store import FORMATS
 from dense import dense_transformer, stored_tensors
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_files import write_flux
+from one_thread import one_thread  # noqa: F401
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file

@@ -21,6 +21,7 @@ from atelier.trainers.store import FORMATS, PackedWeight, WeightStore
 from dense import dense_transformer, stored_tensors
 from diffusers import FluxPipeline
 from flux_files import flux_shapes, write_flux
+from one_thread import one_thread  # noqa: F401
 
 SIZES = [(8, 8), (12, 6), (2, 16)]
 SIGMA = torch.tensor([0.7, 0.2])

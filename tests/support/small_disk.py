@@ -1,4 +1,4 @@
-"""A real filesystem of one megabyte, where this user may mount one."""
+"""A real filesystem of a few megabytes, where this user may mount one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 
 @contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
+def small_disk(folder: Path, megabytes: int = 1) -> Iterator[Path]:
     """Mount it at `folder`; skips the test where that is not allowed."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,0 +1,439 @@
+"""The training loop: that of diffusers and peft, resumable to the bit (DESIGN I2, I5)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from atelier.trainers import loop
+from atelier.trainers.adapters import attach_lora
+from atelier.trainers.batches import BatchOrder
+from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.flow import seeded
+from atelier.trainers.flux import build_transformer
+from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.loop import Hooks, Step, Trained, TrainingData, open_run, train
+from atelier.trainers.run import Checkpoint, Run
+from atelier.trainers.store import FORMATS
+from bitsandbytes.optim import AdamW8bit
+from dense import dense_transformer, stored_tensors
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from flux_files import write_flux
+from one_thread import one_thread  # noqa: F401
+from peft import LoraConfig, set_peft_model_state_dict
+from small_disk import fill, small_disk
+from training import training_data
+
+LORA = LoraSettings(rank=16)  # large enough for an optimizer state of 8 bits
+NO_HOOKS = Hooks()
+
+
+def job(num_steps: int = 5, *, checkpoint_every: int = 250, **settings: object) -> JobSettings:
+    values = {"learning_rate": 1e-2, "compute_dtype": "fp32", "gradient_checkpointing": False}
+    values |= settings
+    return JobSettings(
+        name="test",
+        length=Length(amount=num_steps),
+        lora=LORA,
+        train=TrainSettings(**values),  # pyright: ignore[reportArgumentType]
+        checkpoint_every=checkpoint_every,
+    )
+
+
+@pytest.fixture(scope="module")
+def flux_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_flux(tmp_path_factory.mktemp("flux") / "flux.safetensors")
+
+
+@pytest.fixture(scope="module")
+def base(flux_file: Path) -> LoadedFlux:
+    return load_flux(flux_file, format="bf16")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    return training_data(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture
+def run_job(tmp_path: Path, base: LoadedFlux, data: TrainingData):
+    """Train a job in a folder below the test's own; returns what came out and the run."""
+
+    def run_it(
+        settings: JobSettings, hooks: Hooks = NO_HOOKS, folder: str = "runs"
+    ) -> tuple[Trained, Run]:
+        made = open_run(tmp_path / folder, settings, base, data)
+        return train(made, base, data, settings, hooks), made
+
+    return run_it
+
+
+class Stop(BaseException):
+    """What a host raises for Cancel; not an Exception."""
+
+
+def stop_before(micro_step: int) -> Hooks:
+    calls = iter(range(1000))
+
+    def check() -> None:
+        if next(calls) == micro_step:
+            raise Stop
+
+    return Hooks(check_stop=check)
+
+
+def assert_same_checkpoint(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.values == other.values
+    for mine, theirs in ((one.adapter, other.adapter), (one.optimizer, other.optimizer)):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+RESUMED = {
+    "fp32": {},
+    "bf16": {"compute_dtype": "bf16"},
+    "fp16": {"compute_dtype": "fp16"},
+    "batch of 2": {"batch_size": 2},
+    "accumulation of 2": {"gradient_accumulation": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_stopped_and_resumed_run_ends_as_an_uninterrupted_one(run_job, name: str) -> None:
+    settings = job(4, **RESUMED[name])
+    # In the middle of a step, if it has several parts.
+    accumulation = settings.train.gradient_accumulation
+    stop_at = 2 * accumulation + accumulation // 2
+    whole, whole_run = run_job(settings, folder="whole")
+    with pytest.raises(Stop):
+        run_job(settings, stop_before(stop_at), folder="halved")
+    resumed, resumed_run = run_job(settings, folder="halved")
+    assert resumed_run.steps_saved() == [2, 4]
+    assert resumed.losses == whole.losses
+    assert all(torch.equal(resumed.lora[key], whole.lora[key]) for key in whole.lora)
+    assert_same_checkpoint(resumed_run.load(4), whole_run.load(4))
+
+
+def test_the_state_of_eight_bits_is_among_what_is_resumed(run_job) -> None:
+    """Guards the test above: small tensors would all have 32 bits."""
+    dtypes = {tensor.dtype for tensor in run_job(job(1))[1].load(1).optimizer.values()}
+    assert torch.uint8 in dtypes
+
+
+def test_a_run_stopped_twice_ends_the_same(run_job) -> None:
+    settings = job(4)
+    whole, _ = run_job(settings, folder="whole")
+    for count in (1, 2):
+        with pytest.raises(Stop):
+            run_job(settings, stop_before(count), folder="cut")
+    resumed, cut = run_job(settings, folder="cut")
+    assert cut.steps_saved() == [1, 3, 4]
+    assert resumed.losses == whole.losses
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(run_job) -> None:
+    whole, _ = run_job(job(4), folder="whole")
+    run_job(job(2), folder="grown")
+    grown, _ = run_job(job(4), folder="grown")
+    assert grown.losses == whole.losses
+    assert all(torch.equal(grown.lora[key], whole.lora[key]) for key in whole.lora)
+
+
+def plain_losses(
+    tensors: dict, data: TrainingData, settings: JobSettings, start: dict[str, torch.Tensor]
+) -> list[float]:
+    """Losses of a plain loop in the manner of diffusers' train_dreambooth_lora_flux.py."""
+    train_settings, lora = settings.train, settings.lora
+    model = dense_transformer(tensors)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets))
+    assert not set_peft_model_state_dict(model, start).unexpected_keys
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(parameters) == len(start)
+    optimizer = AdamW8bit(
+        parameters,
+        lr=train_settings.learning_rate,
+        betas=(0.9, 0.999),
+        weight_decay=1e-4,
+        eps=1e-8,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    order = BatchOrder(
+        data.latents.entries, batch_size=train_settings.batch_size, seed=train_settings.seed
+    )
+    accumulation, losses = train_settings.gradient_accumulation, []
+    for step in range(settings.length.amount):
+        parts = []
+        for micro_step in range(step * accumulation, (step + 1) * accumulation):
+            generator = seeded(train_settings.seed, "micro-step", micro_step)
+            entries = order.batch(micro_step)
+            latents, embeds, pooled = data.load(entries, torch.device("cpu"), generator)
+            noise = torch.randn(latents.shape, generator=generator)
+            density = compute_density_for_timestep_sampling(
+                "none", len(entries), generator=generator
+            )
+            indices = (density * 1000).long()
+            timesteps = scheduler.timesteps[indices]
+            sigmas = scheduler.sigmas[indices].view(-1, 1, 1, 1)
+            noisy = (1.0 - sigmas) * latents + sigmas * noise
+            batch, channels, height, width = latents.shape
+            prediction = model(
+                hidden_states=FluxPipeline._pack_latents(noisy, batch, channels, height, width),
+                timestep=timesteps / 1000,
+                guidance=torch.full((batch,), train_settings.guidance),
+                pooled_projections=pooled,
+                encoder_hidden_states=embeds,
+                txt_ids=torch.zeros(embeds.shape[1], 3),
+                img_ids=FluxPipeline._prepare_latent_image_ids(
+                    batch, height // 2, width // 2, torch.device("cpu"), torch.float32
+                ),
+                return_dict=False,
+            )[0]
+            prediction = FluxPipeline._unpack_latents(prediction, height * 8, width * 8, 8)
+            loss = ((prediction - (noise - latents)) ** 2).reshape(batch, -1).mean(1).mean()
+            (loss / accumulation).backward()
+            parts.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(parameters, train_settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(sum(parts) / accumulation)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("format", "settings"),
+    [
+        *((format, {}) for format in FORMATS),
+        ("bf16", {"batch_size": 2, "guidance": 3.5}),
+        ("bf16", {"gradient_accumulation": 2, "seed": 3, "gradient_checkpointing": True}),
+    ],
+    ids=str,
+)
+def test_losses_are_those_of_a_plain_loop_with_the_stored_weights(
+    tmp_path: Path, flux_file: Path, data: TrainingData, format: str, settings: dict
+) -> None:
+    job_of_five = job(5, learning_rate=1e-3, max_grad_norm=0.05, **settings)
+    base = load_flux(flux_file, format=format)
+    transformer = build_transformer(base.store, base.config, torch.float32)
+    start = attach_lora(transformer, LORA, seed=job_of_five.train.seed).state()
+    expected = plain_losses(stored_tensors(format), data, job_of_five, start)
+    run = open_run(tmp_path, job_of_five, base, data)
+    found = train(run, base, data, job_of_five).losses
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_the_loss_falls_on_one_picture(tmp_path: Path, base: LoadedFlux) -> None:
+    one = training_data(tmp_path / "caches", ((64, 64),), std=0.0)
+    settings = job(30)
+    losses = train(open_run(tmp_path, settings, base, one), base, one, settings).losses
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+
+
+def finish(run_job: Callable) -> None:
+    run_job(job(1))
+
+
+def cancel(run_job: Callable) -> None:
+    with pytest.raises(Stop):
+        run_job(job(2), stop_before(1))
+
+
+def fail(run_job: Callable) -> None:
+    def broken(step: Step) -> None:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        run_job(job(2), Hooks(on_step=broken))
+
+
+@pytest.mark.parametrize("end", [finish, cancel, fail], ids=lambda end: end.__name__)
+def test_the_bytes_of_the_base_do_not_change(run_job, base: LoadedFlux, end: Callable) -> None:
+    before = base.store.content_hash()
+    end(run_job)
+    assert base.store.content_hash() == before
+
+
+def test_an_error_in_a_hook_saves_the_step_before_it(run_job, tmp_path: Path) -> None:
+    fail(run_job)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def diverging_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = loop.batch_loss, iter(range(1000))
+
+    def batch_loss(*args: object, **options: object) -> torch.Tensor:
+        loss = original(*args, **options)  # pyright: ignore[reportArgumentType]
+        return loss * float("nan") if next(calls) == count else loss
+
+    monkeypatch.setattr(loop, "batch_loss", batch_loss)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_loss_that_is_no_number_is_one_sentence(
+    run_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    diverging_at(count, monkeypatch)
+    with pytest.raises(
+        ValueError, match=rf"not a number after {count} steps: .* \(0\.01\), or set"
+    ):
+        run_job(job(4))
+    (folder,) = (tmp_path / "runs").iterdir()
+    saved = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert saved == ([f"step-{count:06d}"] if count else [])
+
+
+@pytest.mark.xfail(strict=True, reason="train saves at checkpoint_every without is_finite()")
+def test_no_checkpoint_holds_weights_that_are_not_finite(
+    run_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient may overflow although its loss is finite."""
+    original, calls = torch.nn.utils.clip_grad_norm_, iter(range(1000))
+
+    def overflow(parameters: list, *args: object) -> torch.Tensor:
+        norm = original(parameters, *args)  # pyright: ignore[reportArgumentType]
+        if next(calls) == 1:
+            parameters[0].grad.fill_(float("nan"))
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflow)
+    with pytest.raises(ValueError, match="diverged"):
+        run_job(job(4, checkpoint_every=1))
+    monkeypatch.undo()
+    (folder,) = (tmp_path / "runs").iterdir()
+    saved = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert saved == ["step-000001"]
+
+
+def test_a_finished_run_is_answered_from_disk(run_job, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = run_job(job(2))
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a finished run was computed again")
+
+    monkeypatch.setattr(loop, "build_transformer", forbidden)
+    again, _ = run_job(job(2))
+    assert (again.step, again.losses) == (2, first.losses)
+    assert all(torch.equal(again.lora[name], first.lora[name]) for name in first.lora)
+
+
+@pytest.mark.xfail(strict=True, reason="train forgets metrics also when it only answers from disk")
+def test_a_shorter_answer_keeps_the_losses_of_the_longer_run(run_job) -> None:
+    longer, _ = run_job(job(4, checkpoint_every=2))
+    shorter, _ = run_job(job(2, checkpoint_every=2))
+    assert shorter.losses == longer.losses[:2]
+    assert run_job(job(4, checkpoint_every=2))[0].losses == longer.losses
+
+
+def test_checkpoints_have_their_distance_and_one_is_at_the_end(run_job) -> None:
+    assert run_job(job(5, checkpoint_every=2))[1].steps_saved() == [2, 4, 5]
+
+
+class Samples:
+    def __init__(self, every: int) -> None:
+        self.drawn: dict[int, dict[str, torch.Tensor]] = {}
+        self.hooks = Hooks(sample=self.draw, sample_every=every)
+
+    def draw(self, step: int, lora: dict[str, torch.Tensor]) -> None:
+        assert step not in self.drawn
+        self.drawn[step] = lora
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0, [5]), (2, [0, 2, 4, 5]), (5, [0, 5]), (9, [0, 5])]
+)
+def test_samples_are_drawn_at_these_steps(run_job, every: int, steps: list[int]) -> None:
+    samples = Samples(every)
+    run_job(job(5), samples.hooks)
+    assert list(samples.drawn) == steps
+
+
+def test_samples_have_the_weights_of_their_step(run_job) -> None:
+    samples = Samples(2)
+    trained, run = run_job(job(3, checkpoint_every=2), samples.hooks)
+    for step, lora in samples.drawn.items():
+        expected = trained.lora if step == 3 else run.load(2).adapter if step else lora
+        assert all(torch.equal(lora[name], expected[name]) for name in expected)
+    assert not any(tensor.any() for name, tensor in samples.drawn[0].items() if "lora_B" in name)
+
+
+def test_a_finished_run_draws_its_last_sample_again(run_job) -> None:
+    run_job(job(2))
+    samples = Samples(1)
+    trained, _ = run_job(job(2), samples.hooks)
+    assert list(samples.drawn) == [2]
+    assert all(torch.equal(samples.drawn[2][name], trained.lora[name]) for name in trained.lora)
+
+
+def test_samples_do_not_change_the_training(run_job) -> None:
+    plain, _ = run_job(job(3), folder="plain")
+    sampled, _ = run_job(job(3), Samples(1).hooks, folder="sampled")
+    assert plain.losses == sampled.losses
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_steps"),
+    [
+        ({}, 8),
+        ({"batch_size": 2}, 4),
+        ({"batch_size": 3}, 4),
+        ({"gradient_accumulation": 2}, 4),
+        ({"gradient_accumulation": 3}, 4),
+        ({"batch_size": 4, "gradient_accumulation": 8}, 2),
+    ],
+    ids=str,
+)
+def test_two_epochs_of_four_pictures_are_so_many_steps(
+    data: TrainingData, settings: dict, num_steps: int
+) -> None:
+    two_epochs = dataclasses.replace(job(**settings), length=Length(amount=2, unit="epochs"))
+    assert two_epochs.length.num_steps(loop.steps_per_epoch(two_epochs, data)) == num_steps
+
+
+def test_a_run_of_epochs_ends_after_its_steps(run_job) -> None:
+    settings = dataclasses.replace(job(batch_size=2), length=Length(amount=1, unit="epochs"))
+    starts: list[tuple[int, int]] = []
+    trained, _ = run_job(settings, Hooks(on_start=lambda *start: starts.append(start)))
+    assert starts == [(0, 2)]
+    assert (trained.step, len(trained.losses)) == (2, 2)
+
+
+def test_every_step_is_told_with_its_loss(run_job) -> None:
+    told: list[Step] = []
+    trained, _ = run_job(job(3), Hooks(on_step=told.append))
+    assert [(step.step, step.num_steps) for step in told] == [(1, 3), (2, 3), (3, 3)]
+    assert [step.loss for step in told] == trained.losses
+    assert told[0].seconds_left == pytest.approx(2 * told[0].seconds_per_step)
+
+
+def test_pictures_of_several_sizes_train(tmp_path: Path, base: LoadedFlux) -> None:
+    mixed = training_data(tmp_path / "caches", ((64, 64), (96, 64), (64, 64)))
+    settings = job(3, batch_size=2)
+    trained = train(open_run(tmp_path, settings, base, mixed), base, mixed, settings)
+    assert len(trained.losses) == 3
+
+
+def test_a_full_disk_keeps_what_was_saved_and_training_goes_on_with_space(
+    run_job, tmp_path: Path
+) -> None:
+    whole, _ = run_job(job(3), folder="whole")
+    with small_disk(tmp_path / "disk", 8) as disk:
+        settings = job(3, checkpoint_every=1)
+
+        def fill_at_two(step: Step) -> None:
+            if step.step == 2:
+                fill(disk)
+
+        with pytest.raises(
+            ValueError, match=r"^The disk of .* is full\. Free some space and queue"
+        ):
+            run_job(settings, Hooks(on_step=fill_at_two), folder="disk")
+        (disk / "filler").unlink()
+        (folder,) = disk.iterdir()
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
+        assert run_job(settings, folder="disk")[0].losses == whole.losses
