@@ -1,0 +1,105 @@
+"""Saved graphs are a contract: ids, names, types and their order are never changed, only added to.
+
+A change of FROZEN that is more than a new node, or a new optional input or output at the end,
+breaks the graphs that people have saved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+
+import pytest
+
+FROZEN = {
+    "AtelierLoadQuantizedFlux": (
+        ["model COMBO", "format COMBO", "compute_dtype COMBO"],
+        ["MODEL MODEL", "CLIP CLIP", "VAE VAE"],
+    ),
+    "AtelierImageFolderDataset": (
+        [
+            *("folder COMBO", "width INT", "height INT", "mode COMBO", "repeats INT"),
+            *("trigger STRING", "missing_captions COMBO"),
+        ],
+        ["dataset ATELIER_DATASET"],
+    ),
+    "AtelierCacheLatents": (
+        ["dataset ATELIER_DATASET", "vae VAE", "batch_size INT"],
+        ["latents ATELIER_LATENT_CACHE"],
+    ),
+    "AtelierEncodePrompts": (
+        ["dataset ATELIER_DATASET", "clip CLIP", "length INT"],
+        ["prompts ATELIER_PROMPT_CACHE"],
+    ),
+    "AtelierTrainLoRA": (
+        [
+            *("model MODEL", "latents ATELIER_LATENT_CACHE", "prompts ATELIER_PROMPT_CACHE"),
+            *("name STRING", "length INT", "unit COMBO", "rank INT", "targets COMBO"),
+            *("learning_rate FLOAT", "batch_size INT", "gradient_accumulation INT", "seed INT"),
+            *("guidance FLOAT", "compute_dtype COMBO", "gradient_checkpointing BOOLEAN"),
+            *("checkpoint_every INT", "sample_every INT", "sample_steps INT", "sample_seed INT"),
+            *("vae? VAE", "positive? CONDITIONING"),
+        ],
+        [
+            *("lora LORA_MODEL", "model MODEL", "lora_name STRING", "loss LOSS_MAP"),
+            "samples IMAGE",
+        ],
+    ),
+    "AtelierApplyLoRA": (
+        ["model MODEL", "lora_name COMBO", "strength FLOAT", "lora? LORA_MODEL"],
+        ["MODEL MODEL"],
+    ),
+}
+"""Node id to its inputs and outputs in order, as `name TYPE`; `?` marks an optional input."""
+
+
+def schemas() -> dict:
+    import atelier
+
+    async def nodes() -> list:
+        return await (await atelier.comfy_entrypoint()).get_node_list()
+
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(nodes())}
+
+
+NODES = schemas()
+
+
+def test_nodes_are_only_added() -> None:
+    assert NODES.keys() == FROZEN.keys()
+
+
+@pytest.mark.parametrize("node_id", FROZEN)
+def test_inputs_are_what_saved_graphs_hold(node_id: str) -> None:
+    inputs = NODES[node_id].GET_SCHEMA().inputs
+    found = [f"{one.id}{'?' * one.optional} {one.get_io_type()}" for one in inputs]
+    assert found == FROZEN[node_id][0]
+
+
+@pytest.mark.parametrize("node_id", FROZEN)
+def test_outputs_are_what_saved_graphs_hold(node_id: str) -> None:
+    outputs = NODES[node_id].GET_SCHEMA().outputs
+    found = [f"{one.display_name or one.get_io_type()} {one.get_io_type()}" for one in outputs]
+    assert found == FROZEN[node_id][1]
+
+
+@pytest.mark.parametrize("node_id", FROZEN)
+def test_execute_takes_what_the_schema_declares(node_id: str) -> None:
+    """Optional inputs have a default; a `**settings` takes the inputs that are not named."""
+    inputs = NODES[node_id].GET_SCHEMA().inputs
+    parameters = inspect.signature(NODES[node_id].execute).parameters
+    rest = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+    named = parameters.keys() - {p.name for p in rest}
+    declared = {one.id for one in inputs}
+    assert named <= declared
+    assert rest or named == declared
+    optional = {one.id for one in inputs if one.optional} & named
+    assert all(parameters[name].default is not inspect.Parameter.empty for name in optional)
+
+
+@pytest.mark.parametrize("node_id", FROZEN)
+def test_every_input_and_output_has_a_tooltip(node_id: str) -> None:
+    schema = NODES[node_id].GET_SCHEMA()
+    assert schema.description
+    assert not [one.id for one in schema.inputs if not one.tooltip]
+    assert not [one.display_name for one in schema.outputs if not one.tooltip]

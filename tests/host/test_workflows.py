@@ -1,0 +1,153 @@
+"""The graphs of workflows/ and the texts of the nodes in a real ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import workflow
+from comfy_server import ComfyServer, GraphError
+from english_texts import english_texts
+from graphs import write_pictures
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+QUICKSTART = ROOT / "workflows" / "atelier_quickstart_nano.json"
+FLUX1_DEV = ROOT / "workflows" / "atelier_flux1_dev_qlora.json"
+FILES = {
+    "model": "flux1-dev.safetensors",
+    "clip_name1": "clip_l.safetensors",
+    "clip_name2": "t5xxl_fp16.safetensors",
+    "vae_name": "ae.safetensors",
+}
+"""What the graph for FLUX.1-dev expects in models/; a combo of ComfyUI lists it when it is there."""
+
+workflows = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+
+def inputs_of(info: dict[str, Any]) -> dict[str, Any]:
+    return info["input"].get("required", {}) | info["input"].get("optional", {})
+
+
+def text_at(server: ComfyServer, path: str) -> str:
+    with urllib.request.urlopen(server.url + path, timeout=30) as response:
+        return response.read().decode("utf-8")
+
+
+@workflows
+def test_workflows_use_nodes_and_inputs_that_exist(server: ComfyServer, path: Path) -> None:
+    object_info = server.object_info()
+    for node in workflow.load(path, object_info).values():
+        declared = inputs_of(object_info[node["class_type"]])
+        required = object_info[node["class_type"]]["input"].get("required", {})
+        assert required.keys() <= node["inputs"].keys() <= declared.keys()
+
+
+@workflows
+def test_workflows_hold_values_of_the_declared_types(server: ComfyServer, path: Path) -> None:
+    """A value in a wrong place of `widgets_values` is of another type or out of its range."""
+    object_info = server.object_info()
+    python_types = {"INT": int, "FLOAT": int | float, "STRING": str, "BOOLEAN": bool}
+    for node in workflow.load(path, object_info).values():
+        declared = inputs_of(object_info[node["class_type"]])
+        for name, value in node["inputs"].items():
+            kind, options = declared[name][0], declared[name][1] if len(declared[name]) > 1 else {}
+            choices = kind if isinstance(kind, list) else options.get("options")
+            if isinstance(value, list):  # a link
+                continue
+            if choices is not None:
+                assert value in {*choices, *FILES.values(), "openmoji", "my_pictures"}
+            else:
+                assert isinstance(value, python_types[kind])
+                assert options.get("min", value) <= value <= options.get("max", value)
+
+
+SHORTER = (
+    "Train LoRA.length=2",
+    "Train LoRA.sample_every=0",
+    "Train LoRA.sample_steps=2",
+    "Without the LoRA.steps=2",
+    "With the LoRA.steps=2",
+)
+
+
+def test_the_quickstart_runs(server: ComfyServer) -> None:
+    """As it is, but for the number of steps; changed by titles, as `dev.py run --set` does."""
+    write_pictures(server.base_directory / "input" / "openmoji", size=128)
+    object_info = server.object_info()
+    graph = workflow.load(QUICKSTART, object_info)
+    for setting in SHORTER:
+        workflow.apply_setting(graph, setting, object_info)
+    outputs = server.run(graph, timeout_s=300)["outputs"]
+    images = {
+        graph[node_id]["_meta"]["title"]: out.get("images") for node_id, out in outputs.items()
+    }
+    assert images.keys() >= {"Before", "After", "Samples", "Loss"}
+    assert server.view(images["Before"][0]) != server.view(images["After"][0])
+    assert server.path_of(images["After"][0]).parent.name == "atelier"
+
+
+def test_the_flux1_dev_graph_lacks_only_its_files(server: ComfyServer) -> None:
+    write_pictures(server.base_directory / "input" / "my_pictures")
+    graph = workflow.load(FLUX1_DEV, server.object_info())
+    with pytest.raises(GraphError) as refusal:
+        server.queue(graph)
+    problems = refusal.value.details["node_errors"].values()
+    missing = {e["extra_info"]["input_name"] for problem in problems for e in problem["errors"]}
+    # Not every ComfyUI compares the combos of V3 nodes, such as `model`, with their options.
+    assert missing | {"model"} == FILES.keys()
+
+
+def test_the_flux1_dev_graph_holds_the_defaults_of_the_recipe(server: ComfyServer) -> None:
+    object_info = server.object_info()
+    graph = workflow.load(FLUX1_DEV, object_info)
+    (train,) = (node for node in graph.values() if node["class_type"] == "AtelierTrainLoRA")
+    declared = inputs_of(object_info["AtelierTrainLoRA"])
+    defaults = {name: spec[1]["default"] for name, spec in declared.items() if "default" in spec[1]}
+    changed = {name for name, value in defaults.items() if train["inputs"][name] != value}
+    assert changed == {"name"}
+    assert (defaults["rank"], defaults["targets"], defaults["learning_rate"]) == (4, "qlora", 1e-4)
+
+
+def test_workflows_are_offered_as_templates_with_their_pictures(server: ComfyServer) -> None:
+    offered = server.get("/workflow_templates")[ROOT.name]
+    assert sorted(offered) == [path.stem for path in WORKFLOWS]
+    for name in offered:
+        address = f"{server.url}/api/workflow_templates/{ROOT.name}/{name}.jpg"
+        with urllib.request.urlopen(address, timeout=30) as response:
+            assert response.headers["Content-Type"] == "image/jpeg"
+
+
+def test_english_texts_are_those_of_the_schemas(server: ComfyServer) -> None:
+    """After a change of a text: `python scripts/english_texts.py`, and translate it."""
+    saved = (ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8")
+    assert json.loads(saved) == english_texts(server.object_info())
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_translations_are_served(server: ComfyServer, language: str) -> None:
+    served = server.get("/i18n")[language]
+    folder = ROOT / "locales" / language
+    ours = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+    categories = json.loads((folder / "main.json").read_text(encoding="utf-8"))["nodeCategories"]
+    assert ours.items() <= served["nodeDefs"].items()
+    assert categories.items() <= served["nodeCategories"].items()
+
+
+def test_every_category_is_translated(server: ComfyServer) -> None:
+    """Ours or ComfyUI's own translation; `loaders` and `training` are ComfyUI's words."""
+    nodes = [info for name, info in server.object_info().items() if name.startswith("Atelier")]
+    parts = {part for info in nodes for part in info["category"].split("/")}
+    ours = server.get("/i18n")["zh"]["nodeCategories"]
+    assert parts <= ours.keys() | {"loaders", "training"}
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_help_is_served_where_the_frontend_looks(server: ComfyServer, language: str) -> None:
+    for node_id in (name for name in server.object_info() if name.startswith("Atelier")):
+        served = text_at(server, f"/extensions/{ROOT.name}/docs/{node_id}/{language}.md")
+        page = ROOT / "js" / "docs" / node_id / f"{language}.md"
+        assert served == page.read_text(encoding="utf-8")
