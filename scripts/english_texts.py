@@ -1,7 +1,7 @@
 """The English texts of the nodes, in the form of ComfyUI's translations.
 
-They are written once, in the schemas. This writes them to locales/en/nodeDefs.json, beside which the
-other languages lie: `.dev/venv/bin/python scripts/english_texts.py`, after a change of a text.
+They are written once, in the schemas. This copies them to locales/en/nodeDefs.json, beside which
+the other languages lie: `.dev/venv/bin/python scripts/english_texts.py`, after a change of a text.
 """
 
 import json

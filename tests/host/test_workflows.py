@@ -23,7 +23,7 @@ FILES = {
     "clip_name2": "t5xxl_fp16.safetensors",
     "vae_name": "ae.safetensors",
 }
-"""What the graph for FLUX.1-dev expects in models/; a combo of ComfyUI lists it when it is there."""
+"""What the graph for FLUX.1-dev expects in models/, by input."""
 
 workflows = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 

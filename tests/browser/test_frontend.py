@@ -1,0 +1,123 @@
+"""The workflows, texts and help pages in ComfyUI's own frontend, in both of its canvases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import workflow
+from comfy_server import ComfyServer
+from frontend import ROOT, WORKFLOWS, Frontend
+
+CANVASES = {"classic": False, "nodes2": True}
+"""Name to whether the nodes are drawn in HTML, as Nodes 2.0 does."""
+
+NODES_OUTSIDE_THEIR_GROUP = """
+return app.graph.nodes.filter((node) => node.type !== 'MarkdownNote').filter((node) => {
+  const inside = app.graph.groups.filter((group) => {
+    const [x, y, width, height] = group.boundingRect
+    const [left, top] = node.pos
+    return left >= x && top >= y &&
+      left + node.size[0] <= x + width && top + node.size[1] <= y + height
+  })
+  return inside.length !== 1
+}).map((node) => `${node.id} ${node.title}`)
+"""
+
+UNKNOWN_NODES = """
+return app.graph.nodes
+  .filter((node) => node.has_errors || !LiteGraph.registered_node_types[node.type])
+  .map((node) => node.type)
+"""
+
+TOUCH_LEARNING_RATE = """
+const node = app.graph.nodes.find((node) => node.type === 'AtelierTrainLoRA')
+const widget = node.widgets.find((widget) => widget.name === 'learning_rate')
+const field = document.querySelector(`[data-node-id="${node.id}"] [aria-label="learning_rate"]`)
+const input = field.matches('input') ? field : field.querySelector('input')
+input.focus()
+await new Promise((resolve) => setTimeout(resolve, 300))
+const shown = input.value
+input.blur()
+await new Promise((resolve) => setTimeout(resolve, 300))
+return { shown, value: widget.value }
+"""
+
+SELECT_NODE = """
+app.canvas.selectNode(app.graph.nodes.find((node) => node.type === argument))
+await new Promise((resolve) => setTimeout(resolve, 500))
+"""
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def our_problems(frontend: Frontend) -> list[str]:
+    """ComfyUI's page has errors of its own; ours name our files or our nodes."""
+    names = (f"/extensions/{ROOT.name}/", "Atelier", "atelier")
+    # The page asks for the metadata of every node online, which the server's policy forbids.
+    problems = [text for text in frontend.problems() if "api.comfy.org" not in text]
+    return [text for text in problems if any(name in text for name in names)]
+
+
+@pytest.fixture(scope="module", params=WORKFLOWS, ids=lambda path: path.stem)
+def graph(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return read(request.param)
+
+
+@pytest.fixture(scope="module", params=CANVASES.values(), ids=CANVASES)
+def is_html(request: pytest.FixtureRequest, frontend: Frontend, graph: dict[str, Any]) -> bool:
+    """Opens the graph on one of the two canvases."""
+    frontend.open(vue_nodes=request.param)
+    frontend.load(graph)
+    return request.param
+
+
+def test_workflows_open_whole(frontend: Frontend, graph: dict[str, Any], is_html: bool) -> None:
+    assert frontend.evaluate(UNKNOWN_NODES) == []
+    assert frontend.evaluate("return app.graph.nodes.length") == len(graph["nodes"])
+    assert frontend.evaluate("return app.graph.links.size") == len(graph["links"])
+    drawn_in_html = frontend.evaluate("return document.querySelectorAll('[data-node-id]').length")
+    assert drawn_in_html == (len(graph["nodes"]) if is_html else 0)
+
+
+@pytest.mark.usefixtures("is_html")
+def test_nodes_lie_in_their_groups(frontend: Frontend) -> None:
+    assert frontend.evaluate(NODES_OUTSIDE_THEIR_GROUP) == []
+
+
+@pytest.mark.usefixtures("is_html")
+def test_the_pack_causes_no_error_on_the_page(frontend: Frontend) -> None:
+    assert our_problems(frontend) == []
+
+
+@pytest.mark.usefixtures("is_html")
+def test_the_page_queues_what_the_command_line_queues(
+    frontend: Frontend, browser_server: ComfyServer, graph: dict[str, Any]
+) -> None:
+    assert frontend.to_prompt() == workflow.to_api(graph, browser_server.object_info())
+
+
+def test_a_small_learning_rate_survives_a_visit_of_its_field(frontend: Frontend) -> None:
+    frontend.open(vue_nodes=True)
+    frontend.load(read(ROOT / "workflows" / "atelier_flux1_dev_qlora.json"))
+    assert frontend.evaluate(TOUCH_LEARNING_RATE) == {"shown": "0.0001", "value": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("locale", "title", "heading"),
+    [("en", "Train LoRA", "Inputs"), ("zh", "训练 LoRA", "输入")],
+)
+def test_the_help_of_train_lora_is_shown(
+    frontend: Frontend, locale: str, title: str, heading: str
+) -> None:
+    frontend.open(locale=locale)
+    frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
+    frontend.evaluate(SELECT_NODE, "AtelierTrainLoRA")
+    frontend.click('[data-testid="info-button"]')
+    assert frontend.wait_for(".node-help-content h1") == title
+    assert frontend.wait_for(f".node-help-content h2:has-text('{heading}')")
+    assert frontend.wait_for(".node-help-content table")
