@@ -39,6 +39,10 @@ def test_another_seed_or_purpose_draws_other_numbers(other: torch.Tensor) -> Non
     assert not torch.equal(draw("noise", 3, seed=5), other)
 
 
+def test_a_seed_and_a_purpose_do_not_run_together() -> None:
+    assert not torch.equal(draw(23, seed=1), draw(3, seed=12))
+
+
 def test_generators_do_not_touch_torchs_own() -> None:
     torch.manual_seed(1)
     expected = torch.randn(4)

@@ -111,6 +111,20 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(
     assert names(saved.folder / "checkpoints") == ["step-000001"]
 
 
+def test_a_checkpoint_appears_at_once_when_all_of_it_is_written(
+    saved: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(folder: Path, target: Path) -> None:
+        assert names(folder) == ["adapter.safetensors", "optimizer.safetensors", "state.json"]
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(ValueError, match=r"^Cannot write .*step-000002: Input/output error\.$"):
+            saved.save(checkpoint(2))
+    assert names(saved.folder / "checkpoints") == ["step-000001"]
+
+
 def test_what_a_killed_process_left_is_removed_when_the_run_is_opened(
     saved: Run, tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def test_nf4_bytes_are_those_of_bitsandbytes() -> None:
     data, state = functional.quantize_4bit(matrix(), blocksize=64, quant_type="nf4")
     assert torch.equal(packed.data.flatten(), data.flatten())
     assert packed.scale is not None
+    assert packed.scale.dtype == torch.bfloat16
     assert torch.equal(packed.scale.flatten(), state.absmax.bfloat16())
 
 
