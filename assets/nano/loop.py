@@ -1,4 +1,4 @@
-"""One training loop for every stage: AdamW, a falling rate, a moving average, checkpoints that resume."""
+"""One training loop for every stage: AdamW, a falling rate, an average, resumable checkpoints."""
 
 import logging
 import math
@@ -35,7 +35,7 @@ def save(value: object, path: Path) -> None:
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Share of the peak rate: linear warm-up, level, and half a cosine down to 2 % over the last third.
+    """Share of the peak rate: warm-up, level, half a cosine down to 2 % over the last third.
 
     Level for so long that a run can be given more steps, or fewer, after it has begun.
     """
@@ -66,15 +66,23 @@ class Average:
             value.copy_(state[name])
 
 
-def fit(name: str, module: nn.Module, loss_at: Callable[[int, torch.Generator], Tensor], recipe: Recipe, work: Path) -> nn.Module:
+def fit(
+    name: str,
+    module: nn.Module,
+    loss_at: Callable[[int, torch.Generator], Tensor],
+    recipe: Recipe,
+    work: Path,
+) -> nn.Module:
     """Trains `module` in place and returns it with the averaged weights loaded.
 
-    `loss_at(step, generator)` gives the loss of one batch; everything random in it must come from the generator,
-    which depends on the step alone, so that a resumed run sees the same batches.
+    `loss_at(step, generator)` gives the loss of one batch; everything random in it must come from
+    the generator, which depends on the step alone, so that a resumed run sees the same batches.
     """
     path = work / f"{name}.checkpoint.pt"
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, (0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, recipe.learning_rate, (0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
+    )
     average, first = Average(module, recipe.ema), 0
     if path.exists():
         state = torch.load(path, map_location=next(module.parameters()).device)
@@ -96,9 +104,20 @@ def fit(name: str, module: nn.Module, loss_at: Callable[[int, torch.Generator], 
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 50 == 0:
             seconds, since = (time.monotonic() - since) / 50, time.monotonic()
-            logger.info("%s step %d of %d, loss %.4f, %.2f s/step", name, step + 1, recipe.steps, running, seconds)
+            logger.info(
+                "%s step %d of %d, loss %.4f, %.2f s/step",
+                name,
+                step + 1,
+                recipe.steps,
+                running,
+                seconds,
+            )
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            parts = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state()}
+            parts = {
+                "module": module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average.state(),
+            }
             save({**parts, "step": step + 1, "loss": running}, path)
     if recipe.ema:
         module.load_state_dict(average.state(), strict=False)

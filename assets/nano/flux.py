@@ -1,21 +1,15 @@
-"""The nano model's four networks: the transformer in FLUX's own layout, the autoencoder and both text encoders.
+"""The transformer in FLUX's own layout and key names.
 
-Shapes: B batch, C latent channels, H W latent size, L image tokens, T text tokens, D width, N heads, K head size.
+Shapes: B batch, C latent channels, H W latent size, L image tokens, T text tokens, D width,
+N heads, K head size.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention, silu
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-LATENT_CHANNELS = 16
-SHIFT_FACTOR, SCALING_FACTOR = 0.1159, 0.3611  # ComfyUI's latent_formats.Flux has these two built in
-CLIP_END = 49407
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class HeadNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-    """AdaLN: `multiplier` vectors [B, 1, D] from the conditioning; zero at the start of training."""
+    """AdaLN: `multiplier` vectors [B, 1, D] from the conditioning; zero at the start."""
 
     def __init__(self, width: int, multiplier: int) -> None:
         super().__init__()
@@ -82,7 +76,11 @@ class Modulation(nn.Module):
 class StreamAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.qkv, self.norm, self.proj = nn.Linear(width, 3 * width), HeadNorm(width // num_heads), nn.Linear(width, width)
+        self.qkv, self.norm, self.proj = (
+            nn.Linear(width, 3 * width),
+            HeadNorm(width // num_heads),
+            nn.Linear(width, width),
+        )
 
 
 def modulate(x_BLD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -93,12 +91,18 @@ def rotate(x_BNLK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of neighbouring pairs; `rotation` is (cos, sin), each [L, K/2]."""
     cos, sin = rotation
     real, imaginary = x_BNLK.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
+    return torch.stack(
+        (real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1
+    ).flatten(-2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """q, k, v [B, N, L, K] to [B, L, N K]."""
-    return scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v).transpose(1, 2).flatten(2)
+    return (
+        scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 class DoubleBlock(nn.Module):
@@ -109,14 +113,24 @@ class DoubleBlock(nn.Module):
         for stream in ("img", "txt"):
             self.add_module(f"{stream}_mod", Modulation(width, 6))
             self.add_module(f"{stream}_attn", StreamAttention(width, shape.num_heads))
-            mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+            mlp = nn.Sequential(
+                nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width)
+            )
             self.add_module(f"{stream}_mlp", mlp)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
-        img_qkv = self.img_attn.norm.split(self.img_attn.qkv(modulate(img, *img_mod[:2])), self.num_heads)
-        txt_qkv = self.txt_attn.norm.split(self.txt_attn.qkv(modulate(txt, *txt_mod[:2])), self.num_heads)
-        mixed = attend(*(torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True)), rotation)
+        img_qkv = self.img_attn.norm.split(
+            self.img_attn.qkv(modulate(img, *img_mod[:2])), self.num_heads
+        )
+        txt_qkv = self.txt_attn.norm.split(
+            self.txt_attn.qkv(modulate(txt, *txt_mod[:2])), self.num_heads
+        )
+        mixed = attend(
+            *(torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True)), rotation
+        )
         txt_mixed, img_mixed = mixed.split((txt.shape[1], img.shape[1]), dim=1)
         img = img + img_mod[2] * self.img_attn.proj(img_mixed)
         img = img + img_mod[5] * self.img_mlp(modulate(img, *img_mod[3:5]))
@@ -130,14 +144,19 @@ class SingleBlock(nn.Module):
         super().__init__()
         width, inner = shape.hidden_size, shape.hidden_size * shape.mlp_ratio
         self.num_heads, self.split_sizes = shape.num_heads, (3 * width, inner)
-        self.linear1, self.linear2 = nn.Linear(width, 3 * width + inner), nn.Linear(width + inner, width)
+        self.linear1, self.linear2 = (
+            nn.Linear(width, 3 * width + inner),
+            nn.Linear(width + inner, width),
+        )
         self.norm, self.modulation = HeadNorm(width // shape.num_heads), Modulation(width, 3)
 
     def forward(self, x: Tensor, vec: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split_sizes, dim=-1)
         mixed = attend(*self.norm.split(qkv, self.num_heads), rotation)
-        return x + gate * self.linear2(torch.cat((mixed, nn.functional.gelu(mlp, approximate="tanh")), dim=-1))
+        return x + gate * self.linear2(
+            torch.cat((mixed, nn.functional.gelu(mlp, approximate="tanh")), dim=-1)
+        )
 
 
 class FinalLayer(nn.Module):
@@ -151,7 +170,9 @@ class FinalLayer(nn.Module):
 
 
 def sinusoid(t_B: Tensor, dim: int = 256) -> Tensor:
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t_B.device) / (dim // 2))
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(dim // 2, device=t_B.device) / (dim // 2)
+    )
     angles = 1000 * t_B[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
@@ -162,11 +183,16 @@ class NanoFlux(nn.Module):
     def __init__(self, shape: FluxShape = FluxShape()) -> None:
         super().__init__()
         self.shape, width = shape, shape.hidden_size
-        self.img_in, self.txt_in = nn.Linear(shape.in_channels, width), nn.Linear(shape.context_in_dim, width)
+        self.img_in, self.txt_in = (
+            nn.Linear(shape.in_channels, width),
+            nn.Linear(shape.context_in_dim, width),
+        )
         self.time_in, self.guidance_in = Embedder(256, width), Embedder(256, width)
         self.vector_in = Embedder(shape.vec_in_dim, width)
         self.double_blocks = nn.ModuleList(DoubleBlock(shape) for _ in range(shape.depth))
-        self.single_blocks = nn.ModuleList(SingleBlock(shape) for _ in range(shape.depth_single_blocks))
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(shape) for _ in range(shape.depth_single_blocks)
+        )
         self.final_layer = FinalLayer(width, shape.in_channels)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -177,21 +203,37 @@ class NanoFlux(nn.Module):
         nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def rotation(self, num_text: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rotation(
+        self, num_text: int, rows: int, columns: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin [T + rows x columns, K/2]; text tokens stand at position 0 of every axis."""
-        grid = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
+        grid = torch.cartesian_prod(
+            torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns))
+        )
         positions = torch.cat((torch.zeros(num_text, 3), grid)).to(device)
         angles = [
-            positions[:, axis, None] / self.shape.theta ** (torch.arange(0, size, 2, device=device) / size)
+            positions[:, axis, None]
+            / self.shape.theta ** (torch.arange(0, size, 2, device=device) / size)
             for axis, size in enumerate(self.shape.axes_dim)
         ]
         return torch.cat(angles, dim=-1).cos(), torch.cat(angles, dim=-1).sin()
 
-    def forward(self, tokens_BLD: Tensor, t_B: Tensor, context_BTD: Tensor, pooled_BD: Tensor, guidance_B: Tensor) -> Tensor:
-        """Velocity [B, L, 64] of square pictures; `t_B` is sigma in 0..1, `guidance_B` is unscaled."""
+    def forward(
+        self,
+        tokens_BLD: Tensor,
+        t_B: Tensor,
+        context_BTD: Tensor,
+        pooled_BD: Tensor,
+        guidance_B: Tensor,
+    ) -> Tensor:
+        """Velocity [B, L, 64] of square pictures; t is sigma in 0..1, guidance is unscaled."""
         side = math.isqrt(tokens_BLD.shape[1])
         rotation = self.rotation(context_BTD.shape[1], side, side, tokens_BLD.device)
-        vec = self.time_in(sinusoid(t_B)) + self.guidance_in(sinusoid(guidance_B)) + self.vector_in(pooled_BD)
+        vec = (
+            self.time_in(sinusoid(t_B))
+            + self.guidance_in(sinusoid(guidance_B))
+            + self.vector_in(pooled_BD)
+        )
         img, txt = self.img_in(tokens_BLD), self.txt_in(context_BTD)
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, rotation)
@@ -209,56 +251,3 @@ def pack(latents_BCHW: Tensor) -> Tensor:
 def unpack(tokens_BLD: Tensor) -> Tensor:
     side = math.isqrt(tokens_BLD.shape[1])
     return nn.functional.pixel_shuffle(tokens_BLD.transpose(1, 2).unflatten(2, (side, side)), 2)
-
-
-def new_autoencoder() -> AutoencoderKL:
-    """64 channels wide and one residual block per decoder level: quick on a CPU, and no narrower than the norms bear."""
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(64, 64, 64, 64),
-        layers_per_block=0,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=32,
-        sample_size=128,
-        shift_factor=SHIFT_FACTOR,
-        scaling_factor=SCALING_FACTOR,
-    )
-    for module in autoencoder.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)
-    last_blocks = autoencoder.encoder.mid_block.resnets[-1], autoencoder.decoder.up_blocks[-1].resnets[-1]
-    for half, last in zip((autoencoder.encoder, autoencoder.decoder), last_blocks, strict=True):
-        pass_colours(half.conv_norm_out, last.conv2)
-    autoencoder.quant_conv.bias.data[LATENT_CHANNELS:] = -5.0  # little noise to start with
-    return autoencoder
-
-
-def pass_colours(norm: nn.GroupNorm, before: nn.Conv2d, *, constant: float = 8.0) -> None:
-    """Starts a norm of two channels per group as nearly the identity on the even ones.
-
-    ComfyUI's autoencoder has 32 groups whatever the width, which at 64 channels is close to an instance norm and
-    washes out flat colours. A large constant in the odd channel of each group holds the group's statistics still.
-    """
-    before.bias.data[1::2] = constant
-    norm.weight.data[::2] = norm.bias.data[::2] = constant / 2
-    norm.weight.data[1::2] = 0.1
-
-
-def new_clip() -> CLIPTextModel:
-    config = CLIPTextConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, hidden_act="quick_gelu",
-        projection_dim=64, max_position_embeddings=77, eos_token_id=CLIP_END, bos_token_id=49406, pad_token_id=CLIP_END,
-    )  # fmt: skip
-    return CLIPTextModel(config)
-
-
-def new_t5() -> T5EncoderModel:
-    config = T5Config(
-        d_model=128, d_kv=32, d_ff=256, num_heads=4, num_layers=2, vocab_size=32128, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False, dropout_rate=0.0, is_encoder_decoder=False, use_cache=False,
-    )  # fmt: skip
-    return T5EncoderModel(config)
