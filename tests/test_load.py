@@ -274,6 +274,17 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, tensors: Tensors, write: Cal
         load_flux(write(tmp_path, tensors), format="bf16")
 
 
+def test_a_cut_file_is_refused_before_anything_is_read(tmp_path: Path, tensors: Tensors) -> None:
+    steps: list[int] = []
+    with pytest.raises(ValueError, match="is cut short"):
+        load_flux(
+            cut(tmp_path, tensors),
+            format="bf16",
+            on_progress=lambda done, total: steps.append(done),
+        )
+    assert steps == []
+
+
 def test_an_unknown_format_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Unknown format 'nf5'\. Choose one of: .*nf4"):
         load_flux(tmp_path, format="nf5")

@@ -144,10 +144,10 @@ def test_a_longer_run_goes_on_from_a_finished_one(run_job) -> None:
     assert all(torch.equal(grown.lora[key], whole.lora[key]) for key in whole.lora)
 
 
-def plain_losses(
+def plain_loop(
     tensors: dict, data: TrainingData, settings: JobSettings, start: dict[str, torch.Tensor]
-) -> list[float]:
-    """Losses of a plain loop in the manner of diffusers' train_dreambooth_lora_flux.py."""
+) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms in the manner of diffusers' train_dreambooth_lora_flux.py."""
     train_settings, lora = settings.train, settings.lora
     model = dense_transformer(tensors)
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -166,13 +166,19 @@ def plain_losses(
     order = BatchOrder(
         data.latents.entries, batch_size=train_settings.batch_size, seed=train_settings.seed
     )
-    accumulation, losses = train_settings.gradient_accumulation, []
+    accumulation, losses, norms = train_settings.gradient_accumulation, [], []
     for step in range(settings.length.amount):
         parts = []
         for micro_step in range(step * accumulation, (step + 1) * accumulation):
             generator = seeded(train_settings.seed, "micro-step", micro_step)
             entries = order.batch(micro_step)
-            latents, embeds, pooled = data.load(entries, torch.device("cpu"), generator)
+            pictures = [data.latents.load(entry) for entry in entries]
+            mean = torch.stack([picture.mean for picture in pictures])
+            std = torch.stack([picture.std for picture in pictures])
+            latents = mean + std * torch.randn(mean.shape, generator=generator)
+            texts = [data.prompts.load(entry.caption) for entry in entries]
+            embeds = torch.stack([text.prompt_embeds for text in texts])
+            pooled = torch.stack([text.pooled for text in texts])
             noise = torch.randn(latents.shape, generator=generator)
             density = compute_density_for_timestep_sampling(
                 "none", len(entries), generator=generator
@@ -198,11 +204,12 @@ def plain_losses(
             loss = ((prediction - (noise - latents)) ** 2).reshape(batch, -1).mean(1).mean()
             (loss / accumulation).backward()
             parts.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(parameters, train_settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train_settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(sum(parts) / accumulation)
-    return losses
+        norms.append(norm.item())
+    return losses, norms
 
 
 @pytest.mark.parametrize(
@@ -214,17 +221,28 @@ def plain_losses(
     ],
     ids=str,
 )
-def test_losses_are_those_of_a_plain_loop_with_the_stored_weights(
+def test_losses_and_gradients_are_those_of_a_plain_loop_with_the_stored_weights(
     tmp_path: Path, flux_file: Path, data: TrainingData, format: str, settings: dict
 ) -> None:
     job_of_five = job(5, learning_rate=1e-3, max_grad_norm=0.05, **settings)
     base = load_flux(flux_file, format=format)
     transformer = build_transformer(base.store, base.config, torch.float32)
     start = attach_lora(transformer, LORA, seed=job_of_five.train.seed).state()
-    expected = plain_losses(stored_tensors(format), data, job_of_five, start)
+    losses, norms = plain_loop(stored_tensors(format), data, job_of_five, start)
     run = open_run(tmp_path, job_of_five, base, data)
     found = train(run, base, data, job_of_five).losses
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
+    found_norms = [line["grad_norm"] for line in run.metrics()]
+    torch.testing.assert_close(found_norms, norms, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_gradients_of_short_dtypes_have_the_size_of_float32(run_job, dtype: str) -> None:
+    """Those of fp16 are computed scaled, and clipped and logged as they are."""
+    (expected,) = run_job(job(1))[1].metrics()
+    (found,) = run_job(job(1, compute_dtype=dtype))[1].metrics()
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
 
 
 def test_the_loss_falls_on_one_picture(tmp_path: Path, base: LoadedFlux) -> None:

@@ -172,5 +172,8 @@ class Run:
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that will be repeated."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(self._metrics, lambda path: path.write_text(text, encoding="utf-8"))
+
+        def write(path: Path) -> None:
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+        write_atomically(self._metrics, write)
