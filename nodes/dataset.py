@@ -33,6 +33,7 @@ class ImageFolderDataset(io.ComfyNode):
             description="Pictures of one folder below input/, each with a text file of the same "
             "name as its caption (cat.png and cat.txt). Everything is checked before training.",
             search_aliases=["training images", "captions", "load folder"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Combo.Input(
                     "folder",
@@ -83,7 +84,9 @@ class ImageFolderDataset(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str) -> bool | str:
+    def validate_inputs(cls, folder: str | None) -> bool | str:
+        if folder is None:  # a linked input is not known yet
+            return True
         try:
             picture_files(host.dataset_folder(folder))
         except ValueError as error:
@@ -117,7 +120,7 @@ class ImageFolderDataset(io.ComfyNode):
             on_progress=host.Progress().update,
         )
         count = f"{len(dataset.records)} pictures, {dataset.num_samples} seen per epoch."
-        return io.NodeOutput(dataset, ui=_texts(count, *dataset.warnings))
+        return io.NodeOutput(dataset, ui=_texts(cls.hidden.unique_id, count, *dataset.warnings))
 
 
 class CacheLatents(io.ComfyNode):
@@ -188,7 +191,7 @@ class CacheLatents(io.ComfyNode):
             on_progress=host.Progress().update,
         )
         memory.remember(encoder_id)
-        return io.NodeOutput(cache, ui=_texts(_size("pictures", cache)))
+        return io.NodeOutput(cache, ui=_texts(cls.hidden.unique_id, _size("pictures", cache)))
 
 
 class EncodePrompts(io.ComfyNode):
@@ -253,7 +256,9 @@ class EncodePrompts(io.ComfyNode):
         )
         memory.remember(encoder_id)
         warnings = _length_warnings(dataset.captions, length, clip)
-        return io.NodeOutput(cache, ui=_texts(_size("captions", cache), *warnings))
+        return io.NodeOutput(
+            cache, ui=_texts(cls.hidden.unique_id, _size("captions", cache), *warnings)
+        )
 
 
 def _side(name: str, default: int) -> Any:
@@ -292,8 +297,9 @@ def _length_warnings(texts: tuple[str, ...], length: int, clip: Any) -> list[str
     return warnings
 
 
-def _texts(message: str, *warnings: str) -> dict[str, list[str]]:
-    """Text for the node's face; warnings go to the log as well."""
+def _texts(node_id: str, message: str, *warnings: str) -> dict[str, list[str]]:
+    """Text for the node's face and the history; warnings go to the log as well."""
     for warning in warnings:
         logger.warning(warning)
+    host.show_text("\n".join([message, *warnings]), node_id)
     return {"text": [message, *warnings]}

@@ -18,6 +18,7 @@ import comfy.text_encoders.flux as flux_text_encoders
 import comfy.utils
 import torch
 from comfy.supported_models_base import ClipTarget
+from safetensors import safe_open
 from torch import Tensor
 
 from ..trainers.caching import EncodePictures, EncodeTexts
@@ -35,7 +36,7 @@ def latent_encoder(vae: Any) -> tuple[EncodePictures, str]:
     Raises:
         ValueError: the VAE is of another kind.
     """
-    _require_flux_vae(vae)
+    require_flux_vae(vae)
     latent_format, network = comfy.latent_formats.Flux(), vae.first_stage_model
 
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,13 @@ _VAE_PARTS = ("encoder.", "quant_conv.")
 _UNUSED_CLIP_PARTS = ("text_projection.weight", "logit_scale")  # files may lack them
 
 
-def _require_flux_vae(vae: Any) -> None:
+def vae_identity(vae: Any) -> str:
+    """SHA-256 over samples of all weights of a VAE, and its dtype."""
+    return _identity(vae.patcher, (vae.vae_dtype,), lambda name: True)
+
+
+def require_flux_vae(vae: Any) -> None:
+    """Raises ValueError if a VAE is not one of FLUX's kind."""
     network = getattr(vae, "first_stage_model", None)
     if not hasattr(network, "encoder") or vae.latent_dim != 2 or vae.latent_channels != 16:
         channels = getattr(vae, "latent_channels", "no")
@@ -132,11 +139,12 @@ def _result(tensor: Tensor) -> Tensor:
 def _identity(patcher: Any, facts: tuple, is_used: Callable[[str], bool]) -> str:
     """SHA-256 over samples of the weights in use, their LoRAs, and `facts`; moving changes none."""
     digest = hashlib.sha256(repr(facts).encode())
-    for name, values in sorted(patcher.get_key_patches().items()):
+    # Not get_key_patches(): newer versions list packed weights by names that are no attributes.
+    for name, weight in sorted(patcher.model_state_dict().items()):
         if is_used(name):
             digest.update(name.encode())
-            (weight, _), *patches = values
-            for part in _parts([weight, patches]):
+            original = patcher.backup[name].weight if name in patcher.backup else weight
+            for part in _parts([original, patcher.patches.get(name, [])]):
                 digest.update(part)
     return digest.hexdigest()
 
@@ -259,8 +267,14 @@ def _require_complete(result: Any, folder: str | Path, part: str) -> None:
 
 def checkpoint_parts(path: str | Path) -> tuple[Any, Any]:
     """CLIP and VAE of an all-in-one checkpoint, each None if the file does not hold it."""
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    has_clip = any(name.startswith(("text_encoders.", "cond_stage_model.")) for name in names)
+    has_vae = any(name.startswith(("vae.", "first_stage_model.")) for name in names)
+    if not has_clip and not has_vae:
+        return None, None
     with torch.inference_mode(False):
         _, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-            str(path), output_vae=True, output_clip=True, output_model=False
+            str(path), output_vae=has_vae, output_clip=has_clip, output_model=False
         )
     return clip, vae

@@ -128,15 +128,22 @@ class Progress:
 
 def show_text(text: str, node_id: str) -> None:
     """Show a line of text on a node while it runs, in every open browser."""
-    from server import PromptServer  # only there when ComfyUI runs as a server
+    from server import PromptServer
 
-    PromptServer.instance.send_progress_text(text, node_id)
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:  # ComfyUI's executor also runs without its server
+        server.send_progress_text(text, node_id)
 
 
 def blocked_output(message: str) -> Any:
     """A value for an output that has nothing to give: only a node that wants it stops, with
     `message`."""
     return ExecutionBlocker(message)
+
+
+def is_deterministic() -> bool:
+    """Whether the same computation gives the same bits: on a CPU, or with --deterministic."""
+    return compute_device().type == "cpu" or torch.are_deterministic_algorithms_enabled()
 
 
 def compute_device() -> torch.device:
@@ -147,6 +154,14 @@ def compute_device() -> torch.device:
 def offload_device() -> torch.device:
     """Where ComfyUI keeps a network that does not compute."""
     return comfy.model_management.unet_offload_device()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device ran out of memory."""
+    management = comfy.model_management
+    if hasattr(management, "is_oom"):  # from 2026 on
+        return management.is_oom(error)
+    return isinstance(error, management.OOM_EXCEPTION)
 
 
 def free_device_memory() -> None:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..trainers.config import COMPUTE_DTYPES
 from ..trainers.devices import compute_dtype as resolve_dtype
-from ..trainers.load import load_flux
+from ..trainers.load import load_flux, model_files
 from ..trainers.store import FORMATS
 from . import host
 from .encoders import build_clip, build_vae, checkpoint_parts
@@ -71,9 +71,19 @@ class LoadQuantizedFlux(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **_: Any) -> tuple[str, int]:
-        path = _model_path(model)
-        return str(path), path.stat().st_mtime_ns
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        if model is None:  # a linked input is not known yet
+            return True
+        try:
+            model_files(_model_path(model))
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: Any) -> list[tuple[str, int, int]]:
+        stats = [(str(file), file.stat()) for file in model_files(_model_path(model))]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     @classmethod
     def execute(cls, model: str, format: str, compute_dtype: str) -> io.NodeOutput:

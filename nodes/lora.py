@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -49,6 +50,21 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lora_name: str | None) -> bool | str:
+        if lora_name is None:  # a linked input is not known yet
+            return True
+        try:
+            _file(lora_name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> tuple[int, int] | None:
+        file = _file(lora_name)
+        return (file.stat().st_size, file.stat().st_mtime_ns) if file else None
+
+    @classmethod
     def execute(
         cls, model: Any, lora_name: str, strength: float, lora: Any = None
     ) -> io.NodeOutput:
@@ -56,7 +72,8 @@ class ApplyLora(io.ComfyNode):
 
 
 def _tensors(lora_name: str, lora: Any) -> Any:
-    if lora_name == FROM_WIRE:
+    file = _file(lora_name)
+    if file is None:
         if lora is None:
             raise ValueError(
                 "Apply LoRA has no LoRA: connect one to its lora input, or choose a file."
@@ -67,7 +84,14 @@ def _tensors(lora_name: str, lora: Any) -> Any:
             f"Apply LoRA has two LoRAs: the file {lora_name} and the one on its lora input. "
             f"Disconnect the input, or set lora_name to '{FROM_WIRE}'."
         )
+    return read_safetensors(file)[0]
+
+
+def _file(lora_name: str) -> Path | None:
+    """The chosen file, or None for the LoRA on the wire."""
+    if lora_name == FROM_WIRE:
+        return None
     path = host.model_file("loras", lora_name)
     if path is None:
         raise ValueError(f"The LoRA '{lora_name}' is not there any more. Press R and choose again.")
-    return read_safetensors(path)[0]
+    return path

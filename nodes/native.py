@@ -1,20 +1,17 @@
 """The MODEL face: ComfyUI's own FLUX network computing with a weight store, and its patcher.
 
-Every Linear of the network is a `StoreLinear`: it owns no weight, and a LoRA on it is a function
-applied at forward time. So nothing of the host ever merges into, or writes to, the store.
+Every Linear of the network is a `StoreLinear`, so nothing of the host ever merges into, or writes
+to, the store.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.sample
 import comfy.sd
 import comfy.supported_models
@@ -22,135 +19,12 @@ import comfy.utils
 import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.patcher_extension import CallbacksMP
-from comfy.weight_adapter.lora import LoRAAdapter
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from ..trainers.flux import AXES, LATENT_CHANNELS, FluxConfig, norm_sources
 from ..trainers.load import LoadedFlux
-from ..trainers.store import PackedWeight, WeightStore
-
-_PREFIX = "diffusion_model."
-
-
-@dataclass(frozen=True)
-class RuntimeLora:
-    """A LoRA on some rows of a Linear, in activation space: y[rows] += scale * up(down(x))."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-    rows: slice
-
-    def add_to(self, y: Tensor, x: Tensor) -> None:
-        """Add the LoRA's part to `y` [..., out], in place, for the input `x` [..., in]."""
-        hidden = F.linear(x, self.down.to(x.dtype))
-        y[..., self.rows] += self.scale * F.linear(hidden, self.up.to(x.dtype))
-
-
-@dataclass(frozen=True)
-class DensePatches:
-    """Patches of ComfyUI that need the dense weight (LoKr, LoHa, DoRA, differences)."""
-
-    key: str
-    patches: list[tuple]
-
-    def apply(self, weight: Tensor) -> Tensor:
-        """The patched copy of `weight`, in its dtype."""
-        patched = comfy.lora.calculate_weight(self.patches, weight.float().clone(), self.key)
-        return patched.to(weight.dtype)
-
-
-class StoreLinear(nn.Linear):
-    """A Linear of the host's network whose weight and bias are looked up in a store by name."""
-
-    comfy_cast_weights = True
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self.weight_function: list[Callable] = []
-        self.bias_function: list[Callable] = []
-        self._loras: list[RuntimeLora] = []
-        self._dense_weight: DensePatches | None = None
-        self._dense_bias: DensePatches | None = None
-
-    def bind(self, store: WeightStore, name: str) -> None:
-        """Compute with `<name>.weight` and `<name>.bias` of `store` from now on."""
-        self._store, self._name = store, name
-
-    @property
-    def packed(self) -> PackedWeight:
-        return self._store.packed[f"{self._name}.weight"]
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The stored bytes: only what asks for a name, a shape or a device should look here."""
-        return self.packed.data
-
-    @property
-    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._store.plain.get(f"{self._name}.bias")
-
-    def set_patches(self, weight: list[tuple], bias: list[tuple]) -> None:
-        """Replace the patches (ComfyUI's tuples) that run on top of the stored weight."""
-        device, key = self._store.device, f"{_PREFIX}{self._name}"
-        loras = [_runtime_lora(patch, device) for patch in weight]
-        as_dense = any(lora is None for lora in loras)
-        self._loras = [] if as_dense else [lora for lora in loras if lora is not None]
-        self._dense_weight = DensePatches(f"{key}.weight", weight) if as_dense else None
-        self._dense_bias = DensePatches(f"{key}.bias", bias) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias
-        if self._dense_bias is not None and bias is not None:
-            bias = self._dense_bias.apply(bias)
-        if self._dense_weight is not None:
-            weight = self._dense_weight.apply(self.packed.dequantize(x.dtype))
-            return F.linear(x, weight, bias.to(x.dtype) if bias is not None else None)
-        y = self.packed.linear(x, bias)
-        for lora in self._loras:
-            lora.add_to(y, x)
-        return y
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> StoreLinear:
-        return self  # `.to()` of a parent never moves or casts the store's bytes
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing to load: the store has it."""
-
-
-class StoreOps(comfy.ops.manual_cast):
-    """The host's operations with every Linear computing from a store."""
-
-    Linear = StoreLinear
-
-
-def _runtime_lora(patch: tuple, device: torch.device) -> RuntimeLora | None:
-    """A patch of ComfyUI as a RuntimeLora, or None if it is not a plain LoRA on whole rows."""
-    strength, adapter, strength_model, offset, function = patch
-    if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or function is not None:
-        return None
-    up, down, alpha, middle, dora_scale, reshape = adapter.weights
-    if middle is not None or dora_scale is not None or reshape is not None:
-        return None
-    if offset is not None and offset[0] != 0:
-        return None
-    rows = slice(None) if offset is None else slice(offset[1], offset[1] + offset[2])
-    scale = strength * (alpha / down.shape[0] if alpha is not None else 1.0)
-    return RuntimeLora(down.to(device), up.to(device), scale, rows)
+from ..trainers.store import WeightStore
+from .linear import MODEL_PREFIX, StoreLinear, StoreOps
 
 
 class StorePatcher(comfy.model_patcher.ModelPatcher):
@@ -171,7 +45,14 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
     def loaded_size(self) -> int:
         return self.store.num_bytes if self.store.device == self.load_device else 0
 
-    def load(self, device_to=None, *args: Any, **kwargs: Any) -> None:
+    def load(
+        self,
+        device_to=None,
+        lowvram_model_memory=0,
+        force_patch_weights=False,
+        full_load=False,
+        **newer: Any,
+    ) -> None:
         with self.use_ejected():
             self.unpatch_hooks()
             self._place(device_to or self.load_device)
@@ -179,7 +60,7 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
             self.model.model_lowvram = False
             self.model.current_weight_patches_uuid = self.patches_uuid
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
-                callback(self, device_to, *args, *kwargs.values())
+                callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False) -> int:
@@ -187,7 +68,11 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self._restore_objects()
             self.patch_model(load_weights=False)
-            self.load(device_to)
+            try:
+                self.load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+            except Exception:
+                self.detach()  # as the host does: a model that did not fit is not left half on
+                raise
         return self.loaded_size() - before
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False) -> int:
@@ -234,9 +119,20 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         return [(name, module) for name, module in modules if isinstance(module, StoreLinear)]
 
     def _set_patches(self, hook_patches: dict[str, list[tuple]], only: str | None = None) -> None:
-        """Give every Linear (or the one of key `only`) this patcher's and the hooks' patches."""
-        for name, linear in self._linears():
-            weight_key, bias_key = f"{_PREFIX}{name}.weight", f"{_PREFIX}{name}.bias"
+        """Give every Linear (or the one of key `only`) this patcher's and the hooks' patches.
+
+        Raises:
+            ValueError: if a patch is for something that is no Linear, such as a QK-norm.
+        """
+        linears = self._linears()
+        keys = {f"{MODEL_PREFIX}{name}.{end}" for name, _ in linears for end in ("weight", "bias")}
+        for key in {*self.patches, *hook_patches} - keys:
+            raise ValueError(
+                f"A LoRA on this model changes '{key.removeprefix(MODEL_PREFIX)}', which is no "
+                "matrix. Load the model with the core Load Diffusion Model for this LoRA."
+            )
+        for name, linear in linears:
+            weight_key, bias_key = f"{MODEL_PREFIX}{name}.weight", f"{MODEL_PREFIX}{name}.bias"
             if only in (None, weight_key, bias_key):
                 linear.set_patches(
                     [*self.patches.get(weight_key, []), *hook_patches.get(weight_key, [])],
@@ -332,8 +228,22 @@ def loaded_flux(model: Any) -> LoadedFlux:
 
 
 def add_lora(model: Any, tensors: dict[str, Tensor], strength: float) -> Any:
-    """A clone of any MODEL with the LoRA file's tensors as patches, as the core LoraLoader does."""
-    return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)[0]
+    """A clone of any MODEL with the LoRA file's tensors as patches, as the core LoraLoader does.
+
+    Raises:
+        ValueError: if no tensor belongs to this kind of model.
+    """
+    patched, _ = comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)
+    if _num_patches(patched) == _num_patches(model):
+        raise ValueError(
+            "This LoRA changes nothing in this MODEL: it was made for another kind of model. "
+            "Choose a LoRA of the same kind."
+        )
+    return patched
+
+
+def _num_patches(model: Any) -> int:
+    return sum(len(patches) for patches in model.patches.values())
 
 
 def to_training_device(model: StorePatcher, memory_required: int) -> None:

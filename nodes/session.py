@@ -15,17 +15,35 @@ from torch import Tensor
 from ..trainers import loop
 from ..trainers.adapters import file_tensors, lora_metadata, save_lora
 from ..trainers.config import JobSettings
+from ..trainers.devices import compute_dtype
 from ..trainers.files import write_atomically
-from ..trainers.job import write_job
+from ..trainers.load import LoadedFlux
 from ..trainers.memory import activation_bytes
 from ..trainers.run import Run
 from . import host
+from .encoders import require_flux_vae, vae_identity
 from .native import SampleSettings, add_lora, draw_latents, loaded_flux, to_training_device
+
+_OUT_OF_MEMORY = (
+    "The GPU's memory is not enough for this training; what was done is saved. Turn "
+    "gradient_checkpointing on: this run then goes on. Smaller pictures, a batch size of 1, fewer "
+    "targets or a lower rank need less too, as a new run."
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the node gives: tensors and name of the LoRA file, losses, pictures [N, H, W, 3]."""
+
+    tensors: dict[str, Tensor]
+    lora_name: str
+    losses: list[float]
+    samples: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What sample pictures are drawn with; None in `vae` or `positive` draws none."""
+    """What sample pictures are drawn with; `vae` and `positive` are both None to draw none."""
 
     vae: Any
     positive: Any
@@ -35,16 +53,34 @@ class Sampling:
 
     @property
     def is_on(self) -> bool:
-        return self.vae is not None and self.positive is not None
+        return self.vae is not None
 
-    def key(self) -> str:
-        """Hash of all that determines a picture, the weights aside."""
-        digest = hashlib.sha256(f"{self.steps} {self.seed}".encode())
+    def check_fits(self, base: LoadedFlux) -> None:
+        """Raises ValueError if one of the two inputs is missing or belongs to another model."""
+        if (self.vae is None) != (self.positive is None):
+            raise ValueError(
+                "Sample pictures need both the vae and the positive input of Train LoRA: connect "
+                "the other one too, or neither."
+            )
+        if not self.is_on:
+            return
+        require_flux_vae(self.vae)
+        width, needed = self.positive[0][0].shape[-1], base.config.context_dim
+        if width != needed:
+            raise ValueError(
+                f"The prompt on Train LoRA's positive input has a width of {width}, and this model "
+                f"needs {needed}. Encode it with the CLIP that belongs to the model."
+            )
+
+    def key(self, width: int, height: int) -> str:
+        """Hash of what determines a picture, the weights of the LoRA aside."""
+        digest = hashlib.sha256(f"{width} {height} {self.steps} {self.seed}".encode())
+        digest.update(vae_identity(self.vae).encode())
         for embeds, options in self.positive:
-            digest.update(embeds.float().cpu().numpy().tobytes())
-            pooled, guidance = options.get("pooled_output"), options.get("guidance")
-            digest.update(b"" if pooled is None else pooled.float().cpu().numpy().tobytes())
-            digest.update(repr(guidance).encode())
+            tensors = [embeds, options.get("pooled_output"), *options.get("reference_latents", [])]
+            for tensor in tensors:
+                digest.update(b"" if tensor is None else tensor.float().cpu().numpy().tobytes())
+            digest.update(repr(options.get("guidance")).encode())
         return digest.hexdigest()[:8]
 
 
@@ -62,59 +98,62 @@ class Session:
         self._model, self._data, self._job, self._sampling = model, data, job, sampling
         self._node_id = node_id
         self._base = loaded_flux(model)
+        sampling.check_fits(self._base)
         self._progress = host.Progress()
         self._run: Run = loop.open_run(host.atelier_output(), job, self._base, data)
         self._steps_per_epoch = loop.steps_per_epoch(job, data)
+        # The entry with the smallest key: the order of the files must not change the pictures.
+        self._sampled = min(data.latents.entries, key=lambda entry: entry.key)
 
-    @property
-    def lora_path(self) -> Path:
-        return host.lora_file(self._run.name)
-
-    def train(self) -> loop.Trained:
-        """Train, or take the finished run from disk."""
-        write_job(self._run.folder, self._base, self._data, self._job)
+    def train(self) -> Result:
+        """Train, or take the finished run from disk; write the LoRA file; draw the last picture."""
         hooks = loop.Hooks(
             check_stop=host.check_interrupted,
             on_start=self._on_start,
             on_step=self._on_step,
-            sample=self._sample if self._sampling.is_on else None,
+            sample=self._sample_and_go_on if self._sampling.is_on else None,
             sample_every=self._sampling.every,
         )
         try:
             with host.ended_before_exit(), host.training_mode():
-                self._take_device()
-                return loop.train(self._run, self._base, self._data, self._job, hooks)
-        except torch.OutOfMemoryError as error:
+                trained = loop.train(self._run, self._base, self._data, self._job, hooks)
+            tensors = file_tensors(trained.lora, self._job.lora)
+            path = self._save(trained, tensors)
+            if self._sampling.is_on:
+                self._sample(trained.step, trained.lora)
+        except Exception as error:
+            if not host.is_out_of_memory(error):
+                raise
             host.free_device_memory()
-            raise ValueError(
-                "The GPU's memory is not enough for this training; the state so far is saved. "
-                "Turn gradient_checkpointing on, or use smaller pictures, a batch size of 1, fewer "
-                "targets or a lower rank."
-            ) from error
+            raise ValueError(_OUT_OF_MEMORY) from error
+        return Result(tensors, path.name, trained.losses, self._samples(trained.step))
 
-    def save(self, trained: loop.Trained) -> dict[str, Tensor]:
-        """Write the LoRA file; returns its tensors."""
-        tensors = file_tensors(trained.lora, self._job.lora)
+    def _save(self, trained: loop.Trained, tensors: dict[str, Tensor]) -> Path:
+        path = host.lora_file(f"{self._run.name}-{trained.step}")
         metadata = lora_metadata(
             name=self._job.name,
             settings=self._job.lora,
-            base_format=self._base.format,
+            base=self._base,
             steps=trained.step,
             run=self._run.identity.to_json(),
         )
-        save_lora(self.lora_path, tensors, metadata)
-        return tensors
+        save_lora(path, tensors, metadata)
+        return path
 
-    def samples(self) -> Tensor | None:
-        """The sample pictures [N, H, W, 3] in 0..1 by step, or None."""
+    def _samples(self, last_step: int) -> Tensor | None:
+        """The sample pictures [N, H, W, 3] in 0..1 up to a step, or None if none were asked for."""
         if not self._sampling.is_on:
             return None
-        files = sorted((self._run.folder / "samples").glob(f"step-*-{self._sampling.key()}.png"))
-        pictures = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+        wanted = self._sample_path(last_step)
+        ending = wanted.name.removeprefix(f"step-{last_step:06d}")
+        files = sorted(wanted.parent.glob(f"step-*{ending}"))
+        until = [file for file in files if file.name <= wanted.name]
+        pictures = [np.asarray(Image.open(file).convert("RGB")) for file in until]
         return torch.from_numpy(np.stack(pictures)).float() / 255
 
     def _take_device(self) -> None:
         """Ask the host to have the base model on the device, and room for the training."""
+        settings = self._job.train
         entry = max(self._data.latents.entries, key=lambda entry: entry.width * entry.height)
         num_tokens = entry.width * entry.height // 256 + self._data.prompts.length
         to_training_device(
@@ -122,15 +161,19 @@ class Session:
             activation_bytes(
                 self._base.config,
                 num_tokens=num_tokens,
-                batch_size=self._job.train.batch_size,
-                checkpointing=self._job.train.gradient_checkpointing,
+                batch_size=settings.batch_size,
+                dtype=compute_dtype(settings.compute_dtype, host.compute_device()),
+                checkpointing=settings.gradient_checkpointing,
             ),
         )
 
     def _on_start(self, step: int, num_steps: int) -> None:
         epochs = num_steps / self._steps_per_epoch
         resumed = f", going on from step {step}" if 0 < step < num_steps else ""
-        host.show_text(f"{num_steps} steps = {epochs:.1f} epochs{resumed}", self._node_id)
+        exact = "" if host.is_deterministic() else "; a resumed run is close, not bit for bit"
+        host.show_text(f"{num_steps} steps = {epochs:.1f} epochs{resumed}{exact}", self._node_id)
+        if step < num_steps:
+            self._take_device()
 
     def _on_step(self, step: loop.Step) -> None:
         minutes, seconds = divmod(round(step.seconds_left), 60)
@@ -142,14 +185,21 @@ class Session:
         )
         self._progress.show(step.step, step.num_steps)
 
+    def _sample_path(self, step: int) -> Path:
+        key = self._sampling.key(self._sampled.width, self._sampled.height)
+        return self._run.folder / "samples" / f"step-{step:06d}-{key}.png"
+
+    def _sample_and_go_on(self, step: int, lora: dict[str, Tensor]) -> None:
+        self._sample(step, lora)
+        self._take_device()
+
     def _sample(self, step: int, lora: dict[str, Tensor]) -> None:
-        path = self._run.folder / "samples" / f"step-{step:06d}-{self._sampling.key()}.png"
+        path = self._sample_path(step)
         if path.exists():
             return
-        entry = self._data.latents.entries[0]
         settings = SampleSettings(
-            width=entry.width,
-            height=entry.height,
+            width=self._sampled.width,
+            height=self._sampled.height,
             steps=self._sampling.steps,
             seed=self._sampling.seed,
         )
@@ -160,4 +210,3 @@ class Session:
         # Cut to 8 bits as Save Image does, so that a KSampler's picture is the same to the bit.
         pixels = (picture * 255).clamp(0, 255).byte().cpu().numpy()
         write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
-        self._take_device()

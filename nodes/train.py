@@ -61,15 +61,13 @@ class TrainLora(io.ComfyNode):
     def execute(cls, model: Any, latents: Any, prompts: Any, **settings: Any) -> io.NodeOutput:
         data = loop.TrainingData(latents=latents, prompts=prompts)
         session = Session(model, data, _job(settings), cls.hidden.unique_id, _sampling(settings))
-        trained = session.train()
-        tensors = session.save(trained)
-        samples = session.samples()
+        result = session.train()
         return io.NodeOutput(
-            tensors,
-            add_lora(model, tensors, 1.0),
-            session.lora_path.name,
-            {"loss": trained.losses},
-            samples if samples is not None else host.blocked_output(_NO_SAMPLES),
+            result.tensors,
+            add_lora(model, result.tensors, 1.0),
+            result.lora_name,
+            {"loss": result.losses},
+            host.blocked_output(_NO_SAMPLES) if result.samples is None else result.samples,
         )
 
 
@@ -82,7 +80,7 @@ def _inputs() -> list[Any]:
             "name",
             default="my_lora",
             tooltip="Name of the LoRA file and of the run's folder in output/atelier. A short code "
-            "of the settings is added, so that nothing is ever overwritten.",
+            "of the settings and the steps are added, so that nothing is ever overwritten.",
         ),
         io.Int.Input(
             "length",

@@ -96,7 +96,8 @@ def train(server: ComfyServer, graph: Graph) -> Trained:
     lora_path = (
         server.base_directory / "output" / "loras" / outputs[demo_graph.LORA_NAME]["text"][0]
     )
-    run_folder = server.base_directory / "output" / "atelier" / lora_path.stem
+    run_name = lora_path.stem.rpartition("-")[0]  # what follows is the number of steps
+    run_folder = server.base_directory / "output" / "atelier" / run_name
     metrics = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return Trained(
         lora_path=lora_path,

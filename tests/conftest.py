@@ -10,9 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Sums depend on the number of threads; servers that tests start inherit this.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("MKL_NUM_THREADS", "2")
+# Sums depend on the number of threads; servers that tests start inherit this. One is fastest: the
+# networks are tiny, and two threads wait for each other whenever the machine has other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 

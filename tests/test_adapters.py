@@ -25,7 +25,6 @@ from atelier.trainers.store import FORMATS
 from dense import dense_transformer, stored_tensors
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_files import write_flux
-from one_thread import one_thread  # noqa: F401
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -181,15 +180,17 @@ def test_the_file_has_an_alpha_for_every_module(
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_the_file_names_its_base_and_settings(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("guidance", "variant"), [(True, "dev"), (False, "schnell")])
+def test_the_file_names_its_base_and_settings(tmp_path: Path, guidance: bool, variant: str) -> None:
+    base = load_flux(write_flux(tmp_path / "flux.safetensors", guidance=guidance), format="nf4")
     metadata = lora_metadata(
-        name="cats", settings=LoraSettings(rank=8), base_format="nf4", steps=9, run={"base": "x"}
+        name="cats", settings=LoraSettings(rank=8), base=base, steps=9, run={"base": "x"}
     )
     save_lora(tmp_path / "lora.safetensors", {"a": torch.zeros(1)}, metadata)
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         found = file.metadata()
     assert found["modelspec.title"] == "cats"
-    assert found["modelspec.architecture"] == "flux-1-dev/lora"
+    assert found["modelspec.architecture"] == f"flux-1-{variant}/lora"
     assert (found["atelier.rank"], found["atelier.base_format"]) == ("8", "nf4")
 
 

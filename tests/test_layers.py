@@ -19,7 +19,7 @@ HOST_MODULES = {
     "nodes",
     "server",
 }
-HOST_BORDER = {"nodes/host.py", "nodes/native.py", "nodes/encoders.py"}
+HOST_BORDER = {"nodes/host.py", "nodes/native.py", "nodes/encoders.py", "nodes/linear.py"}
 SCHEMA_MODULE = "comfy_api"
 """The V3 schema may be imported anywhere in nodes/."""
 

@@ -13,7 +13,6 @@ from atelier.trainers.load import load_flux
 from atelier.trainers.store import FORMATS, WeightStore
 from dense import ROUND_TRIPS, dense_transformer, to_diffusers
 from flux_files import flux_shapes, flux_tensors, write_flux
-from one_thread import one_thread  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -43,10 +43,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def open_run(root: Path) -> Run:
+    run = Run(root, IDENTITY, {"model": "flux.safetensors"})
+    run.create()
+    return run
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Run:
     """A run with a checkpoint at step 1."""
-    made = Run(tmp_path, IDENTITY)
+    made = open_run(tmp_path)
     made.save(checkpoint(1))
     return made
 
@@ -58,7 +64,7 @@ def test_a_checkpoint_comes_back(saved: Run) -> None:
 def test_a_run_opened_again_finds_its_checkpoints(saved: Run, tmp_path: Path) -> None:
     saved.save(checkpoint(12))
     saved.save(checkpoint(1_234_567))
-    assert Run(tmp_path, IDENTITY).steps_saved() == [1, 12, 1_234_567]
+    assert open_run(tmp_path).steps_saved() == [1, 12, 1_234_567]
 
 
 def test_a_checkpoint_that_exists_is_kept(saved: Run) -> None:
@@ -131,7 +137,7 @@ def test_what_a_killed_process_left_is_removed_when_the_run_is_opened(
     half = saved.folder / "checkpoints" / ".step-000002.77.tmp"
     half.mkdir()
     (half / "adapter.safetensors").write_bytes(b"half")
-    assert Run(tmp_path, IDENTITY).steps_saved() == [1]
+    assert open_run(tmp_path).steps_saved() == [1]
     assert names(saved.folder / "checkpoints") == ["step-000001"]
 
 
@@ -154,7 +160,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_really_full_disk_leaves_the_checkpoint_before(disk: Path) -> None:
-    made = Run(disk, IDENTITY)
+    made = open_run(disk)
     made.save(checkpoint(1))
     with pytest.raises(ValueError, match=r"^The disk of .* is full\. Free some space and queue"):
         made.save(checkpoint(2, size=1 << 20))
@@ -175,7 +181,7 @@ def log_until_full(made: Run) -> tuple[int, str]:
 
 
 def test_a_really_full_disk_keeps_the_metrics(disk: Path) -> None:
-    made = Run(disk, IDENTITY)
+    made = open_run(disk)
     made.log({"step": 1, "loss": 0.5})
     filler = fill(disk)
     count, message = log_until_full(made)
@@ -187,7 +193,7 @@ def test_a_really_full_disk_keeps_the_metrics(disk: Path) -> None:
 def test_a_new_run_on_a_really_full_disk_is_one_sentence(disk: Path) -> None:
     fill(disk)
     with pytest.raises(ValueError, match=r"^The disk of .* is full\. Free some space and queue"):
-        Run(disk, IDENTITY)
+        open_run(disk)
 
 
 def test_metrics_come_back_in_order(saved: Run) -> None:
@@ -243,7 +249,7 @@ def test_a_full_disk_while_forgetting_keeps_every_line(
 def test_where_a_run_begins(
     tmp_path: Path, steps_saved: list[int], asked: int, expected: int
 ) -> None:
-    made = Run(tmp_path, IDENTITY)
+    made = open_run(tmp_path)
     for step in steps_saved:
         made.save(checkpoint(step))
     assert made.start_step(asked) == expected
@@ -258,7 +264,16 @@ def test_fewer_steps_without_a_checkpoint_name_those_that_there_are(saved: Run) 
 
 
 def test_two_runs_of_one_identity_share_a_folder(tmp_path: Path) -> None:
-    assert Run(tmp_path, IDENTITY).folder == Run(tmp_path, IDENTITY).folder
+    assert open_run(tmp_path).folder == open_run(tmp_path).folder
+
+
+def test_a_run_that_is_only_looked_at_leaves_nothing(tmp_path: Path) -> None:
+    assert Run(tmp_path, IDENTITY, {}).start_step(5) == 0
+    assert names(tmp_path) == []
+
+
+def test_the_job_file_holds_what_was_given(saved: Run) -> None:
+    assert json.loads((saved.folder / "job.json").read_text()) == {"model": "flux.safetensors"}
 
 
 def test_the_run_file_holds_all_that_the_hash_is_over(saved: Run) -> None:
@@ -299,7 +314,13 @@ def test_what_changes_the_weights_changes_the_run(change: dict) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [job(name="another"), job(length=Length(amount=5)), job(checkpoint_every=5)],
+    [
+        job(name="another"),
+        job(length=Length(amount=5)),
+        job(checkpoint_every=5),
+        job(lora=LoraSettings(alpha=4.0)),  # what no alpha means at rank 4
+        train(gradient_checkpointing=False),
+    ],
     ids=str,
 )
 def test_what_does_not_change_the_weights_does_not_change_the_run(change: dict) -> None:

@@ -15,7 +15,6 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from dense import ROUND_TRIPS
 from flux_files import write_flux
-from one_thread import one_thread  # noqa: F401
 from torch.nn import functional as F
 
 ROWS, COLUMNS = 96, 128

@@ -6,11 +6,32 @@ Every run of the Train LoRA node leaves its `job.json` in output/atelier/<run>/.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 from .job import read_job, run_job
-from .loop import Step
+from .loop import Hooks, Step
+
+
+class Stopped(Exception):
+    """Ctrl-C or a request to end, noticed between two micro-steps."""
+
+
+class StopFlag:
+    """Turns signals into a stop at the next micro-step, where the run can be saved whole."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._set)
+
+    def _set(self, *_: object) -> None:
+        self._is_set = True
+
+    def check(self) -> None:
+        if self._is_set:
+            raise Stopped
 
 
 def main() -> int:
@@ -23,8 +44,12 @@ def main() -> int:
         help="folder for the LoRA and the run (default: output)",
     )
     arguments = parser.parse_args()
+    hooks = Hooks(check_stop=StopFlag().check, on_step=_show)
     try:
-        path = run_job(read_job(arguments.job), arguments.output, _show)
+        path = run_job(read_job(arguments.job), arguments.output, hooks)
+    except Stopped:
+        sys.stderr.write("Stopped and saved. The same command goes on from here.\n")
+        return 130
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .config import LORA_TARGETS, LoraSettings
 from .files import read_safetensors, write_safetensors
 from .flow import seeded
+from .load import LoadedFlux
 
 _ADAPTER = "default"
 _PREFIX = "transformer."
@@ -35,10 +37,6 @@ class Lora:
             for name, parameter in transformer.named_parameters()
             if f".{_ADAPTER}." in name
         }
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters.values())
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the trained tensors on the CPU."""
@@ -80,7 +78,7 @@ def attach_lora(transformer: nn.Module, settings: LoraSettings, *, seed: int) ->
     wanted = [n for n in names if "blocks." in n and any(n.endswith(f".{t}") for t in targets)]
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha or settings.rank,  # pyright: ignore[reportArgumentType]
+        lora_alpha=settings.resolved_alpha,  # pyright: ignore[reportArgumentType]
         target_modules=wanted,
         init_lora_weights=True,
     )
@@ -98,7 +96,7 @@ def attach_lora(transformer: nn.Module, settings: LoraSettings, *, seed: int) ->
 def file_tensors(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
     """The tensors of a LoRA file: float32, named as diffusers does, with an alpha per module."""
     tensors = {f"{_PREFIX}{name}": tensor.float() for name, tensor in state.items()}
-    alpha = float(settings.alpha or settings.rank)
+    alpha = settings.resolved_alpha
     for name in state:
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
@@ -134,14 +132,17 @@ def load_lora_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def lora_metadata(*, name: str, settings: LoraSettings, base_format: str, steps: int, run: dict):
+def lora_metadata(
+    *, name: str, settings: LoraSettings, base: LoadedFlux, steps: int, run: dict[str, Any]
+) -> dict[str, str]:
     """Safetensors metadata of a LoRA file: the modelspec convention and our own settings."""
+    variant = "dev" if base.config.guidance else "schnell"
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "flux-1-dev/lora",
+        "modelspec.architecture": f"flux-1-{variant}/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux",
         "modelspec.title": name,
-        "atelier.base_format": base_format,
+        "atelier.base_format": base.format,
         "atelier.rank": str(settings.rank),
         "atelier.steps": str(steps),
         "atelier.settings": json.dumps(run, sort_keys=True),

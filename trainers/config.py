@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,9 +58,9 @@ class LoraSettings:
         )
 
     @property
-    def scale(self) -> float:
-        """Factor in front of B(A x)."""
-        return (self.alpha or self.rank) / self.rank
+    def resolved_alpha(self) -> float:
+        """The alpha that goes into the file; the LoRA is scaled by it over the rank."""
+        return float(self.alpha or self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,11 @@ class Length:
         )
         require(self.unit in ("steps", "epochs"), f"Unknown unit of length '{self.unit}'.")
 
-    def num_steps(self, steps_per_epoch: int) -> int:
-        return self.amount if self.unit == "steps" else self.amount * steps_per_epoch
+    def num_steps(self, steps_per_epoch: float) -> int:
+        """Optimizer steps; the last one of the last epoch may see some pictures once more."""
+        if self.unit == "steps":
+            return self.amount
+        return math.ceil(self.amount * steps_per_epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +140,12 @@ class JobSettings:
     """Optimizer steps between checkpoints. A checkpoint is also written whenever the run stops."""
 
     def __post_init__(self) -> None:
-        allowed = self.name and all(c.isalnum() or c in "-_. " for c in self.name)
+        allowed = all(c.isalnum() or c in "-_. " for c in self.name)
+        bare = self.name.strip(" ").lstrip(".") == self.name
         require(
-            bool(allowed) and not self.name.startswith((".", " ")) and not self.name.endswith(" "),
+            allowed and bare and 1 <= len(self.name) <= 100,
             f"The name '{self.name}' cannot be a file name. "
-            "Use letters, digits, spaces, '-', '_' and '.'.",
+            "Use up to 100 letters, digits, spaces, '-', '_' and '.'.",
         )
         require(
             self.checkpoint_every >= 1,

@@ -31,6 +31,11 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The setting that names `dtype`."""
+    return next(name for name, value in _DTYPES.items() if value == dtype)
+
+
 def _has_bf16(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 

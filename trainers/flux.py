@@ -206,7 +206,7 @@ def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype
 def empty_transformer(config: FluxConfig):
     try:
         from diffusers import FluxTransformer2DModel
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # its lazy modules raise RuntimeError
         raise ValueError(_diffusers_needed()) from error
     with torch.device("meta"):
         return FluxTransformer2DModel(

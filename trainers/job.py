@@ -1,9 +1,8 @@
-"""The job file: all that a training without ComfyUI needs, in JSON."""
+"""A training without ComfyUI, from the job file that every run leaves in its folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +10,10 @@ import torch
 
 from .adapters import file_tensors, lora_metadata, save_lora
 from .caches import LatentCache, PromptCache
-from .config import JobSettings, job_from_json, to_json
+from .config import JobSettings, job_from_json
 from .devices import default_device
-from .files import write_json
-from .load import LoadedFlux, load_flux
-from .loop import Hooks, Step, TrainingData, open_run, train
+from .load import load_flux
+from .loop import Hooks, TrainingData, open_run, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +24,6 @@ class Job:
     format: str
     data: TrainingData
     settings: JobSettings
-
-
-def write_job(folder: Path, base: LoadedFlux, data: TrainingData, settings: JobSettings) -> None:
-    """Write `job.json`, with which `python -m trainers` trains the same LoRA."""
-    write_json(
-        folder / "job.json",
-        {
-            "model": base.path,
-            "format": base.format,
-            "latents": json.loads(data.latents.to_json()),
-            "prompts": json.loads(data.prompts.to_json()),
-            "settings": to_json(settings),
-        },
-    )
 
 
 def read_job(path: Path) -> Job:
@@ -65,18 +49,18 @@ def read_job(path: Path) -> Job:
         raise ValueError(f"'{path.name}' is not a job file: {error!r}.") from None
 
 
-def run_job(job: Job, output: Path, on_step: Callable[[Step], None]) -> Path:
+def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
     """Train the job on the accelerator, or the CPU; returns the LoRA file in `output`."""
     device = default_device()
     with torch.no_grad():
         base = load_flux(job.model, format=job.format, device=device, quantize_on=device)
     run = open_run(output, job.settings, base, job.data)
-    trained = train(run, base, job.data, job.settings, Hooks(on_step=on_step))
-    path = output / f"{run.name}.safetensors"
+    trained = train(run, base, job.data, job.settings, hooks)
+    path = output / f"{run.name}-{trained.step}.safetensors"
     metadata = lora_metadata(
         name=job.settings.name,
         settings=job.settings.lora,
-        base_format=base.format,
+        base=base,
         steps=trained.step,
         run=run.identity.to_json(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from .adapters import Lora, attach_lora
 from .batches import BatchOrder
 from .caches import LatentCache, LatentEntry, PromptCache
-from .config import JobSettings, TrainSettings
-from .devices import compute_dtype
+from .config import JobSettings, TrainSettings, to_json
+from .devices import compute_dtype, dtype_name
 from .flow import add_noise, flow_loss, sample_sigmas, seeded
-from .flux import build_transformer, velocity
+from .flux import LATENT_CHANNELS, FluxConfig, build_transformer, velocity
 from .load import LoadedFlux
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
 from .run import Checkpoint, Run, RunIdentity
@@ -30,7 +31,6 @@ class Step:
     step: int
     num_steps: int
     loss: float
-    grad_norm: float
     seconds_per_step: float
 
     @property
@@ -48,10 +48,9 @@ class Hooks:
     """Called once with the step the run starts from and its length."""
     on_step: Callable[[Step], None] = lambda step: None
     sample: Callable[[int, dict[str, Tensor]], None] | None = None
-    """Called with the step and the LoRA's tensors, to draw pictures with them. It is asked again
-    for the last step of a run that is answered from disk."""
+    """Called with the step and the LoRA's tensors, to draw pictures with them before that step."""
     sample_every: int = 0
-    """Optimizer steps between samples, the first at step 0; 0 samples only at the end."""
+    """Optimizer steps between samples, the first at step 0; 0 draws none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,29 @@ class TrainingData:
 
     latents: LatentCache
     prompts: PromptCache
+
+    def check_fits(self, config: FluxConfig) -> None:
+        """Look at every caption and one entry of each kind, before any time is spent.
+
+        Raises:
+            ValueError: if a caption was not encoded, or an encoder belongs to another model.
+        """
+        texts = [
+            self.prompts.load(caption) for caption in {e.caption for e in self.latents.entries}
+        ]
+        widths = (texts[0].prompt_embeds.shape[-1], texts[0].pooled.shape[-1])
+        if widths != (config.context_dim, config.vector_dim):
+            raise ValueError(
+                f"The prompts come from text encoders of widths {widths[0]} and {widths[1]}; this "
+                f"model needs {config.context_dim} and {config.vector_dim}. Connect the CLIP that "
+                "belongs to the model to Encode Prompts."
+            )
+        channels = self.latents.load(self.latents.entries[0]).mean.shape[0]
+        if channels != LATENT_CHANNELS:
+            raise ValueError(
+                f"The latents have {channels} channels; FLUX needs {LATENT_CHANNELS}. Connect "
+                "FLUX's VAE to Cache Latents."
+            )
 
     def load(self, entries: list[LatentEntry], device: torch.device, generator: torch.Generator):
         """Latents [B, C, H, W] drawn from their distributions, prompt embeddings, pooled ones."""
@@ -93,13 +115,19 @@ def open_run(root: Path, job: JobSettings, base: LoadedFlux, data: TrainingData)
         prompts=data.prompts.fingerprint(),
         job=job,
     )
-    return Run(root, identity)
+    manifest = {
+        "model": base.path,
+        "format": base.format,
+        "latents": json.loads(data.latents.to_json()),
+        "prompts": json.loads(data.prompts.to_json()),
+        "settings": to_json(job),
+    }
+    return Run(root, identity, manifest)
 
 
-def steps_per_epoch(job: JobSettings, data: TrainingData) -> int:
-    """Optimizer steps of one pass over the data; the last one of an epoch may be begun early."""
-    order = _order(job, data)
-    return max(1, math.ceil(order.batches_per_epoch / job.train.gradient_accumulation))
+def steps_per_epoch(job: JobSettings, data: TrainingData) -> float:
+    """Optimizer steps of one pass over the data; a step may reach over the end of an epoch."""
+    return _order(job, data).batches_per_epoch / job.train.gradient_accumulation
 
 
 def _order(job: JobSettings, data: TrainingData) -> BatchOrder:
@@ -120,18 +148,16 @@ def train(
     """
     length = job.length.num_steps(steps_per_epoch(job, data))
     start = run.start_step(length)
-    run.forget_metrics_after(start)
     hooks.on_start(start, length)
     if start == length:
-        lora = run.load(length).adapter
-        if hooks.sample:
-            hooks.sample(length, lora)
-        return _trained(run, length, lora)
+        return _trained(run, length, run.load(length).adapter)
 
-    state = TrainState(base, job)
+    data.check_fits(base.config)
+    saved = run.load(start) if start else None
+    state = TrainState(base, job, saved)
+    run.create()
+    run.forget_metrics_after(start)
     order = _order(job, data)
-    if start:
-        state.restore(run.load(start))
     step = start
     try:
         while step < length:
@@ -142,40 +168,39 @@ def train(
             step += 1
             seconds = time.perf_counter() - began
             run.log({"step": step, "loss": loss, "grad_norm": grad_norm, "seconds": seconds})
-            hooks.on_step(
-                Step(
-                    step=step,
-                    num_steps=length,
-                    loss=loss,
-                    grad_norm=grad_norm,
-                    seconds_per_step=seconds,
-                )
-            )
+            hooks.on_step(Step(step=step, num_steps=length, loss=loss, seconds_per_step=seconds))
             if step % job.checkpoint_every == 0:
-                run.save(state.checkpoint(step))
+                _save(run, state, step)
     finally:
         # Cancel and errors come here too. Gradients of an unfinished step are dropped: every random
         # number is keyed by its micro-step, so resuming computes them again.
-        if step > start and state.lora.is_finite():
-            run.save(state.checkpoint(step))
-        trained = state.lora.state()
+        if step > start:
+            _save(run, state, step)
+        lora = state.lora.state()
         state.close()
-    if hooks.sample:
-        hooks.sample(step, trained)
-    return _trained(run, length, trained)
+    return _trained(run, length, lora)
+
+
+def _save(run: Run, state: TrainState, step: int) -> None:
+    """Save the state, unless it is spoilt: resuming from that would never recover."""
+    if state.lora.is_finite():
+        run.save(state.checkpoint(step))
 
 
 def _trained(run: Run, step: int, lora: dict[str, Tensor]) -> Trained:
-    return Trained(lora=lora, losses=[float(line["loss"]) for line in run.metrics()], step=step)
+    losses = [float(line["loss"]) for line in run.metrics() if line["step"] <= step]
+    return Trained(lora=lora, losses=losses, step=step)
 
 
 class TrainState:
     """All that changes while training: the LoRA, the optimizer, the gradient scaler."""
 
-    def __init__(self, base: LoadedFlux, job: JobSettings) -> None:
+    def __init__(self, base: LoadedFlux, job: JobSettings, saved: Checkpoint | None = None) -> None:
         self.settings = job.train
         self.device = base.store.device
-        self.dtype = compute_dtype(job.train.compute_dtype, self.device)
+        # A run keeps the dtype it began with, wherever "auto" would lead now.
+        name = saved.values["compute_dtype"] if saved else job.train.compute_dtype
+        self.dtype = compute_dtype(name, self.device)
         self.transformer = build_transformer(base.store, base.config, self.dtype)
         self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
         self.transformer.train()
@@ -187,13 +212,19 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.dtype == torch.float16, init_scale=2.0**12
         )
+        if saved:
+            self._restore(saved)
 
     def checkpoint(self, step: int) -> Checkpoint:
         tensors, values = optimizer_tensors(self.optimizer)
-        all_values = {"optimizer": values, "scaler": self.scaler.state_dict()}
+        all_values = {
+            "compute_dtype": dtype_name(self.dtype),
+            "optimizer": values,
+            "scaler": self.scaler.state_dict(),
+        }
         return Checkpoint(step, self.lora.state(), tensors, all_values)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         self.lora.load_state(checkpoint.adapter)
         values = checkpoint.values
         load_optimizer_tensors(self.optimizer, checkpoint.optimizer, values["optimizer"])
@@ -207,8 +238,13 @@ class TrainState:
 
 def optimizer_step(
     state: TrainState, step: int, order: BatchOrder, data: TrainingData, hooks: Hooks
-) -> tuple[float, float]:
-    """One optimizer step over all its micro-steps; returns the mean loss and the gradient norm."""
+) -> tuple[float, float | None]:
+    """One optimizer step over all its micro-steps: the mean loss, and the gradient norm, which is
+    None when float16 overflowed and the step is left out.
+
+    Raises:
+        ValueError: if the loss or a gradient is not a number; the weights are untouched.
+    """
     accumulation = state.settings.gradient_accumulation
     losses = []
     for micro_step in range(step * accumulation, (step + 1) * accumulation):
@@ -216,11 +252,14 @@ def optimizer_step(
         loss = _forward_backward(state, micro_step, order.batch(micro_step), data)
         losses.append(loss)
     state.scaler.unscale_(state.optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(state.parameters, state.settings.max_grad_norm)
+    grad_norm = float(nn.utils.clip_grad_norm_(state.parameters, state.settings.max_grad_norm))
+    is_finite = math.isfinite(grad_norm)
+    if not is_finite and not state.scaler.is_enabled():
+        raise ValueError(_diverged(step, state.settings))
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    return sum(losses) / accumulation, float(grad_norm)
+    return sum(losses) / accumulation, grad_norm if is_finite else None
 
 
 def _forward_backward(

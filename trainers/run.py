@@ -48,6 +48,9 @@ class RunIdentity:
     def to_json(self) -> dict[str, Any]:
         """Length, name and checkpoint distance do not change what a step computes."""
         job = to_json(self.job)
+        job["lora"]["alpha"] = self.job.lora.resolved_alpha
+        # Recomputing blocks gives the same gradients; turning it on must not lose a run.
+        del job["train"]["gradient_checkpointing"]
         return {
             "version": _VERSION,
             "base": self.base,
@@ -71,25 +74,44 @@ class Checkpoint:
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     values: dict[str, Any]
-    """JSON values: those of the optimizer's state and the gradient scaler's."""
+    """JSON values: the compute dtype, those of the optimizer's state and the gradient scaler's."""
 
 
 class Run:
-    """A run folder, made on first use."""
+    """A run folder. It is made by `create`, when training really begins.
 
-    def __init__(self, root: Path, identity: RunIdentity) -> None:
+    Args:
+        root: the folder of all runs.
+        job: what `python -m trainers` needs to train the same, as JSON values.
+    """
+
+    def __init__(self, root: Path, identity: RunIdentity, job: dict[str, Any]) -> None:
         self.identity = identity
+        self._job = job
         self.name = f"{identity.job.name}-{identity.hash8()}"
         self.folder = root / self.name
         self._checkpoints = self.folder / "checkpoints"
         self._metrics = self.folder / "metrics.jsonl"
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def create(self) -> None:
+        """Make the folder, or clear away what a crash left in it.
+
+        Raises:
+            ValueError: if the disk is full or refuses.
+        """
+        try:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_written(self.folder, error) from error
         for leftover in self._checkpoints.glob(".*.tmp"):
             shutil.rmtree(leftover)
-        write_json(self.folder / "run.json", identity.to_json())
+        write_json(self.folder / "run.json", self.identity.to_json())
+        write_json(self.folder / "job.json", self._job)
 
     def steps_saved(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
+        if not self._checkpoints.is_dir():
+            return []
         names = (_CHECKPOINT_NAME.fullmatch(path.name) for path in self._checkpoints.iterdir())
         return sorted(int(match.group(1)) for match in names if match)
 
@@ -150,7 +172,7 @@ class Run:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def log(self, metrics: dict[str, float | int]) -> None:
+    def log(self, metrics: dict[str, float | int | None]) -> None:
         """Append one line to the metrics.
 
         Raises:
@@ -162,7 +184,7 @@ class Run:
         except OSError as error:
             raise not_written(self._metrics, error) from error
 
-    def metrics(self) -> list[dict[str, float | int]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of the metrics; one that a crash cut short is left out."""
         if not self._metrics.exists():
             return []

@@ -110,6 +110,6 @@ def test_the_flux_dev_workflow_trains_and_paints_on_cut_files(server: ComfyServe
     (run,) = (server.base_directory / "output" / "atelier").glob("my_flux_lora-*")
     settings = json.loads((run / "run.json").read_text())
     assert settings["lora"]["rank"] == 4
-    lora = server.base_directory / "output" / "loras" / f"{run.name}.safetensors"
+    lora = server.base_directory / "output" / "loras" / f"{run.name}-2.safetensors"
     # One double block: 4 matrices of 3072 x 3072; one single block: 3; each 2 x 3072 x 4, float32.
     assert lora.stat().st_size >= 7 * 2 * 3072 * 4 * 4

@@ -8,9 +8,10 @@ import json
 import numpy as np
 import pytest
 from comfy_server import ComfyServer, GraphError
+from flux_files import write_flux
 from graphs import node, sampled, train_graph, write_base, write_pictures
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,8 @@ def pixels(server: ComfyServer, entry: dict, node_id: str) -> list[np.ndarray]:
 
 
 def run_folder(server: ComfyServer, lora_name: str):
-    name = lora_name.removesuffix(".safetensors")
-    return server.base_directory / "output" / "atelier" / name
+    run = lora_name.rpartition("-")[0]  # what follows is the number of steps
+    return server.base_directory / "output" / "atelier" / run
 
 
 def test_a_graph_trains_a_lora_and_samples_with_it(server: ComfyServer, pictures: str) -> None:
@@ -111,11 +112,12 @@ def test_the_job_file_trains_the_same_weights_without_comfyui(
     server: ComfyServer, pictures: str, tmp_path
 ) -> None:
     from atelier.trainers.job import read_job, run_job
+    from atelier.trainers.loop import Hooks
 
     graph = train_graph(pictures, name="headless", sampling=False)
     name = server.run(graph)["outputs"]["name"]["text"][0]
     job = read_job(run_folder(server, name) / "job.json")
-    path = run_job(job, tmp_path, lambda step: None)
+    path = run_job(job, tmp_path, Hooks())
     mine = load_file(server.base_directory / "output" / "loras" / name)
     headless = load_file(path)
     assert mine.keys() == headless.keys()
@@ -131,6 +133,66 @@ def test_progress_shows_loss_and_time_left(server: ComfyServer, pictures: str) -
 
     server.run(train_graph(pictures, name="shown", sampling=False, seed=9), collect)
     assert any("loss" in text and "left" in text for text in texts)
+
+
+def test_text_encoders_of_another_model_are_one_sentence(
+    server: ComfyServer, pictures: str
+) -> None:
+    write_flux(
+        server.base_directory / "models" / "diffusion_models" / "other.safetensors", context=192
+    )
+    graph = train_graph(pictures, name="widths", sampling=False)
+    graph["load"]["inputs"]["model"] = "other.safetensors"
+    with pytest.raises(GraphError, match="widths 128 and 64; this model needs 192"):
+        server.run(graph)
+    assert not list((server.base_directory / "output" / "atelier").glob("widths-*"))
+
+
+def test_samples_need_both_of_their_inputs(server: ComfyServer, pictures: str) -> None:
+    graph = train_graph(pictures, name="half")
+    del graph["train"]["inputs"]["positive"]
+    with pytest.raises(GraphError, match="need both the vae and the positive input"):
+        server.run(graph)
+
+
+def apply_lora(server: ComfyServer, model: str, tensors: dict[str, np.ndarray]) -> dict:
+    """A graph that samples `model` with a LoRA file of these tensors."""
+    folder = server.base_directory / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "given.safetensors")
+    graph = train_graph("unused")
+    graph["load"]["inputs"]["model"] = model
+    graph["lora"] = node(
+        "AtelierApplyLoRA", model=["load", 0], lora_name="given.safetensors", strength=1.0
+    )
+    kept = {key: graph[key] for key in ("load", "nano", "text", "guided", "empty", "lora")}
+    return kept | sampled("out", ["lora", 0])
+
+
+def one_lora(module: str, width: int) -> dict[str, np.ndarray]:
+    return {
+        f"{module}.lora_A.weight": np.ones((2, width), np.float32),
+        f"{module}.lora_B.weight": np.ones((width, 2), np.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "width", "message"),
+    [
+        ("transformer.transformer_blocks.0.attn.to_q", 384, "was made for another one"),
+        ("lora_unet_input_blocks_1_1_proj_in", 256, "changes nothing in this MODEL"),
+    ],
+)
+def test_a_lora_of_another_model_is_one_sentence(
+    server: ComfyServer, pictures: str, module: str, width: int, message: str
+) -> None:
+    with pytest.raises(GraphError, match=message):
+        server.run(apply_lora(server, "tiny.safetensors", one_lora(module, width)))
+
+
+def test_a_lora_of_this_model_samples(server: ComfyServer, pictures: str) -> None:
+    module = "transformer.transformer_blocks.0.attn.to_q"
+    assert server.run(apply_lora(server, "tiny.safetensors", one_lora(module, 256)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""The Linear of the MODEL face: it looks its weight up in a store, and runs LoRAs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.lora
+import comfy.ops
+import torch
+from comfy.weight_adapter.lora import LoRAAdapter
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..trainers.store import PackedWeight, WeightStore
+
+MODEL_PREFIX = "diffusion_model."
+"""What the host puts before the names of the network's weights in keys of patches."""
+
+
+@dataclass(frozen=True)
+class RuntimeLora:
+    """A LoRA on some rows of a Linear, in activation space: y[rows] += scale * up(down(x))."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    rows: slice
+
+    def fits(self, in_features: int, out_features: int) -> bool:
+        rows = len(range(*self.rows.indices(out_features)))
+        return self.down.shape[1] == in_features and self.up.shape[0] == rows
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add the LoRA's part to `y` [..., out], in place, for the input `x` [..., in]."""
+        hidden = F.linear(x, self.down.to(x.dtype))
+        y[..., self.rows] += self.scale * F.linear(hidden, self.up.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class DensePatches:
+    """Patches of ComfyUI that need the dense weight (LoKr, LoHa, DoRA, differences)."""
+
+    key: str
+    patches: list[tuple]
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The patched copy of `weight`, in its dtype."""
+        patched = comfy.lora.calculate_weight(self.patches, weight.float().clone(), self.key)
+        return patched.to(weight.dtype)
+
+
+class StoreLinear(nn.Linear):
+    """A Linear of the host's network whose weight and bias are looked up in a store by name."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._loras: list[RuntimeLora] = []
+        self._dense_weight: DensePatches | None = None
+        self._dense_bias: DensePatches | None = None
+
+    def bind(self, store: WeightStore, name: str) -> None:
+        """Compute with `<name>.weight` and `<name>.bias` of `store` from now on."""
+        self._store, self._name = store, name
+
+    @property
+    def packed(self) -> PackedWeight:
+        return self._store.packed[f"{self._name}.weight"]
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The stored bytes: only what asks for a name, a shape or a device should look here."""
+        return self.packed.data
+
+    @property
+    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._store.plain.get(f"{self._name}.bias")
+
+    def set_patches(self, weight: list[tuple], bias: list[tuple]) -> None:
+        """Replace the patches (ComfyUI's tuples) that run on top of the stored weight.
+
+        Raises:
+            ValueError: if a LoRA has the widths of another model.
+        """
+        device, key = self._store.device, f"{MODEL_PREFIX}{self._name}"
+        loras = [_runtime_lora(patch, device) for patch in weight]
+        if not all(lora.fits(self.in_features, self.out_features) for lora in loras if lora):
+            raise ValueError(
+                f"A LoRA on this model was made for another one: its '{self._name}' has other "
+                "widths. Choose a LoRA of this FLUX."
+            )
+        as_dense = any(lora is None for lora in loras)
+        self._loras = [] if as_dense else [lora for lora in loras if lora is not None]
+        self._dense_weight = DensePatches(f"{key}.weight", weight) if as_dense else None
+        self._dense_bias = DensePatches(f"{key}.bias", bias) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias
+        if self._dense_bias is not None and bias is not None:
+            bias = self._dense_bias.apply(bias)
+        if self._dense_weight is not None:
+            weight = self._dense_weight.apply(self.packed.dequantize(x.dtype))
+            return F.linear(x, weight, bias.to(x.dtype) if bias is not None else None)
+        y = self.packed.linear(x, bias)
+        for lora in self._loras:
+            lora.add_to(y, x)
+        return y
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> StoreLinear:
+        return self  # `.to()` of a parent never moves or casts the store's bytes
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing to load: the store has it."""
+
+
+class StoreOps(comfy.ops.manual_cast):
+    """The host's operations with every Linear computing from a store."""
+
+    Linear = StoreLinear
+
+
+def _runtime_lora(patch: tuple, device: torch.device) -> RuntimeLora | None:
+    """A patch of ComfyUI as a RuntimeLora, or None if it is not a plain LoRA on whole rows."""
+    strength, adapter, strength_model, offset, function = patch
+    if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or function is not None:
+        return None
+    up, down, alpha, middle, dora_scale, reshape = adapter.weights
+    if middle is not None or dora_scale is not None or reshape is not None:
+        return None
+    if offset is not None and offset[0] != 0:
+        return None
+    rows = slice(None) if offset is None else slice(offset[1], offset[1] + offset[2])
+    scale = strength * (alpha / down.shape[0] if alpha is not None else 1.0)
+    return RuntimeLora(down.to(device), up.to(device), scale, rows)
