@@ -133,7 +133,7 @@ class Examiner:
         ).item()
         return {"eval loss": base.mean().item(), **figures, **self.retrieval()}
 
-    def retrieval(self, num_pictures: int = 48, num_choices: int = 16) -> dict[str, float]:
+    def retrieval(self, num_pictures: int = 32, num_choices: int = 16) -> dict[str, float]:
         """How often the right caption has the lowest loss among 16 subjects."""
         ranks = []
         rows = list(range(0, len(self.which), max(1, len(self.which) // num_pictures)))[
