@@ -204,7 +204,7 @@ def sample_sheet(
         pen.multiline_text(
             (left, top + 130), caption.replace(", ", ",\n"), fill="black", font_size=10
         )
-    sheet.save(path, optimize=True)
+    sheet.quantize(256).save(path, optimize=True)
 
 
 def write_figures(figures: dict, path: Path) -> None:
