@@ -119,7 +119,7 @@ class ImageFolderDataset(io.ComfyNode):
             missing_captions=missing_captions,
             on_progress=host.Progress().update,
         )
-        count = f"{len(dataset.records)} pictures, {dataset.num_samples} seen per epoch."
+        count = f"Pictures: {len(dataset.records)}, seen per epoch: {dataset.num_samples}."
         return io.NodeOutput(dataset, ui=_texts(cls.hidden.unique_id, count, *dataset.warnings))
 
 
@@ -191,7 +191,8 @@ class CacheLatents(io.ComfyNode):
             on_progress=host.Progress().update,
         )
         memory.remember(encoder_id)
-        return io.NodeOutput(cache, ui=_texts(cls.hidden.unique_id, _size("pictures", cache)))
+        done = f"Pictures cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
+        return io.NodeOutput(cache, ui=_texts(cls.hidden.unique_id, done))
 
 
 class EncodePrompts(io.ComfyNode):
@@ -256,9 +257,8 @@ class EncodePrompts(io.ComfyNode):
         )
         memory.remember(encoder_id)
         warnings = _length_warnings(dataset.captions, length, clip)
-        return io.NodeOutput(
-            cache, ui=_texts(cls.hidden.unique_id, _size("captions", cache), *warnings)
-        )
+        done = f"Captions cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
+        return io.NodeOutput(cache, ui=_texts(cls.hidden.unique_id, done, *warnings))
 
 
 def _side(name: str, default: int) -> Any:
@@ -277,8 +277,8 @@ def _not_loaded(_: Any) -> Any:
     raise ValueError("The cache changed while this ran. Queue the graph again.")
 
 
-def _size(things: str, cache: LatentCache | PromptCache) -> str:
-    return f"{len(cache.entries)} {things} cached, {cache.total_bytes / 2**20:.1f} MiB on disk."
+def _mib(cache: LatentCache | PromptCache) -> str:
+    return f"{cache.total_bytes / 2**20:.1f}"
 
 
 def _length_warnings(texts: tuple[str, ...], length: int, clip: Any) -> list[str]:

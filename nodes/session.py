@@ -168,10 +168,12 @@ class Session:
         )
 
     def _on_start(self, step: int, num_steps: int) -> None:
-        epochs = num_steps / self._steps_per_epoch
-        resumed = f", going on from step {step}" if 0 < step < num_steps else ""
-        exact = "" if host.is_deterministic() else "; a resumed run is close, not bit for bit"
-        host.show_text(f"{num_steps} steps = {epochs:.1f} epochs{resumed}{exact}", self._node_id)
+        lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
+        if 0 < step < num_steps:
+            lines.append(f"The run goes on from step {step}.")
+        if not host.is_deterministic():
+            lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
+        host.show_text("\n".join(lines), self._node_id)
         if step < num_steps:
             self._take_device()
 

@@ -199,10 +199,6 @@ class ComfyServer(ComfyClient):
         (self.base_directory / "custom_nodes").mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "main.py", *self._command_line()]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-        if "--cpu" in command:
-            # torch and bitsandbytes each bring an OpenMP whose idle threads spin against the
-            # other's: on two cores a training step of the nano model takes 5 times longer with two.
-            environment.setdefault("OMP_NUM_THREADS", "1")
         with contextlib.ExitStack() as stack:
             log = None if self._log_to_console else stack.enter_context(self.log.open("wb"))
             self._process = subprocess.Popen(

@@ -29,7 +29,7 @@ BAD_SETTINGS = [
     (TrainSettings, {"learning_rate": 0.0}, r"learning rate must be above 0, got 0\.0\. 1e-4"),
     (TrainSettings, {"learning_rate": -1e-4}, r"learning rate must be above 0, got -0\.0001"),
     (TrainSettings, {"learning_rate": math.nan}, r"learning rate must be above 0, got nan"),
-    (TrainSettings, {"batch_size": 0}, r"batch size must be at least 1, got 0"),
+    (TrainSettings, {"batch_size": 0}, r"batch size must be 1 or more, got 0"),
     (TrainSettings, {"gradient_accumulation": 0}, r"accumulation must be at least 1, got 0"),
     (TrainSettings, {"guidance": -0.5}, r"guidance must not be negative, got -0\.5"),
     (TrainSettings, {"guidance": math.nan}, r"guidance must not be negative, got nan"),
@@ -37,7 +37,7 @@ BAD_SETTINGS = [
     (TrainSettings, {"compute_dtype": "int8"}, r"dtype 'int8'\. Choose one of: auto, bf16, fp16"),
     (Length, {"amount": 0}, r"length must be at least 1, got 0 steps"),
     (Length, {"amount": -3, "unit": "epochs"}, r"length must be at least 1, got -3 epochs"),
-    (Length, {"unit": "hours"}, r"Unknown unit of length 'hours'"),
+    (Length, {"unit": "hours"}, r"steps or epochs, got 'hours'"),
     (JobSettings, {"checkpoint_every": 0}, r"distance of at least 1 step, got 0"),
     *(
         (JobSettings, {"name": name}, r"cannot be a file name\. Use up to 100 letters")

@@ -3,16 +3,20 @@
 That the English ones are those of the schemas is held in tests/host/test_workflows.py.
 """
 
+import ast
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import message_templates, templates_in
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("en", "zh")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
+MESSAGES = "atelierMessages"
+VALUE = re.compile(r"\{\d+\}")
 NAMES_IN_EVERY_LANGUAGE = {"CLIP", "VAE", "LoRA"}
 NODE_IDS = sorted(
     match.group(1)
@@ -35,10 +39,36 @@ def flat(texts: dict[str, Any], path: str = "") -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["nodeDefs.json", "main.json"])
 def test_both_languages_have_the_same_texts(name: str) -> None:
-    english, chinese = (flat(read(language, name)) for language in LANGUAGES)
+    english, chinese = (read(language, name) for language in LANGUAGES)
+    chinese.pop(MESSAGES, None)  # the English ones are in the code
+    english, chinese = flat(english), flat(chinese)
     assert english.keys() == chinese.keys()
     assert all(english.values())
     assert all(chinese.values())
+
+
+def test_every_message_of_the_code_has_a_chinese_one_and_no_other() -> None:
+    assert read("zh", "main.json")[MESSAGES].keys() == message_templates()
+
+
+def test_chinese_messages_have_the_values_of_the_english_ones() -> None:
+    for english, chinese in read("zh", "main.json")[MESSAGES].items():
+        assert CHINESE.search(chinese)
+        assert sorted(VALUE.findall(chinese)) == sorted(VALUE.findall(english)), english
+
+
+def test_the_collector_finds_messages_and_leaves_other_texts() -> None:
+    code = '''
+"""A docstring is no message."""
+require(rank > 0, f"The rank must be above 0, got {rank!r}. " "4 is usual.")
+Input("rank", tooltip="The rank of the LoRA.")
+show_text(f"loss {loss:.3f}")
+path = "a/b.safetensors"
+'''
+    assert templates_in(ast.parse(code)) == {
+        "The rank must be above 0, got {0}. 4 is usual.",
+        "loss {0}",
+    }
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -89,7 +89,7 @@ class TrainSettings:
             self.learning_rate > 0,
             f"The learning rate must be above 0, got {self.learning_rate}. 1e-4 is usual.",
         )
-        require(self.batch_size >= 1, f"The batch size must be at least 1, got {self.batch_size}.")
+        require(self.batch_size >= 1, f"The batch size must be 1 or more, got {self.batch_size}.")
         require(
             self.gradient_accumulation >= 1,
             f"Gradient accumulation must be at least 1, got {self.gradient_accumulation}.",
@@ -118,7 +118,10 @@ class Length:
             self.amount >= 1,
             f"The training length must be at least 1, got {self.amount} {self.unit}.",
         )
-        require(self.unit in ("steps", "epochs"), f"Unknown unit of length '{self.unit}'.")
+        require(
+            self.unit in ("steps", "epochs"),
+            f"The unit of the training length must be steps or epochs, got '{self.unit}'.",
+        )
 
     def num_steps(self, steps_per_epoch: float) -> int:
         """Optimizer steps; the last one of the last epoch may see some pictures once more."""

@@ -39,7 +39,7 @@ def _unpack_bf16(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 def _pack_nf4(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    functional = _bitsandbytes_functional("NF4 weights")
+    functional = _bitsandbytes_functional()
     rows, columns = matrix.shape
     if columns % NF4_BLOCK:
         raise ValueError(
@@ -55,7 +55,7 @@ def _pack_nf4(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_nf4(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    functional = _bitsandbytes_functional("NF4 weights")
+    functional = _bitsandbytes_functional()
     assert scale is not None
     rows, columns = data.shape[0], data.shape[1] * 2
     state = functional.QuantState(
@@ -74,12 +74,12 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def _bitsandbytes_functional(feature: str):
+def _bitsandbytes_functional():
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:
         raise ValueError(
-            f"{feature} need the package bitsandbytes: run `pip install bitsandbytes`, "
+            "NF4 weights need the package bitsandbytes: run `pip install bitsandbytes`, "
             "or load the model as bf16."
         ) from error
     return functional

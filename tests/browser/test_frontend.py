@@ -121,3 +121,40 @@ def test_the_help_of_train_lora_is_shown(
     assert frontend.wait_for(".node-help-content h1") == title
     assert frontend.wait_for(f".node-help-content h2:has-text('{heading}')")
     assert frontend.wait_for(".node-help-content table")
+
+
+RUN_WITH_FOLDER = """
+const node = app.graph.nodes.find((node) => node.type === 'AtelierImageFolderDataset')
+node.widgets.find((widget) => widget.name === 'folder').value = argument
+await app.queuePrompt(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("locale", "message"),
+    [
+        ("en", "is damaged, cut off or not a picture. Replace or remove it."),
+        ("zh", "已损坏、不完整或不是图片。请替换或删除它。"),
+    ],
+)
+def test_errors_speak_the_language_of_the_page(
+    frontend: Frontend, browser_server: ComfyServer, locale: str, message: str
+) -> None:
+    folder = browser_server.base_directory / "input" / "damaged"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "cut.txt").write_text("a caption", encoding="utf-8")
+    frontend.open(locale=locale)
+    frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
+    frontend.evaluate(RUN_WITH_FOLDER, "damaged")
+    assert message in frontend.wait_for(f".p-dialog:has-text('{message}')")
+
+
+def test_refusals_speak_the_language_of_the_page(frontend: Frontend) -> None:
+    frontend.open(locale="zh")
+    frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
+    frontend.evaluate(RUN_WITH_FOLDER, "nowhere")
+    refused = frontend.evaluate("return Object.values(app.lastNodeErrors)")
+    details = [error["details"] for node in refused for error in node["errors"]]
+    assert any(text.startswith("folder - 图片文件夹 'nowhere' 不在") for text in details), details
+    frontend.evaluate("await app.api.interrupt()")
