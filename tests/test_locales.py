@@ -110,3 +110,17 @@ def test_help_pages_name_only_inputs_that_exist(node_id: str, language: str) -> 
     outputs = {text["name"] for text in read("en", "nodeDefs.json")[node_id]["outputs"].values()}
     assert named
     assert set(named) <= texts["inputs"].keys() | outputs
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_help_pages_quote_messages_that_exist(node_id: str, language: str) -> None:
+    """The last table of a page has messages in its first column, with … for what varies."""
+    page = (ROOT / "js" / "docs" / node_id / f"{language}.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| ([^|]+) \|", page.rpartition("|---|---|\n")[2], re.MULTILINE)
+    chinese = read("zh", "main.json")[MESSAGES].values()
+    messages = message_templates() if language == "en" else chinese
+    assert quoted
+    for text in quoted:
+        pieces = [piece.strip() for piece in re.split("[…/]", text)]
+        assert all(any(piece in message for message in messages) for piece in pieces), text
