@@ -7,7 +7,6 @@ to, the store.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -253,31 +252,21 @@ def to_training_device(model: StorePatcher, memory_required: int) -> None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleSettings:
-    """How a sample picture is drawn, in ComfyUI's terms."""
-
-    width: int
-    height: int
-    steps: int
-    seed: int
-    sampler: str = "euler"
-    scheduler: str = "simple"
-
-
-def draw_latents(model: Any, positive: list, settings: SampleSettings) -> Tensor:
-    """Latents [1, 16, height/8, width/8] drawn by ComfyUI's own sampling, without CFG."""
-    empty = torch.zeros(1, LATENT_CHANNELS, settings.height // 8, settings.width // 8)
+def draw_latents(
+    model: Any, positive: list, *, width: int, height: int, steps: int, seed: int
+) -> Tensor:
+    """Latents [1, 16, height/8, width/8] drawn as KSampler does with euler, simple and CFG 1."""
+    empty = torch.zeros(1, LATENT_CHANNELS, height // 8, width // 8)
     return comfy.sample.sample(
         model,
-        comfy.sample.prepare_noise(empty, settings.seed),
-        settings.steps,
+        comfy.sample.prepare_noise(empty, seed),
+        steps,
         1.0,
-        settings.sampler,
-        settings.scheduler,
+        "euler",
+        "simple",
         positive,
         positive,  # with a CFG of 1 the negative is never computed
         empty,
         disable_pbar=True,
-        seed=settings.seed,
+        seed=seed,
     )

@@ -22,7 +22,7 @@ from ..trainers.memory import activation_bytes
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
-from .native import SampleSettings, add_lora, draw_latents, loaded_flux, to_training_device
+from .native import add_lora, draw_latents, loaded_flux, to_training_device
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "
@@ -199,15 +199,16 @@ class Session:
         path = self._sample_path(step)
         if path.exists():
             return
-        settings = SampleSettings(
-            width=self._sampled.width,
-            height=self._sampled.height,
-            steps=self._sampling.steps,
-            seed=self._sampling.seed,
-        )
         with torch.inference_mode():
             model = add_lora(self._model, file_tensors(lora, self._job.lora), 1.0)
-            latents = draw_latents(model, self._sampling.positive, settings)
+            latents = draw_latents(
+                model,
+                self._sampling.positive,
+                width=self._sampled.width,
+                height=self._sampled.height,
+                steps=self._sampling.steps,
+                seed=self._sampling.seed,
+            )
             picture = self._sampling.vae.decode(latents)[0]
         # Cut to 8 bits as Save Image does, so that a KSampler's picture is the same to the bit.
         pixels = (picture * 255).clamp(0, 255).byte().cpu().numpy()

@@ -11,56 +11,9 @@ from typing import Any
 
 import comfy_server
 import workflow
-from comfy_server import ComfyClient, ComfyServer, Event, GraphError, ServerError
+from comfy_server import ComfyClient, ComfyServer, GraphError, ServerError
 from dev import build_parser
-
-PROGRESS_LINES = 10
-"""How many progress lines a node gets where the output is not a terminal."""
-
-
-class ProgressPrinter:
-    """Prints what the websocket reports: the node, its steps, and numbers such as the loss."""
-
-    def __init__(self, graph: workflow.Graph) -> None:
-        self._graph = graph
-        self._node = ""
-        self._text = ""
-        self._tenth = -1
-        self._line_open = False
-
-    def __call__(self, event: Event) -> None:
-        data = event.data
-        if event.type == "executing" and data.get("node"):
-            self._start_node(comfy_server.node_name(self._graph, data["node"]))
-        elif event.type == "execution_cached" and data.get("nodes"):
-            print(f"{len(data['nodes'])} nodes are answered from the cache", flush=True)
-        elif event.type == "progress_text":
-            self._text = " ".join(data["text"].split())
-        elif event.type.startswith("atelier.") and isinstance(data.get("loss"), float):
-            self._text = f"loss {data['loss']:.4f}"
-        elif event.type == "progress" and data.get("max"):
-            self._step(int(data["value"]), int(data["max"]))
-
-    def close(self) -> None:
-        if self._line_open:
-            print(flush=True)
-        self._line_open = False
-
-    def _start_node(self, name: str) -> None:
-        if name == self._node:
-            return
-        self.close()
-        self._node, self._text, self._tenth = name, "", -1
-        print(name, flush=True)
-
-    def _step(self, value: int, total: int) -> None:
-        line = f"  {value}/{total}  {self._text}"
-        if sys.stdout.isatty():
-            print(f"\r{line:<78.78}", end="", flush=True)
-            self._line_open = True
-        elif (tenth := value * PROGRESS_LINES // total) != self._tenth:
-            self._tenth = tenth
-            print(line, flush=True)
+from progress import NodeProgress
 
 
 def run(options: Namespace) -> None:
@@ -82,12 +35,7 @@ def run_on(client: ComfyClient, options: Namespace) -> None:
     graph = workflow.load(options.workflow, object_info)
     for setting in options.set:
         workflow.apply_setting(graph, setting, object_info)
-    printer = ProgressPrinter(graph)
-    try:
-        entry = client.run(graph, printer)
-    finally:
-        printer.close()
-    print_outputs(client, graph, entry)
+    print_outputs(client, graph, client.run(graph, NodeProgress(graph)))
 
 
 def print_outputs(client: ComfyClient, graph: workflow.Graph, entry: dict[str, Any]) -> None:

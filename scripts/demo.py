@@ -21,9 +21,9 @@ from comfy_server import ComfyServer
 from demo_graph import AFTER, BEFORE, TRAIN, Graph
 from demo_pictures import Subject
 from demo_plot import loss_plot
-from demo_progress import NodeProgress, OutputProgress
 from demo_sheet import Row, contact_sheet
 from PIL import Image
+from progress import NodeProgress, OutputProgress
 
 DATASET = "openmoji"
 """The folder below input/ that the quickstart workflow reads."""

@@ -1,6 +1,5 @@
 """Encoded texts on disk. The encoder is a stand-in that counts letters."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -93,7 +92,7 @@ def test_the_folder_in_a_manifest_is_absolute(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     cache = cache_prompts(["cat"], TextEncoder(), "clip", 77, "relative")
-    assert json.loads(cache.to_json())["folder"] == str(tmp_path / "relative")
+    assert cache.to_json()["folder"] == str(tmp_path / "relative")
 
 
 def test_the_fingerprint_of_prompts_tells_texts_apart(folder: Path) -> None:

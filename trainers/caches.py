@@ -85,13 +85,13 @@ class LatentCache:
         """Size on disk."""
         return EntryFiles(self.folder).num_bytes(entry.key for entry in self.entries)
 
-    def to_json(self) -> str:
+    def to_json(self) -> dict[str, Any]:
         return _to_json("latents", self)
 
     @classmethod
-    def from_json(cls, text: str) -> LatentCache:
-        """Raises ValueError when `text` is not a manifest of latents."""
-        return cls(**_from_json("latents", text, LatentEntry))
+    def from_json(cls, values: dict[str, Any]) -> LatentCache:
+        """Raises ValueError when `values` are not a manifest of latents."""
+        return cls(**_from_json("latents", values, LatentEntry))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +131,13 @@ class PromptCache:
         """Size on disk."""
         return EntryFiles(self.folder).num_bytes(entry.key for entry in self.entries)
 
-    def to_json(self) -> str:
+    def to_json(self) -> dict[str, Any]:
         return _to_json("prompts", self)
 
     @classmethod
-    def from_json(cls, text: str) -> PromptCache:
-        """Raises ValueError when `text` is not a manifest of prompts."""
-        return cls(**_from_json("prompts", text, PromptEntry))
+    def from_json(cls, values: dict[str, Any]) -> PromptCache:
+        """Raises ValueError when `values` are not a manifest of prompts."""
+        return cls(**_from_json("prompts", values, PromptEntry))
 
     @cached_property
     def _keys(self) -> dict[str, str]:
@@ -149,13 +149,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _to_json(kind: str, cache: LatentCache | PromptCache) -> str:
-    return json.dumps({"kind": kind, "version": 1, **dataclasses.asdict(cache)}, indent=1)
+def _to_json(kind: str, cache: LatentCache | PromptCache) -> dict[str, Any]:
+    return {"kind": kind, "version": 1, **dataclasses.asdict(cache)}
 
 
-def _from_json(kind: str, text: str, entry_class: type) -> dict[str, Any]:
+def _from_json(kind: str, values: dict[str, Any], entry_class: type) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
+        fields = dict(values)
         if (fields.pop("kind"), fields.pop("version")) != (kind, 1):
             raise ValueError("another kind or version")
         return {**fields, "entries": tuple(entry_class(**entry) for entry in fields["entries"])}

@@ -93,7 +93,6 @@ def image_folder(
     resolution: Resolution,
     repeats: int = 1,
     trigger: str = "",
-    caption_extension: str = ".txt",
     missing_captions: MissingCaptions = "error",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
@@ -114,7 +113,7 @@ def image_folder(
     pictures = picture_files(path)
     records = []
     for picture in pictures:
-        caption = _caption(picture, caption_extension, missing_captions)
+        caption = _caption(picture, missing_captions)
         records.append(_record(picture, _with_trigger(caption, trigger.strip()), repeats))
         if on_progress:
             on_progress(len(records), len(pictures))
@@ -207,8 +206,8 @@ def _refuse_truncated() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = previous
 
 
-def _caption(picture: Path, extension: str, missing: MissingCaptions) -> str:
-    path = picture.with_suffix(extension)
+def _caption(picture: Path, missing: MissingCaptions) -> str:
+    path = picture.with_suffix(".txt")
     if path.is_file():
         return _caption_text(path)
     require(

@@ -38,8 +38,8 @@ def read_job(path: Path) -> Job:
             model=values["model"],
             format=values["format"],
             data=TrainingData(
-                latents=LatentCache.from_json(json.dumps(values["latents"])),
-                prompts=PromptCache.from_json(json.dumps(values["prompts"])),
+                latents=LatentCache.from_json(values["latents"]),
+                prompts=PromptCache.from_json(values["prompts"]),
             ),
             settings=job_from_json(values["settings"]),
         )

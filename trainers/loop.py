@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -118,8 +117,8 @@ def open_run(root: Path, job: JobSettings, base: LoadedFlux, data: TrainingData)
     manifest = {
         "model": base.path,
         "format": base.format,
-        "latents": json.loads(data.latents.to_json()),
-        "prompts": json.loads(data.prompts.to_json()),
+        "latents": data.latents.to_json(),
+        "prompts": data.prompts.to_json(),
         "settings": to_json(job),
     }
     return Run(root, identity, manifest)

@@ -8,9 +8,9 @@ import demo_graph
 import demo_measure
 import demo_pictures
 import demo_plot
-import demo_progress
 import demo_sheet
 import numpy as np
+import progress
 import pytest
 from comfy_server import ROOT, ComfyServer, Event, GraphError
 from PIL import Image
@@ -127,21 +127,21 @@ def test_the_sheet_shows_every_picture_of_every_row() -> None:
 def test_progress_names_each_node_once_and_shows_what_it_reports(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo_progress, "LINE_EVERY_S", -1)
-    progress = demo_progress.NodeProgress(make_graph())
-    progress(Event("executing", {"node": "train"}))
-    progress(Event("progress_text", {"node": "train", "text": "loss 0.5  0:01 left"}))
-    progress(Event("progress", {"node": "train", "value": 1, "max": 2}))
-    progress(Event("executing", {"node": "before"}))
-    progress(Event("progress", {"node": "before", "value": 2, "max": 2}))
-    progress(Event("execution_success"))
+    monkeypatch.setattr(progress, "LINE_EVERY_S", -1)
+    shown = progress.NodeProgress(make_graph())
+    shown(Event("executing", {"node": "train"}))
+    shown(Event("progress_text", {"node": "train", "text": "loss 0.5  0:01 left"}))
+    shown(Event("progress", {"node": "train", "value": 1, "max": 2}))
+    shown(Event("executing", {"node": "before"}))
+    shown(Event("progress", {"node": "before", "value": 2, "max": 2}))
+    shown(Event("execution_success"))
     assert capsys.readouterr().out.splitlines() == [
         "AtelierTrainLoRA",
         "  [########--------] loss 0.5 0:01 left",
         "Before",
         "  [################] 2/2",
     ]
-    assert progress.seconds.keys() == {"train", "before"}
+    assert shown.seconds.keys() == {"train", "before"}
 
 
 @pytest.fixture(scope="module")

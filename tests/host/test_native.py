@@ -8,7 +8,7 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
-from atelier.nodes.native import SampleSettings, add_lora, build_model, draw_latents
+from atelier.nodes.native import add_lora, build_model, draw_latents
 from atelier.trainers.adapters import attach_lora, file_tensors
 from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, velocity
@@ -133,11 +133,11 @@ def test_comfyui_samples_with_and_without_a_lora(loaded: LoadedFlux) -> None:
     settings = LoraSettings(rank=4)
     transformer = build_transformer(loaded.store, loaded.config, torch.float32)
     tensors = file_tensors(trained_like(transformer, settings).state(), settings)
-    draw = SampleSettings(width=64, height=64, steps=2, seed=0)
+    draw = {"width": 64, "height": 64, "steps": 2, "seed": 0}
     with torch.inference_mode():
-        plain = draw_latents(model, positive, draw)
-        patched = draw_latents(add_lora(model, tensors, 1.0), positive, draw)
-        again = draw_latents(model, positive, draw)
+        plain = draw_latents(model, positive, **draw)
+        patched = draw_latents(add_lora(model, tensors, 1.0), positive, **draw)
+        again = draw_latents(model, positive, **draw)
     assert not torch.equal(plain, patched)
     assert torch.equal(plain, again)
     assert loaded.store.content_hash() == before

@@ -55,7 +55,7 @@ def test_run_prints_nodes_and_files(
     options = argparse.Namespace(workflow=drawn, set=["A blank, v1.0.width=48"])
     commands.run_on(server, options)
     printed = capsys.readouterr().out.splitlines()
-    assert "A blank, v1.0 (4)" in printed
+    assert "A blank, v1.0" in printed
     saved = server.base_directory / "output" / "drawn_00001_.png"
     assert printed[-1].endswith(f": {saved}")
     assert saved.read_bytes()[16:24] == (48).to_bytes(4, "big") + (16).to_bytes(

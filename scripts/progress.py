@@ -1,4 +1,4 @@
-"""What the demo shows while ComfyUI works: a bar with the numbers that the nodes report."""
+"""What a terminal shows while ComfyUI works: a bar with the numbers that the nodes report."""
 
 import shutil
 import sys
@@ -50,8 +50,10 @@ class NodeProgress:
     def __call__(self, event: Event) -> None:
         if event.type == "executing":
             self._enter(event.data.get("node") or "")
-        elif event.type == "execution_success":
+        elif event.type in ("execution_success", "execution_error", "execution_interrupted"):
             self._enter("")
+        elif event.type == "execution_cached" and event.data.get("nodes"):
+            print(f"{len(event.data['nodes'])} nodes are answered from the cache", flush=True)
         elif event.type == "progress_text":
             self._text = " ".join(event.data["text"].split())
         elif event.type == "progress" and event.data.get("max"):
