@@ -11,7 +11,7 @@ function toTemplate([english, translation]) {
   const numbers = [...english.matchAll(/\{(\d+)\}/g)].map(([, number]) => number)
   const literals = english.split(/\{\d+\}/)
   return {
-    pattern: new RegExp(`^${literals.map(escapeRegExp).join('(.+?)')}$`, 's'),
+    pattern: new RegExp(`^${literals.map(escapeRegExp).join('(.*?)')}$`, 's'),
     numLiterals: literals.join('').length,
     fill: (values) =>
       translation.replace(/\{(\d+)\}/g, (_, number) => values[numbers.indexOf(number)])

@@ -250,7 +250,10 @@ def _read_part(folder: str | Path, part: str) -> tuple[dict[str, Any], dict[str,
         raise ValueError(
             f"{folder} has no complete {part} folder: it needs config.json and *.safetensors."
         )
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"The file {path / 'config.json'} is damaged. Copy it again.") from None
     weights: dict[str, Tensor] = {}
     for file in files:
         weights.update(comfy.utils.load_torch_file(str(file), safe_load=True))

@@ -59,13 +59,13 @@ def dataset_folder(name: str) -> Path:
     Raises:
         ValueError: there is none, or the name or a link leads out of the root.
     """
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if not parts:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if not path.parts:
         raise ValueError("No picture folder is chosen. Make one below input/ and put pictures in.")
-    if parts[0] == "/" or ":" in parts[0] or ".." in parts:
+    if path.is_absolute() or ":" in name or ".." in path.parts:
         raise ValueError(f"The picture folder must lie below input/, got {name!r}.")
     for root in dataset_roots():
-        folder = root.joinpath(*parts)
+        folder = root.joinpath(path)
         if folder.is_dir():
             if not folder.resolve().is_relative_to(root.resolve()):
                 raise ValueError(f"The picture folder {name!r} is a link that leads out of {root}.")

@@ -58,6 +58,16 @@ class TrainLora(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None) -> bool | str:
+        if name is None:  # a linked input is not known yet
+            return True
+        try:
+            JobSettings(name=name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, model: Any, latents: Any, prompts: Any, **settings: Any) -> io.NodeOutput:
         data = loop.TrainingData(latents=latents, prompts=prompts)
         session = Session(model, data, _job(settings), cls.hidden.unique_id, _sampling(settings))

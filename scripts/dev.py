@@ -22,6 +22,8 @@ from pathlib import Path
 import environment
 
 ROOT = environment.ROOT
+# With the folder that we are in off sys.path: there our `nodes` would hide ComfyUI's.
+PYTEST = "import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,10 +93,7 @@ def main() -> int:
     if prepared.is_own:
         variables["ATELIER_OWN_COMFYUI"] = "1"
     if options.command == "test":
-        # -P keeps this folder off sys.path, where our `nodes` would hide ComfyUI's.
-        python_options = ["-P"] if sys.version_info >= (3, 11) else []
-        command = [prepared.python, *python_options, "-m", "pytest", *others]
-        return wait_for(command, variables, cwd=ROOT)
+        return wait_for([prepared.python, "-c", PYTEST, *others], variables, cwd=ROOT)
     if options.command == "demo":
         shutil.rmtree(options.home, ignore_errors=True)
     return wait_for([prepared.python, ROOT / "scripts" / "commands.py", *sys.argv[1:]], variables)

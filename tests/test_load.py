@@ -242,6 +242,18 @@ def without_a_shard(folder: Path, tensors: Tensors) -> Path:
     return folder
 
 
+def without_a_whole_index(folder: Path, tensors: Tensors) -> Path:
+    next(diffusers_folder(folder, tensors).glob("*.index.json")).write_text('{"weight_map"')
+    return folder
+
+
+def a_header_that_is_no_table(folder: Path, tensors: Tensors) -> Path:
+    header = b"[1, 2]  "
+    path = folder / "flux.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    return path
+
+
 def empty_folder(folder: Path, tensors: Tensors) -> Path:
     return folder
 
@@ -255,6 +267,8 @@ BAD_FILES: dict[Callable, str] = {
     pickled: r"^'flux.safetensors' is not a whole safetensors file\. Choose a .safetensors file",
     empty: r"^'flux.safetensors' is not a whole safetensors file\. ",
     text: r"^'flux.safetensors' is not a whole safetensors file\. ",
+    a_header_that_is_no_table: r"^'flux.safetensors' is not a whole safetensors file\. ",
+    without_a_whole_index: r"^The index '.*index.json' is damaged: download it again\.$",
     stable_diffusion: r"^'sd15.safetensors' is not a FLUX.1 model: .*Choose a FLUX.1 file",
     flux_2: r"^'flux2.safetensors' is a FLUX.2 model\. This node loads FLUX.1 models\.$",
     lora_file: r"^'lora.safetensors' is not a FLUX.1 model: ",

@@ -146,9 +146,9 @@ class JobSettings:
         allowed = all(c.isalnum() or c in "-_. " for c in self.name)
         bare = self.name.strip(" ").lstrip(".") == self.name
         require(
-            allowed and bare and 1 <= len(self.name) <= 100,
+            allowed and bare and 1 <= len(self.name) <= 60,
             f"The name '{self.name}' cannot be a file name. "
-            "Use up to 100 letters, digits, spaces, '-', '_' and '.'.",
+            "Use up to 60 letters, digits, spaces, '-', '_' and '.'.",
         )
         require(
             self.checkpoint_every >= 1,

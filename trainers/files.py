@@ -56,9 +56,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
             save_file(whole, temporary, metadata=metadata)
         except SafetensorError as error:
             # The library wraps the operating system's error as text.
-            if "No space left" in str(error) or "StorageFull" in str(error):
-                raise OSError(errno.ENOSPC, str(error)) from error
-            raise
+            is_full = "No space left" in str(error) or "StorageFull" in str(error)
+            raise OSError(errno.ENOSPC if is_full else errno.EIO, str(error)) from error
 
     write_atomically(path, write)
 
@@ -75,8 +74,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, file.metadata() or {}
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"'{path}' is not a whole safetensors file: {error}.") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"'{path}' cannot be read as a safetensors file: {error}. Replace it or choose another."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -132,9 +132,10 @@ def _read_header(path: Path) -> tuple[dict, int]:
                 raise wrong
             header = json.loads(file.read(length))
             data_start = 8 + length
-    except (struct.error, UnicodeDecodeError, json.JSONDecodeError):
+        tensors = [info for key, info in header.items() if key != "__metadata__"]
+        ends = [info["data_offsets"][1] for info in tensors]
+    except (struct.error, ValueError, AttributeError, LookupError, TypeError):
         raise wrong from None
-    ends = [info["data_offsets"][1] for key, info in header.items() if key != "__metadata__"]
     if size < data_start + max(ends, default=0):
         raise ValueError(f"The file '{path.name}' is cut short: download it again.")
     return header, data_start
@@ -153,7 +154,7 @@ def model_files(path: Path) -> list[Path]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        names = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()
+        names = _index_files(indexes[0])
         files = [folder / name for name in sorted(set(names))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -163,6 +164,13 @@ def model_files(path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"There is no .safetensors file in '{folder}'.")
     return files
+
+
+def _index_files(index: Path) -> list[str]:
+    try:
+        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"The index '{index}' is damaged: download it again.") from None
 
 
 @dataclass(frozen=True)

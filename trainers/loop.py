@@ -147,11 +147,12 @@ def train(
     """
     length = job.length.num_steps(steps_per_epoch(job, data))
     start = run.start_step(length)
-    hooks.on_start(start, length)
     if start == length:
+        hooks.on_start(start, length)
         return _trained(run, length, run.load(length).adapter)
 
     data.check_fits(base.config)
+    hooks.on_start(start, length)
     saved = run.load(start) if start else None
     state = TrainState(base, job, saved)
     run.create()
@@ -173,10 +174,12 @@ def train(
     finally:
         # Cancel and errors come here too. Gradients of an unfinished step are dropped: every random
         # number is keyed by its micro-step, so resuming computes them again.
-        if step > start:
-            _save(run, state, step)
         lora = state.lora.state()
-        state.close()
+        try:
+            if step > start:
+                _save(run, state, step)
+        finally:
+            state.close()
     return _trained(run, length, lora)
 
 
@@ -311,5 +314,5 @@ def _diverged(step: int, settings: TrainSettings) -> str:
     return (
         f"The loss is not a number after {step} steps: the training diverged. Lower the learning "
         f"rate ({settings.learning_rate}), or set the compute dtype to bf16 or fp32. "
-        "The state before it was saved."
+        "Every step before it is kept."
     )

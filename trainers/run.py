@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,11 +186,14 @@ class Run:
             raise not_written(self._metrics, error) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of the metrics; one that a crash cut short is left out."""
+        """All whole lines of the metrics; what a crash cut short or spoilt is left out."""
         if not self._metrics.exists():
             return []
-        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        whole = []
+        for line in self._metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
+                whole.append(json.loads(line))
+        return whole
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that will be repeated."""

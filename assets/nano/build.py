@@ -35,8 +35,8 @@ RECIPES = {
     "text": Recipe(
         steps=1500, learning_rate=2e-3, warmup=50, ema=0.99, weight_decay=0.0, save_every=300
     ),
-    "base": Recipe(steps=2600, learning_rate=1e-3, warmup=150, ema=0.998, save_every=100),
-    "distill": Recipe(steps=260, learning_rate=4e-4, warmup=30, ema=0.99, save_every=100),
+    "base": Recipe(steps=7300, learning_rate=1e-3, warmup=150, ema=0.998, save_every=100),
+    "distill": Recipe(steps=500, learning_rate=4e-4, warmup=30, ema=0.99, save_every=100),
     "judge": Recipe(steps=800, learning_rate=2e-3, warmup=50, save_every=300),
 }
 

@@ -223,7 +223,7 @@ def test_the_dataset_node_shows_what_it_found(runner: Runner, workplace: Path) -
     keep = {"class_type": "Keep", "inputs": {"value": ["dataset", 0]}}
     runner.run({"dataset": dataset_node(width=128, repeats=3), "keep": keep})
     assert runner.texts["dataset"] == [
-        "2 pictures, 6 seen per epoch.",
+        "Pictures: 2, seen per epoch: 6.",
         "Pictures enlarged to the training size: one.png, two.png.",
         "Pictures with an empty caption: one.png.",
     ]

@@ -31,6 +31,8 @@ def add_picture(folder: Path) -> None:
         ("../input/red", "must lie below input/, got '../input/red'"),
         ("red/../../input/red", "must lie below input/"),
         ("/etc", "must lie below input/"),
+        ("//etc", "must lie below input/"),
+        ("red/C:x", "must lie below input/"),
         ("C:\\Users", "must lie below input/"),
         ("..\\..", "must lie below input/"),
         ("out", "is a link that leads out of"),
