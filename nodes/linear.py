@@ -46,9 +46,9 @@ class DensePatches:
     patches: list[tuple]
 
     def apply(self, weight: Tensor) -> Tensor:
-        """The patched copy of `weight`, in its dtype."""
-        patched = comfy.lora.calculate_weight(self.patches, weight.float().clone(), self.key)
-        return patched.to(weight.dtype)
+        """The patched copy of `weight`, in float32."""
+        copy = weight.to(torch.float32, copy=True)
+        return comfy.lora.calculate_weight(self.patches, copy, self.key)
 
 
 class StoreLinear(nn.Linear):
@@ -116,15 +116,19 @@ class StoreLinear(nn.Linear):
         return patches.apply(weight).to(torch.bfloat16)
 
     def patched_bias(self) -> Tensor | None:
-        """The bias [out] with all patches."""
+        """The bias [out] with all patches, in bf16."""
+        bias = self._computing_bias()
+        return bias.to(torch.bfloat16) if bias is not None else None
+
+    def _computing_bias(self) -> Tensor | None:
         if self._dense_bias is None or self.bias is None:
             return self.bias
         return self._dense_bias.apply(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.patched_bias()
+        bias = self._computing_bias()
         if self._dense_weight is not None:
-            weight = self._dense_weight.apply(self.packed.dequantize(x.dtype))
+            weight = self._dense_weight.apply(self.packed.dequantize(x.dtype)).to(x.dtype)
             return F.linear(x, weight, bias.to(x.dtype) if bias is not None else None)
         y = self.packed.linear(x, bias)
         for lora in self._loras:

@@ -147,8 +147,8 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         for key, some in patches.items():
             weight = comfy.utils.get_attr(self.model, key)
             self.backup[key] = _Original(weight)
-            patched = comfy.lora.calculate_weight(some, weight.float().clone(), key)
-            _set_parameter(self.model, key, patched.to(weight.dtype))
+            copy = weight.to(torch.float32, copy=True)
+            _set_parameter(self.model, key, comfy.lora.calculate_weight(some, copy, key))
 
     def _patched(self, key: str) -> Tensor:
         """The tensor of a key of patches, with its patches."""
