@@ -11,10 +11,7 @@ from torch import Tensor
 WIDTH, RANK = 256, 4
 QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
 PROJ = "diffusion_model.double_blocks.0.img_attn.proj"
-SLICES = (
-    "transformer.transformer_blocks.0.attn.to_q",
-    "transformer.transformer_blocks.0.attn.to_v",
-)
+ATTENTION = "transformer.transformer_blocks.0.attn"
 FUSED = "transformer.single_transformer_blocks.0.proj_mlp"
 
 
