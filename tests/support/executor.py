@@ -114,12 +114,16 @@ class Runner:
         """The value that the graph's Keep node got. Raises RuntimeError with ComfyUI's message."""
         import execution  # brings in all of ComfyUI's nodes
 
+        from nodes import NODE_CLASS_MAPPINGS  # noqa: TID251
+
+        kinds = {name: NODE_CLASS_MAPPINGS[node["class_type"]] for name, node in graph.items()}
+        outputs = [name for name, kind in kinds.items() if getattr(kind, "OUTPUT_NODE", False)]
         server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None)
         Keep.kept.clear()
         CountingLoader.runs = 0
         kind = execution.CacheType.CLASSIC if self._caches else execution.CacheType.NONE
         executor = execution.PromptExecutor(server, kind, cache_args={"ram": 0, "lru": 0})
-        executor.execute(copy.deepcopy(graph), "prompt", {}, ["keep"])
+        executor.execute(copy.deepcopy(graph), "prompt", {}, outputs)
         event, data = executor.status_messages[-1]
         if event != "execution_success":
             raise RuntimeError(data.get("exception_message", event))
