@@ -122,7 +122,8 @@ class Runner:
         Keep.kept.clear()
         CountingLoader.runs = 0
         kind = execution.CacheType.CLASSIC if self._caches else execution.CacheType.NONE
-        executor = execution.PromptExecutor(server, kind, cache_args={"ram": 0, "lru": 0})
+        sizes = {"ram": 0, "ram_inactive": 0, "lru": 0}
+        executor = execution.PromptExecutor(server, kind, cache_args=sizes)
         executor.execute(copy.deepcopy(graph), "prompt", {}, outputs)
         event, data = executor.status_messages[-1]
         if event != "execution_success":
