@@ -64,6 +64,12 @@ def all_in_one(folder: Path, tensors: Tensors) -> Path:
     return save(folder / "flux.safetensors", named)
 
 
+def saved_by_a_newer_comfyui(folder: Path, tensors: Tensors) -> Path:
+    renamed = {name.replace("_norm.scale", "_norm.weight"): t for name, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    return with_prefix(folder, renamed)
+
+
 def float32(folder: Path, tensors: Tensors) -> Path:
     return original(folder, {name: tensor.float() for name, tensor in tensors.items()})
 
@@ -88,6 +94,7 @@ LAYOUTS: list[Callable[[Path, Tensors], Path]] = [
     original,
     with_prefix,
     all_in_one,
+    saved_by_a_newer_comfyui,
     float32,
     diffusers_file,
     diffusers_folder,

@@ -31,6 +31,10 @@ _SCALE_NAMES = ("scale_weight", "weight_scale")
 """How ComfyUI's fp8 files call the factor of a `weight`, in older and newer ones."""
 
 
+_RENAMED_NORMS = (".norm.query_norm.weight", ".norm.key_norm.weight")
+"""How newer versions of ComfyUI (0.33 is one) call the QK-norms' `scale`, also in saved files."""
+
+
 @dataclass(frozen=True)
 class _Entry:
     """One tensor of a safetensors file: where its bytes lie."""
@@ -46,7 +50,8 @@ class TensorFiles:
     """The tensors of one or several safetensors files by name, read on demand.
 
     Bytes are read at header offsets into one reused buffer: a memory-mapped file would stay in the
-    resident set. A prefix that ComfyUI checkpoints put before the network's names is removed.
+    resident set. What ComfyUI's files change in the network's names is taken back: a prefix, and
+    the norms' names.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -58,7 +63,7 @@ class TensorFiles:
             digest.update(json.dumps(header, sort_keys=True).encode())
             for name, info in header.items():
                 if name != "__metadata__":
-                    self._entries[_strip_prefix(name)] = _entry(path, info, data_start)
+                    self._entries[_original_name(name)] = _entry(path, info, data_start)
         self._header_digest = digest
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
@@ -106,10 +111,13 @@ class TensorFiles:
         return digest.hexdigest()
 
 
-def _strip_prefix(name: str) -> str:
+def _original_name(name: str) -> str:
     for prefix in _PREFIXES:
         if name.startswith(prefix):
-            return name[len(prefix) :]
+            name = name[len(prefix) :]
+            break
+    if name.endswith(_RENAMED_NORMS):
+        return f"{name.removesuffix('weight')}scale"
     return name
 
 
