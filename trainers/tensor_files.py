@@ -136,11 +136,11 @@ class TensorFiles:
         found = {}
         for name, state_name in state_names(self._entries):
             state = FourBit.from_bytes(bytes(self._view(state_name).tolist()), state_name)
-            for end in AUXILIARIES[state.is_nested]:
-                if f"{name}.{end}" not in self._entries:
+            for part in (name, *(f"{name}.{end}" for end in AUXILIARIES[state.is_nested])):
+                if part not in self._entries:
+                    file = self._entries[state_name].path.name
                     raise ValueError(
-                        f"'{self._entries[name].path.name}' is an incomplete FLUX.1 model: "
-                        f"'{name}.{end}' is missing."
+                        f"'{file}' is an incomplete FLUX.1 model: '{part}' is missing."
                     )
             found[name] = state
         return found
