@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -91,7 +91,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def write_flux_dev(path: Path) -> None:
-    """One tensor in memory at a time; matrices are scaled as those of a new network."""
+    """Random numbers scaled as those of a new network, in little memory."""
     load_pack()
     from flux_files import flux_shapes
 
@@ -102,19 +102,29 @@ def write_flux_dev(path: Path) -> None:
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
+    scaled: dict[float, memoryview] = {}
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for index, (name, shape) in enumerate(shapes.items()):
-            tensor = random_tensor(noise, index, shape)
-            tensor = 1 + 0.1 * tensor if name.endswith(".scale") else tensor / shape[-1] ** 0.5
-            file.write(memoryview(tensor.to(torch.bfloat16).view(torch.uint8).numpy()))
+            scale = shape[-1] ** -0.5
+            if scale not in scaled:
+                scaled[scale] = memoryview((scale * noise).bfloat16().view(torch.uint8).numpy())
+            write_turned(file, scaled[scale], start=2 * 7919 * index, size=num_bytes(header[name]))
 
 
-def random_tensor(noise: torch.Tensor, index: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Values of `noise` from another place for every tensor: twelve billion new ones take long."""
-    numel = torch.Size(shape).numel()
-    turned = noise.roll(7919 * index)
-    return turned.repeat(-(-numel // noise.numel()))[:numel]
+def num_bytes(info: dict[str, Any]) -> int:
+    begin, end = info["data_offsets"]
+    return end - begin
+
+
+def write_turned(file: BinaryIO, values: memoryview, *, start: int, size: int) -> None:
+    """`size` bytes of `values`, from another place for every tensor and around its end: to draw
+    twelve billion new ones takes long."""
+    start %= len(values)
+    while size > 0:
+        piece = values[start : start + size]
+        file.write(piece)
+        size, start = size - len(piece), 0
 
 
 def drop_from_page_cache(path: Path) -> None:
