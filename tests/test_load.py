@@ -198,6 +198,10 @@ def pickled(folder: Path, tensors: Tensors) -> Path:
     return folder / "flux.safetensors"
 
 
+def named_pickle(folder: Path, tensors: Tensors) -> Path:
+    return pickled(folder, tensors).rename(folder / "flux.ckpt")
+
+
 def empty(folder: Path, tensors: Tensors) -> Path:
     (folder / "flux.safetensors").touch()
     return folder / "flux.safetensors"
@@ -236,7 +240,7 @@ def without_a_diffusers_tensor(folder: Path, tensors: Tensors) -> Path:
 
 
 def four_bits(folder: Path, tensors: Tensors) -> Path:
-    """A file that bitsandbytes packed."""
+    """Packed bytes without what says how they were packed."""
     bytes_of = {
         name: torch.zeros(8, 1, dtype=torch.uint8) if is_block_matrix(name, t) else t
         for name, t in tensors.items()
@@ -282,6 +286,7 @@ BAD_FILES: dict[Callable, str] = {
     without_a_tensor: r"is an incomplete FLUX.1 model: 'single_blocks.1.linear2.bias' is missing\.",
     without_a_diffusers_tensor: r"is an incomplete FLUX.1 model: .*double_blocks.0.img_attn.qkv",
     four_bits: r"^The tensor '.*' in 'flux.safetensors' has the type U8\. Use a file in bf16, ",
+    named_pickle: r"^'flux.ckpt' is a pickle, a file that can run code .*Choose the .safetensors",
     without_a_shard: r"^The shard 'diffusion_pytorch_model-00002-of-\d+.safetensors' is missing in",
     empty_folder: r"^There is no .safetensors file in '.*'\.$",
     nowhere: r"^The model file '.*nowhere.safetensors' does not exist\.$",
