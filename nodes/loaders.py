@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from ..trainers.config import COMPUTE_DTYPES
 from ..trainers.devices import compute_dtype as resolve_dtype
+from ..trainers.formats import FORMATS
 from ..trainers.load import load_flux, model_files
-from ..trainers.store import FORMATS
 from . import host
 from .encoders import build_clip, build_vae, checkpoint_parts
 from .native import build_model

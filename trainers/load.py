@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .flux import FINAL_MODULATION, FluxConfig, norm_sources, original_linears, swap_halves
-from .store import FORMATS, PackedWeight, WeightStore
+from .formats import FORMATS
+from .store import PackedWeight, WeightStore
 
 _DTYPES = {
     "F64": torch.float64,
