@@ -49,9 +49,12 @@ class LoadQuantizedFlux(io.ComfyNode):
                     "format",
                     options=list(FORMATS),
                     default="nf4",
-                    tooltip="How the weights are kept. nf4: 4 bits each, a quarter of the memory "
-                    "of bf16, with a small loss of precision. bf16: as in the file, for cards "
-                    "with 24 GB or more.",
+                    tooltip="How the weights are kept; FLUX.1's take 24 GB as bf16. nf4: 4 bits, "
+                    "the usual choice. int4: 4 bits with a smaller error than nf4, and "
+                    "needs no bitsandbytes. fp4: 4 bits with a larger error. int8, fp8: "
+                    "half of bf16; fp8 has a third of nf4's error, int8 less. int2: 3 bits "
+                    "with three times nf4's error, where nothing else fits. bf16: as in "
+                    "the file.",
                 ),
                 host.make_input(
                     io.Combo,
