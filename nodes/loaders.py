@@ -10,9 +10,9 @@ from comfy_api.latest import io
 
 from ..trainers.config import COMPUTE_DTYPES
 from ..trainers.devices import compute_dtype as resolve_dtype
+from ..trainers.formats import FORMATS
 from ..trainers.load import load_flux
 from ..trainers.packed_copy import PackedCopies
-from ..trainers.store import FORMATS
 from ..trainers.tensor_files import model_files
 from . import host
 from .encoders import build_clip, build_vae, checkpoint_parts
@@ -53,9 +53,12 @@ class LoadQuantizedFlux(io.ComfyNode):
                     "format",
                     options=list(FORMATS),
                     default="nf4",
-                    tooltip="How the weights are kept. nf4: 4 bits each, a quarter of the memory "
-                    "of bf16, with a small loss of precision. bf16: as in the file, for cards "
-                    "with 24 GB or more.",
+                    tooltip="How the weights are kept; FLUX.1's take 24 GB as bf16. nf4: 4 bits, "
+                    "the usual choice. int4: 4 bits with a smaller error than nf4, and "
+                    "needs no bitsandbytes. fp4: 4 bits with a larger error. int8, fp8: "
+                    "half of bf16; fp8 has a third of nf4's error, int8 less. int2: 3 bits "
+                    "with three times nf4's error, where nothing else fits. bf16: as in "
+                    "the file.",
                 ),
                 host.make_input(
                     io.Combo,

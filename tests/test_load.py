@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import load_flux
-from atelier.trainers.store import FORMATS, WeightStore
+from atelier.trainers.store import WeightStore
 from dense import ROUND_TRIPS, dense_transformer, to_diffusers
 from flux_files import flux_shapes, flux_tensors, write_flux
 from safetensors.torch import load_file, save_file

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .flux import FINAL_MODULATION, FluxConfig, norm_sources, original_linears, swap_halves
+from .formats import FORMATS
 from .packed_copy import CopyKey, PackedCopies
-from .store import FORMATS, PackedWeight, WeightStore
+from .store import PackedWeight, WeightStore
 from .tensor_files import TensorFiles, model_files
 
 
