@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import load_flux
-from atelier.trainers.store import FORMATS, WeightStore
+from atelier.trainers.store import WeightStore
 from dense import ROUND_TRIPS, to_diffusers
 from flux_files import flux_tensors
 from four_bit_files import FourBitFlux, dequantized, linear4bit

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers import packed_copy
+from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.packed_copy import PackedCopies
-from atelier.trainers.store import FORMATS
 from dense import dense_transformer
 from flux_files import flux_tensors, write_flux
 from four_bit_files import FourBitFlux

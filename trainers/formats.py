@@ -89,7 +89,7 @@ def _unpack_rows(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 @_slice_by_slice
 def _pack_bnb(matrix: Tensor, *, kind: str, group: int) -> tuple[Tensor, Tensor]:
     rows, columns = matrix.shape
-    data, state = _bitsandbytes_functional().quantize_4bit(
+    data, state = bitsandbytes_functional().quantize_4bit(
         matrix.contiguous(), blocksize=group, quant_type=kind, compress_statistics=False
     )
     # Half the bytes of float32 scales; exact for weights that were read as bf16.
@@ -100,7 +100,7 @@ def _pack_bnb(matrix: Tensor, *, kind: str, group: int) -> tuple[Tensor, Tensor]
 def _unpack_bnb(
     data: Tensor, scale: Tensor | None, dtype: torch.dtype, *, kind: str, group: int
 ) -> Tensor:
-    functional = _bitsandbytes_functional()
+    functional = bitsandbytes_functional()
     assert scale is not None
     state = functional.QuantState(
         absmax=scale.flatten().float(),  # the kernels accept no other dtype
@@ -176,13 +176,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _bitsandbytes_functional():
+def bitsandbytes_functional():
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:
         raise ValueError(
             "The formats nf4 and fp4 need the package bitsandbytes: run "
-            "`pip install bitsandbytes`, or load the model as int4."
+            "`pip install bitsandbytes`, or load a bf16 file as int4."
         ) from error
     return functional
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .store import NF4_BLOCK
+from .formats import FORMATS, bitsandbytes_functional
 
 _STATE = ".quant_state.bitsandbytes__"
 _PLAIN = ("absmax", "quant_map")
@@ -46,7 +46,8 @@ class FourBit:
     @property
     def store_format(self) -> str | None:
         """The format of the store with the same bytes: NF4, where no block crosses rows."""
-        is_same = self.block_size == NF4_BLOCK and self.shape[-1] % NF4_BLOCK == 0
+        group = FORMATS["nf4"].group
+        is_same = self.block_size == group and self.shape[-1] % group == 0
         return "nf4" if self.kind == "nf4" and is_same else None
 
     def load(self, tensors: dict[str, Tensor], device: torch.device):
@@ -54,11 +55,11 @@ class FourBit:
 
         Its `absmax` is one float32 scale per block: quantized scales are unpacked, exactly.
         """
-        functional = _bitsandbytes_functional()
+        functional = bitsandbytes_functional()
         state = functional.QuantState.from_dict(dict(tensors), device=device)
         if state.nested:
-            scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-            state.absmax, state.nested = scales.float(), False
+            scales = functional.dequantize_blockwise(state.absmax, state.state2)
+            state.absmax, state.nested = torch.add(scales, state.offset).float(), False
         return state
 
 
@@ -73,15 +74,4 @@ def state_names(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 def dequantize(data: Tensor, state) -> Tensor:
     """The matrix in float32."""
     state.dtype = torch.float32
-    return _bitsandbytes_functional().dequantize_4bit(data, state)
-
-
-def _bitsandbytes_functional():
-    try:
-        import bitsandbytes.functional as functional
-    except ImportError as error:
-        raise ValueError(
-            "This model file was packed by bitsandbytes, which is needed to read it: run "
-            "`pip install bitsandbytes`, or choose a file in bf16 or fp8."
-        ) from error
-    return functional
+    return bitsandbytes_functional().dequantize_4bit(data, state)

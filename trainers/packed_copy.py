@@ -142,7 +142,7 @@ def _read_bytes(file: BufferedReader, entry: Entry) -> Tensor:
     """Straight into the tensor that stays: a mapped file would count beside it."""
     data = torch.empty(entry.num_bytes, dtype=torch.uint8)
     file.seek(entry.start)
-    if file.readinto(memoryview(data.numpy())) != entry.num_bytes:
+    if file.readinto(data.numpy().data) != entry.num_bytes:
         raise ValueError("cut short")
     return data
 
@@ -158,7 +158,7 @@ def _write(file: BufferedWriter, key: CopyKey, store: WeightStore, on_progress: 
     for done, (_, tensor) in enumerate(tensors):
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(_checksum(data))
-        file.write(memoryview(data.numpy()))
+        file.write(data.numpy().data)
         on_progress(done + 1, len(tensors))
     # The hash of the content is known now, and as long as the one that held its place.
     file.seek(0)

@@ -53,7 +53,8 @@ class TensorFiles:
     """The tensors of one or several safetensors files by name, read on demand.
 
     Bytes are read into one reused buffer. What ComfyUI's files change in the network's names is
-    taken back: a prefix, and the norms' names. A matrix that bitsandbytes packed counts as one tensor of its shape.
+    taken back: a prefix, and the norms' names. A matrix that bitsandbytes packed counts as one
+    tensor of its shape.
     """
 
     def __init__(self, paths: list[Path]) -> None:
