@@ -58,6 +58,7 @@ class FourBit:
         functional = bitsandbytes_functional()
         state = functional.QuantState.from_dict(dict(tensors), device=device)
         if state.nested:
+            assert state.offset is not None
             scales = functional.dequantize_blockwise(state.absmax, state.state2)
             state.absmax, state.nested = torch.add(scales, state.offset).float(), False
         return state
