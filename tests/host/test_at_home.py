@@ -31,10 +31,10 @@ from torch import Tensor
 FORMAT = "nf4"
 STEPS = 2
 CPU = torch.device("cpu")
-EXTRAS = (
-    *("custom_sampler", "edit_model", "flux", "hooks", "lora_extract", "model_advanced"),
-    *("model_merging"),
-)
+EXTRAS = [
+    *("custom_sampler", "edit_model", "flux", "hooks"),
+    *("lora_extract", "model_advanced", "model_merging"),
+]
 
 
 def reversed_block(kind: str) -> Callable[[Any], Any]:
