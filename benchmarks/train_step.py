@@ -12,7 +12,6 @@ the median over the pairs. Memory is the process's, and the two share it: it is 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import statistics
@@ -30,18 +29,11 @@ TEXT_TOKENS = 77
 PIXELS = 128
 
 
-def import_pack() -> None:
-    """Load the pack as `atelier`, as ComfyUI does, whatever its folder is called."""
-    spec = importlib.util.spec_from_file_location("atelier", ROOT / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    pack = importlib.util.module_from_spec(spec)
-    sys.modules["atelier"] = pack
-    spec.loader.exec_module(pack)
-    sys.path.append(str(ROOT / "tests" / "support"))
+sys.path.append(str(ROOT / "benchmarks"))
 
+from pack import load_pack  # noqa: E402
 
-import_pack()
+load_pack()
 
 from atelier.trainers import loop  # noqa: E402
 from atelier.trainers.batches import BatchOrder  # noqa: E402

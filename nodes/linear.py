@@ -46,9 +46,9 @@ class DensePatches:
     patches: list[tuple]
 
     def apply(self, weight: Tensor) -> Tensor:
-        """The patched copy of `weight`, in its dtype."""
-        patched = comfy.lora.calculate_weight(self.patches, weight.float().clone(), self.key)
-        return patched.to(weight.dtype)
+        """The patched copy of `weight`, in float32."""
+        copy = weight.to(torch.float32, copy=True)
+        return comfy.lora.calculate_weight(self.patches, copy, self.key)
 
 
 class StoreLinear(nn.Linear):
@@ -64,6 +64,7 @@ class StoreLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
+        self._patches: list[tuple] = []
         self._loras: list[RuntimeLora] = []
         self._dense_weight: DensePatches | None = None
         self._dense_bias: DensePatches | None = None
@@ -98,17 +99,36 @@ class StoreLinear(nn.Linear):
                 f"A LoRA on this model was made for another one: its '{self._name}' has other "
                 "widths. Choose a LoRA of this FLUX."
             )
+        self._patches = weight
         as_dense = any(lora is None for lora in loras)
         self._loras = [] if as_dense else [lora for lora in loras if lora is not None]
         self._dense_weight = DensePatches(f"{key}.weight", weight) if as_dense else None
         self._dense_bias = DensePatches(f"{key}.bias", bias) if bias else None
 
+    def convert_weight(self, weight: Tensor, inplace: bool = False) -> Tensor:
+        """What the host calls to turn the stored bytes into a matrix, when it merges models."""
+        return self.packed.dequantize(torch.float32).to(weight.device, copy=True)
+
+    def patched_weight(self) -> Tensor:
+        """The matrix [out, in] in bf16 with all patches, for nodes that write it to a file."""
+        weight = self.packed.dequantize(torch.float32)
+        patches = DensePatches(f"{MODEL_PREFIX}{self._name}.weight", self._patches)
+        return patches.apply(weight).to(torch.bfloat16)
+
+    def patched_bias(self) -> Tensor | None:
+        """The bias [out] with all patches, in bf16."""
+        bias = self._computing_bias()
+        return bias.to(torch.bfloat16) if bias is not None else None
+
+    def _computing_bias(self) -> Tensor | None:
+        if self._dense_bias is None or self.bias is None:
+            return self.bias
+        return self._dense_bias.apply(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias
-        if self._dense_bias is not None and bias is not None:
-            bias = self._dense_bias.apply(bias)
+        bias = self._computing_bias()
         if self._dense_weight is not None:
-            weight = self._dense_weight.apply(self.packed.dequantize(x.dtype))
+            weight = self._dense_weight.apply(self.packed.dequantize(x.dtype)).to(x.dtype)
             return F.linear(x, weight, bias.to(x.dtype) if bias is not None else None)
         y = self.packed.linear(x, bias)
         for lora in self._loras:
@@ -119,9 +139,12 @@ class StoreLinear(nn.Linear):
         return self  # `.to()` of a parent never moves or casts the store's bytes
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight
+        # Saving nodes ask the network itself, and get what computes. The host asks the model around
+        # it whenever it wants names, and gets what costs nothing: the stored bytes.
+        is_saved = prefix == f"{self._name}."
+        destination[f"{prefix}weight"] = self.patched_weight() if is_saved else self.weight
         if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias
+            destination[f"{prefix}bias"] = self.patched_bias() if is_saved else self.bias
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Nothing to load: the store has it."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..trainers.config import COMPUTE_DTYPES
 from ..trainers.devices import compute_dtype as resolve_dtype
-from ..trainers.load import load_flux, model_files
-from ..trainers.store import FORMATS
+from ..trainers.formats import FORMATS
+from ..trainers.load import load_flux
+from ..trainers.packed_copy import PackedCopies
+from ..trainers.tensor_files import model_files
 from . import host
 from .encoders import build_clip, build_vae, checkpoint_parts
 from .native import build_model
 
 NANO = "nano (built in)"
+QUANTIZE_ON = ("auto", "cpu", "gpu")
 _NANO_FOLDER = Path(__file__).parent.parent / "assets" / "nano"
 _NO_CLIP = (
     "This model file holds no text encoders. Add the node DualCLIPLoader with type flux and "
@@ -42,16 +46,19 @@ class LoadQuantizedFlux(io.ComfyNode):
                     "model",
                     options=_model_names(),
                     tooltip="A FLUX.1 file of models/diffusion_models or models/checkpoints (bf16, "
-                    "fp16 or fp8), a folder of models/diffusers, or the small model that comes "
-                    "with the pack and needs no download.",
+                    "fp16, fp8 or packed by bitsandbytes), a folder of models/diffusers, or the "
+                    "small model that comes with the pack and needs no download.",
                 ),
                 io.Combo.Input(
                     "format",
                     options=list(FORMATS),
                     default="nf4",
-                    tooltip="How the weights are kept. nf4: 4 bits each, a quarter of the memory "
-                    "of bf16, with a small loss of precision. bf16: as in the file, for cards "
-                    "with 24 GB or more.",
+                    tooltip="How the weights are kept; FLUX.1's take 24 GB as bf16. nf4: 4 bits, "
+                    "the usual choice. int4: 4 bits with a smaller error than nf4, and "
+                    "needs no bitsandbytes. fp4: 4 bits with a larger error. int8, fp8: "
+                    "half of bf16; fp8 has a third of nf4's error, int8 less. int2: 3 bits "
+                    "with three times nf4's error, where nothing else fits. bf16: as in "
+                    "the file.",
                 ),
                 host.make_input(
                     io.Combo,
@@ -61,6 +68,27 @@ class LoadQuantizedFlux(io.ComfyNode):
                     advanced=True,
                     tooltip="Type of the arithmetic when pictures are made. auto: bf16 where the "
                     "device is fast in it, else fp16 or fp32. fp32 is exact and slow.",
+                ),
+                host.make_input(
+                    io.Boolean,
+                    "keep_copy",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep the quantized weights in output/atelier/packed (6.5 GB for "
+                    "FLUX.1-dev in nf4), so that the next load reads only them and quantizes "
+                    "nothing.",
+                ),
+                host.make_input(
+                    io.Combo,
+                    "quantize_on",
+                    options=list(QUANTIZE_ON),
+                    default=QUANTIZE_ON[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where the weights are quantized, one matrix after the other. auto: "
+                    "where ComfyUI computes. cpu takes some minutes for FLUX.1-dev, and no memory "
+                    "of the card.",
                 ),
             ],
             outputs=[
@@ -86,13 +114,21 @@ class LoadQuantizedFlux(io.ComfyNode):
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     @classmethod
-    def execute(cls, model: str, format: str, compute_dtype: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: str,
+        format: str,
+        compute_dtype: str,
+        keep_copy: bool = True,
+        quantize_on: str = QUANTIZE_ON[0],
+    ) -> io.NodeOutput:
         path = _model_path(model)
         loaded = load_flux(
             path,
             format=format,
             device=host.offload_device(),
-            quantize_on=host.compute_device(),
+            quantize_on=_quantize_device(quantize_on),
+            copies=PackedCopies(host.atelier_output() / "packed") if keep_copy else None,
             on_progress=host.Progress().update,
         )
         dtype = resolve_dtype(compute_dtype, host.compute_device())
@@ -119,6 +155,16 @@ def _model_path(name: str) -> Path:
     if path is None:
         raise ValueError(f"The model '{name}' is not there any more. Press R and choose another.")
     return path
+
+
+def _quantize_device(choice: str) -> torch.device:
+    device = host.compute_device()
+    if choice == "gpu" and device.type == "cpu":
+        raise ValueError(
+            "There is no GPU to quantize on: this ComfyUI computes on the CPU. Set quantize_on to "
+            "auto or cpu."
+        )
+    return torch.device("cpu") if choice == "cpu" else device
 
 
 def _clip_and_vae(path: Path, name: str) -> tuple[Any, Any]:

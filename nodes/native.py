@@ -7,8 +7,9 @@ to, the store.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
@@ -24,6 +25,12 @@ from ..trainers.flux import AXES, LATENT_CHANNELS, FluxConfig, norm_sources
 from ..trainers.load import LoadedFlux
 from ..trainers.store import WeightStore
 from .linear import MODEL_PREFIX, StoreLinear, StoreOps
+
+
+class _Original(NamedTuple):
+    """An entry of the host's `backup`: a parameter as it was before its patches."""
+
+    weight: Tensor
 
 
 class StorePatcher(comfy.model_patcher.ModelPatcher):
@@ -85,25 +92,30 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
             self.unpatch_hooks()
             for _, linear in self._linears():
                 linear.set_patches([], [])
+            self._patch_norms({})
             self.model.current_weight_patches_uuid = None
             if device_to is not None:
                 self._place(device_to)
         self._restore_objects()
 
-    def patch_weight_to_device(self, key, *args: Any, **kwargs: Any) -> None:
-        """Nothing: a patch is never merged."""
+    def patch_weight_to_device(self, key, *args: Any, return_weight=False, **kwargs: Any):
+        """A patch is never merged; newer hosts also ask for a patched copy."""
+        return self._patched(key) if return_weight else None
 
-    def patch_hook_weight_to_device(
-        self, hooks, combined_patches, key, *args: Any, **kwargs
-    ) -> None:
-        self._set_patches(combined_patches, only=key)
-        self.hook_backup[key] = ()  # tells the host that hooks are on
+    def patch_hooks(self, hooks) -> None:
+        with self.use_ejected():
+            self._set_patches(self.get_combined_hook_patches(hooks))
+            self.current_hooks = hooks
 
     def unpatch_hooks(self, whitelist_keys_set=None) -> None:
-        if self.hook_backup:
-            self.hook_backup.clear()
+        if self.current_hooks is not None:
             self._set_patches({})
-        self.current_hooks = None
+            self.current_hooks = None
+
+    def model_state_dict(self, filter_prefix=None) -> dict[str, Tensor]:
+        """Names with the stored bytes; a node that asks for a part wants its patched weights."""
+        state = super().model_state_dict(filter_prefix)
+        return state if filter_prefix is None else {key: self._patched(key) for key in state}
 
     def pin_weight_to_device(self, key) -> None:
         """Nothing: pinning belongs to the store."""
@@ -117,26 +129,36 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         modules = self.model.diffusion_model.named_modules()
         return [(name, module) for name, module in modules if isinstance(module, StoreLinear)]
 
-    def _set_patches(self, hook_patches: dict[str, list[tuple]], only: str | None = None) -> None:
-        """Give every Linear (or the one of key `only`) this patcher's and the hooks' patches.
+    def _set_patches(self, hook_patches: dict[str, list[tuple]]) -> None:
+        """Compute with this patcher's patches and those of hooks from now on, and no others."""
+        patches = {key: [*patches] for key, patches in self.patches.items()}
+        for key, more in hook_patches.items():
+            patches[key] = [*patches.get(key, []), *more]
+        for name, linear in self._linears():
+            key = f"{MODEL_PREFIX}{name}"
+            linear.set_patches(patches.pop(f"{key}.weight", []), patches.pop(f"{key}.bias", []))
+        self._patch_norms(patches)
 
-        Raises:
-            ValueError: if a patch is for something that is no Linear, such as a QK-norm.
-        """
-        linears = self._linears()
-        keys = {f"{MODEL_PREFIX}{name}.{end}" for name, _ in linears for end in ("weight", "bias")}
-        for key in {*self.patches, *hook_patches} - keys:
-            raise ValueError(
-                f"A LoRA on this model changes '{key.removeprefix(MODEL_PREFIX)}', which is no "
-                "matrix. Load the model with the core Load Diffusion Model for this LoRA."
-            )
-        for name, linear in linears:
-            weight_key, bias_key = f"{MODEL_PREFIX}{name}.weight", f"{MODEL_PREFIX}{name}.bias"
-            if only in (None, weight_key, bias_key):
-                linear.set_patches(
-                    [*self.patches.get(weight_key, []), *hook_patches.get(weight_key, [])],
-                    [*self.patches.get(bias_key, []), *hook_patches.get(bias_key, [])],
-                )
+    def _patch_norms(self, patches: dict[str, list[tuple]]) -> None:
+        """Patch what is no Linear: the QK-norms' scales, which are copies of the store's."""
+        for key, original in self.backup.items():
+            _set_parameter(self.model, key, original.weight)
+        self.backup.clear()
+        for key, some in patches.items():
+            weight = comfy.utils.get_attr(self.model, key)
+            self.backup[key] = _Original(weight)
+            copy = weight.to(torch.float32, copy=True)
+            _set_parameter(self.model, key, comfy.lora.calculate_weight(some, copy, key))
+
+    def _patched(self, key: str) -> Tensor:
+        """The tensor of a key of patches, with its patches."""
+        module_name, _, end = key.rpartition(".")
+        module = self.model.get_submodule(module_name)
+        if not isinstance(module, StoreLinear):
+            return getattr(module, end)
+        patched = module.patched_weight() if end == "weight" else module.patched_bias()
+        assert patched is not None
+        return patched
 
     def _place(self, device) -> None:
         self.store.place(device)
@@ -148,6 +170,12 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         for name, original in self.object_patches_backup.items():
             comfy.utils.set_attr(self.model, name, original)
         self.object_patches_backup.clear()
+
+
+def _set_parameter(model: Any, key: str, value: Tensor) -> None:
+    with torch.inference_mode(False):  # also used outside of it, where others cannot be wrapped
+        device = comfy.utils.get_attr(model, key).device
+        comfy.utils.set_attr_param(model, key, value.to(device, copy=True))
 
 
 def build_model(loaded: LoadedFlux, compute_dtype: torch.dtype) -> StorePatcher:

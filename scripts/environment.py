@@ -90,7 +90,7 @@ def prepare_own() -> Environment:
         make_venv(Path(sys.executable), folder)
         install_own_comfyui(environment)
         write_constraints(folder, installed_packages(environment.python))
-    install_pack_requirements(environment.python, folder)
+    install_pack_requirements(environment.python, folder / "host-versions.txt", CONSTRAINTS)
     write_stamp(folder, {"host": host_key, "pack": pack_key})
     return environment
 
@@ -153,7 +153,7 @@ def prepare_beside(comfyui: Path) -> Environment:
     make_venv(host_python, folder)
     see_packages_of(host_python, environment.python)
     write_constraints(folder, host_packages)
-    install_pack_requirements(environment.python, folder)
+    install_pack_requirements(environment.python, folder / "host-versions.txt")
     write_stamp(folder, {"pack": key})
     return environment
 
@@ -187,9 +187,10 @@ def make_venv(host_python: Path, folder: Path) -> None:
         )
 
 
-def install_pack_requirements(python: Path, folder: Path) -> None:
+def install_pack_requirements(python: Path, *constraints: Path) -> None:
     say("installing what the pack and its tests need")
-    pip(python, "install", "-r", REQUIREMENTS, "-c", folder / "host-versions.txt")
+    held = [argument for path in constraints for argument in ("-c", path)]
+    pip(python, "install", "-r", REQUIREMENTS, *held)
 
 
 def write_constraints(folder: Path, packages: dict[str, str]) -> None:

@@ -41,7 +41,20 @@ BAD_SETTINGS = [
     (JobSettings, {"checkpoint_every": 0}, r"distance of at least 1 step, got 0"),
     *(
         (JobSettings, {"name": name}, r"cannot be a file name\. Use up to 60 letters")
-        for name in ("", " ", "a/b", "a\\b", "..", ".hidden", "a:b", "a\n", "end ", "a*", " a", "猫" * 61)
+        for name in (
+            "",
+            " ",
+            "a/b",
+            "a\\b",
+            "..",
+            ".hidden",
+            "a:b",
+            "a\n",
+            "end ",
+            "a*",
+            " a",
+            "猫" * 61,
+        )
     ),
 ]
 ALL_SET = JobSettings(

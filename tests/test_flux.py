@@ -16,8 +16,9 @@ from atelier.trainers.flux import (
     unpack_latents,
     velocity,
 )
+from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import load_flux
-from atelier.trainers.store import FORMATS, PackedWeight, WeightStore
+from atelier.trainers.store import PackedWeight, WeightStore
 from dense import dense_transformer, stored_tensors
 from diffusers import FluxPipeline
 from flux_files import flux_shapes, write_flux

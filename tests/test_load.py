@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import load_flux
-from atelier.trainers.store import FORMATS, WeightStore
+from atelier.trainers.store import WeightStore
 from dense import ROUND_TRIPS, dense_transformer, to_diffusers
 from flux_files import flux_shapes, flux_tensors, write_flux
 from safetensors.torch import load_file, save_file
@@ -64,6 +65,12 @@ def all_in_one(folder: Path, tensors: Tensors) -> Path:
     return save(folder / "flux.safetensors", named)
 
 
+def saved_by_a_newer_comfyui(folder: Path, tensors: Tensors) -> Path:
+    renamed = {name.replace("_norm.scale", "_norm.weight"): t for name, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    return with_prefix(folder, renamed)
+
+
 def float32(folder: Path, tensors: Tensors) -> Path:
     return original(folder, {name: tensor.float() for name, tensor in tensors.items()})
 
@@ -88,6 +95,7 @@ LAYOUTS: list[Callable[[Path, Tensors], Path]] = [
     original,
     with_prefix,
     all_in_one,
+    saved_by_a_newer_comfyui,
     float32,
     diffusers_file,
     diffusers_folder,
@@ -191,6 +199,10 @@ def pickled(folder: Path, tensors: Tensors) -> Path:
     return folder / "flux.safetensors"
 
 
+def named_pickle(folder: Path, tensors: Tensors) -> Path:
+    return pickled(folder, tensors).rename(folder / "flux.ckpt")
+
+
 def empty(folder: Path, tensors: Tensors) -> Path:
     (folder / "flux.safetensors").touch()
     return folder / "flux.safetensors"
@@ -229,7 +241,7 @@ def without_a_diffusers_tensor(folder: Path, tensors: Tensors) -> Path:
 
 
 def four_bits(folder: Path, tensors: Tensors) -> Path:
-    """A file that bitsandbytes packed."""
+    """Packed bytes without what says how they were packed."""
     bytes_of = {
         name: torch.zeros(8, 1, dtype=torch.uint8) if is_block_matrix(name, t) else t
         for name, t in tensors.items()
@@ -275,6 +287,7 @@ BAD_FILES: dict[Callable, str] = {
     without_a_tensor: r"is an incomplete FLUX.1 model: 'single_blocks.1.linear2.bias' is missing\.",
     without_a_diffusers_tensor: r"is an incomplete FLUX.1 model: .*double_blocks.0.img_attn.qkv",
     four_bits: r"^The tensor '.*' in 'flux.safetensors' has the type U8\. Use a file in bf16, ",
+    named_pickle: r"^'flux.ckpt' is a pickle, a file that can run code .*Choose the .safetensors",
     without_a_shard: r"^The shard 'diffusion_pytorch_model-00002-of-\d+.safetensors' is missing in",
     empty_folder: r"^There is no .safetensors file in '.*'\.$",
     nowhere: r"^The model file '.*nowhere.safetensors' does not exist\.$",

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from atelier.trainers import formats
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, velocity
+from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
-from atelier.trainers.store import FORMATS, PackedWeight, WeightStore
+from atelier.trainers.store import PackedWeight, WeightStore
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from dense import ROUND_TRIPS
 from flux_files import write_flux
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROWS, COLUMNS = 96, 128
+KEPT = {
+    "bf16": (16, 0.0),
+    "fp8": (8 + 16 / COLUMNS, 0.027),
+    "int8": (8 + 16 / COLUMNS, 0.008),
+    "nf4": (4.25, 0.094),
+    "fp4": (4.25, 0.125),
+    "int4": (4.5, 0.088),
+    "int2": (3, 0.31),
+}
+"""Bits per weight, and the largest relative error on Gaussian weights."""
 SLICES = [slice(None), slice(0, 32), slice(32, 64), slice(7, 80)]
 
 
@@ -82,9 +99,64 @@ def test_the_product_has_the_dtype_of_its_input(format: str, dtype: torch.dtype)
     assert (y.dtype, x.grad.dtype) == (dtype, dtype)
 
 
-def test_nf4_bytes_are_those_of_bitsandbytes() -> None:
-    packed = PackedWeight.pack(matrix(), "nf4")
-    data, state = functional.quantize_4bit(matrix(), blocksize=64, quant_type="nf4")
+def relative_error(packed: PackedWeight, weights: torch.Tensor) -> float:
+    error = packed.dequantize(torch.float32) - weights.float()
+    return float(error.norm() / weights.float().norm())
+
+
+def test_a_format_takes_its_bits_and_makes_no_larger_an_error(format: str) -> None:
+    bits, largest_error = KEPT[format]
+    packed = PackedWeight.pack(matrix(), format)
+    assert packed.num_bytes == ROWS * COLUMNS * bits / 8
+    assert relative_error(packed, matrix()) <= largest_error
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_rows_of_one_value_come_back(format: str, value: float) -> None:
+    """Their range is zero, and no scale may be."""
+    weights = torch.full((4, COLUMNS), value)
+    found = PackedWeight.pack(weights, format).dequantize(torch.float32)
+    # 448 * bf16(0.5 / 448), and the like: half a unit in the last place of bf16.
+    torch.testing.assert_close(found, weights, rtol=2**-8, atol=0)
+
+
+def test_small_weights_keep_their_precision_in_fp16(format: str) -> None:
+    """The scales of whole rows lie below fp16's range."""
+    packed = PackedWeight.pack(1e-4 * matrix(), format)
+    expected = packed.dequantize(torch.float32)
+    found = packed.dequantize(torch.float16).float()
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=6e-7)
+
+
+def heavy_tails() -> torch.Tensor:
+    normal = matrix(2).float()
+    return (normal / matrix(1).float().abs().clamp_min(0.1)).bfloat16()
+
+
+def min_max_round_trip(weights: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Levels from the smallest to the largest weight of a group, as quanto and torchao take."""
+    grouped = weights.double().view(ROWS, -1, group)
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    return (((grouped - low) / scale).round() * scale + low).view(ROWS, -1)
+
+
+@pytest.mark.parametrize("weights", [matrix(), heavy_tails()], ids=["gaussian", "heavy tails"])
+@pytest.mark.parametrize(
+    ("bits", "group", "part"), [(4, 64, 0.96), (2, 32, 0.8)], ids=["int4", "int2"]
+)
+def test_groups_lose_less_than_by_their_smallest_and_largest_weight(
+    weights: torch.Tensor, bits: int, group: int, part: float
+) -> None:
+    theirs = (min_max_round_trip(weights, bits, group) - weights).norm() / weights.double().norm()
+    ours = relative_error(PackedWeight.pack(weights, f"int{bits}"), weights)
+    assert ours <= part * float(theirs)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bytes_are_those_of_bitsandbytes(kind: str) -> None:
+    packed = PackedWeight.pack(matrix(), kind)
+    data, state = functional.quantize_4bit(matrix(), blocksize=64, quant_type=kind)
     assert torch.equal(packed.data.flatten(), data.flatten())
     assert packed.scale is not None
     assert packed.scale.dtype == torch.bfloat16
@@ -101,13 +173,104 @@ def test_nf4_loses_no_more_than_a_linear4bit_of_bitsandbytes() -> None:
     assert (ours - matrix()).square().mean() <= 1.005 * error_of_theirs
 
 
-def test_nf4_takes_four_and_a_quarter_bits_per_weight() -> None:
-    assert PackedWeight.pack(matrix(), "nf4").num_bytes == ROWS * COLUMNS * 4.25 / 8
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].group > 1])
+def test_a_width_that_a_format_cannot_hold_is_one_sentence(name: str) -> None:
+    group = FORMATS[name].group
+    expected = rf"100 columns .* in {name}, .* multiple of {group}\. Load this file as bf16"
+    with pytest.raises(ValueError, match=expected):
+        PackedWeight.pack(matrix(columns=100), name)
 
 
-def test_a_width_that_nf4_cannot_hold_is_one_sentence() -> None:
-    with pytest.raises(ValueError, match=r"100 columns .* multiple of 64\. Load this file as bf16"):
-        PackedWeight.pack(matrix(columns=100), "nf4")
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("nf4", "fp4")])
+def test_formats_but_two_need_no_bitsandbytes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    packed = PackedWeight.pack(matrix(), name)
+    assert packed.linear(torch.ones(1, COLUMNS)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_without_bitsandbytes_one_sentence_names_it(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ValueError, match=r"run `pip install bitsandbytes`, or load .* as int4\.$"):
+        PackedWeight.pack(matrix(), name)
+
+
+class WithoutFp8(TorchFunctionMode):
+    """A device like Apple's, to which torch casts no fp8."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to and torch.float8_e4m3fn in args:
+            raise TypeError("it does not have support for that dtype")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_without_fp8_is_one_sentence() -> None:
+    sentence = r"^The device 'cpu' has no fp8 numbers\. Load the model as int8\.$"
+    with WithoutFp8(), pytest.raises(ValueError, match=sentence):
+        PackedWeight.pack(matrix(), "fp8")
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: item for key, item in self._alive.items() if not item[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def tensors_in(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def test_a_product_unpacks_one_slice_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """The matrix would be 16 slices; a slice exists once, with its codes beside it."""
+    monkeypatch.setattr(formats, "SLICE_BYTES", 1 << 18)
+    packed = PackedWeight.pack(matrix(rows=1024, columns=1024), format)
+    x = torch.ones(1, 1024, requires_grad=True)
+    with AllocatedBytes() as forward:
+        y = packed.linear(x, torch.zeros(1024))
+    with AllocatedBytes() as backward:
+        y.sum().backward()
+    assert (1 << 18) <= forward.peak <= 1.6 * (1 << 18)
+    assert (1 << 18) <= backward.peak <= 1.6 * (1 << 18)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_give_what_the_whole_matrix_gives(
+    monkeypatch: pytest.MonkeyPatch, format: str, dtype: torch.dtype
+) -> None:
+    def results() -> list[torch.Tensor]:
+        packed = PackedWeight.pack(matrix(), format)
+        x = torch.ones(2, 5, COLUMNS, dtype=dtype, requires_grad=True)
+        y = packed.linear(x, torch.arange(80.0), slice(7, 87))
+        y.backward(torch.arange(80.0).cos().to(dtype).expand_as(y))
+        scale = [packed.scale] if packed.scale is not None else []
+        return [packed.data.view(torch.uint8), *scale, y, x.grad]  # pyright: ignore
+
+    whole = results()
+    monkeypatch.setattr(formats, "SLICE_BYTES", 15 * COLUMNS * 4)
+    *stored, y, gradient = results()
+    assert all(torch.equal(a, b) for a, b in zip(stored, whole, strict=False))
+    # Values are about 10, and the products of slices are rounded one by one.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(y, whole[-2], rtol=tolerance / 10, atol=tolerance)
+    torch.testing.assert_close(gradient, whole[-1], rtol=tolerance / 10, atol=tolerance)
 
 
 def test_the_bytes_survive_forward_and_backward(format: str) -> None:

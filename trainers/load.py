@@ -1,10 +1,7 @@
-"""FLUX files into a weight store, tensor by tensor: original and diffusers names, bf16 and fp8."""
+"""FLUX files into a weight store, tensor by tensor: original and diffusers names."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,164 +10,10 @@ import torch
 from torch import Tensor
 
 from .flux import FINAL_MODULATION, FluxConfig, norm_sources, original_linears, swap_halves
-from .store import FORMATS, PackedWeight, WeightStore
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_SAMPLE_BYTES = 4096
-_SAMPLED_TENSOR_BYTES = 4 * _SAMPLE_BYTES
-"""Tensors from this size on tell one model from another: every matrix, also of a small model."""
-_SCALE_NAMES = ("scale_weight", "weight_scale")
-"""How ComfyUI's fp8 files call the factor of a `weight`, in older and newer ones."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of a safetensors file: where its bytes lie."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    num_bytes: int
-
-
-class TensorFiles:
-    """The tensors of one or several safetensors files by name, read on demand.
-
-    Bytes are read at header offsets into one reused buffer: a memory-mapped file would stay in the
-    resident set. A prefix that ComfyUI checkpoints put before the network's names is removed.
-    """
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._entries: dict[str, _Entry] = {}
-        self._buffer = bytearray()
-        digest = hashlib.sha256()
-        for path in paths:
-            header, data_start = _read_header(path)
-            digest.update(json.dumps(header, sort_keys=True).encode())
-            for name, info in header.items():
-                if name != "__metadata__":
-                    self._entries[_strip_prefix(name)] = _entry(path, info, data_start)
-        self._header_digest = digest
-        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
-
-    def read(self, name: str, device: torch.device) -> Tensor:
-        """A fresh bf16 tensor on `device`, an fp8 one multiplied by its scale."""
-        raw = self._view(name)
-        for end in _SCALE_NAMES:
-            scale_name = name.removesuffix("weight") + end
-            if scale_name in self._entries:
-                raw = raw.float()  # a copy: the buffer is used again
-                raw = raw * self._view(scale_name).float()
-        return raw.to(device=device, dtype=torch.bfloat16, copy=True)
-
-    def _view(self, name: str) -> Tensor:
-        """A tensor as it is in the file, until the next one is read."""
-        entry = self._entries[name]
-        dtype = _DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise ValueError(
-                f"The tensor '{name}' in '{entry.path.name}' has the type {entry.dtype}. "
-                "Use a file in bf16, fp16, fp32 or fp8."
-            )
-        if len(self._buffer) < entry.num_bytes:
-            self._buffer = bytearray(entry.num_bytes)
-        view = memoryview(self._buffer)[: entry.num_bytes]
-        with entry.path.open("rb") as file:
-            file.seek(entry.start)
-            if file.readinto(view) != entry.num_bytes:
-                raise ValueError(f"The file '{entry.path.name}' is cut short: download it again.")
-        return torch.frombuffer(view, dtype=dtype).view(entry.shape)
-
-    def identity(self) -> str:
-        """SHA-256 over the headers and fixed samples of every tensor but the smallest."""
-        digest = self._header_digest.copy()
-        for name in sorted(self._entries):
-            entry = self._entries[name]
-            if entry.num_bytes >= _SAMPLED_TENSOR_BYTES:
-                with entry.path.open("rb") as file:
-                    for part in range(4):
-                        file.seek(entry.start + part * (entry.num_bytes - _SAMPLE_BYTES) // 3)
-                        digest.update(file.read(_SAMPLE_BYTES))
-        return digest.hexdigest()
-
-
-def _strip_prefix(name: str) -> str:
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            return name[len(prefix) :]
-    return name
-
-
-def _entry(path: Path, info: dict, data_start: int) -> _Entry:
-    begin, end = info["data_offsets"]
-    return _Entry(path, info["dtype"], tuple(info["shape"]), data_start + begin, end - begin)
-
-
-def _read_header(path: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file and the offset of its data."""
-    wrong = ValueError(
-        f"'{path.name}' is not a whole safetensors file. "
-        "Choose a .safetensors file, and download it again if it is one."
-    )
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size, 100 << 20):
-                raise wrong
-            header = json.loads(file.read(length))
-            data_start = 8 + length
-        tensors = [info for key, info in header.items() if key != "__metadata__"]
-        ends = [info["data_offsets"][1] for info in tensors]
-    except (struct.error, ValueError, AttributeError, LookupError, TypeError):
-        raise wrong from None
-    if size < data_start + max(ends, default=0):
-        raise ValueError(f"The file '{path.name}' is cut short: download it again.")
-    return header, data_start
-
-
-def model_files(path: Path) -> list[Path]:
-    """The safetensors files of a model: the file itself, or those of a diffusers folder.
-
-    Raises:
-        ValueError: if `path`, or a shard that its index names, is missing, or there is no file.
-    """
-    if not path.exists():
-        raise ValueError(f"The model file '{path}' does not exist.")
-    if path.is_file():
-        return [path]
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        names = _index_files(indexes[0])
-        files = [folder / name for name in sorted(set(names))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"The shard '{missing[0]}' is missing in '{folder}': download it.")
-        return files
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"There is no .safetensors file in '{folder}'.")
-    return files
-
-
-def _index_files(index: Path) -> list[str]:
-    try:
-        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"The index '{index}' is damaged: download it again.") from None
+from .formats import FORMATS
+from .packed_copy import CopyKey, PackedCopies
+from .store import PackedWeight, WeightStore
+from .tensor_files import TensorFiles, model_files
 
 
 @dataclass(frozen=True)
@@ -190,10 +33,14 @@ def load_flux(
     format: str,
     device: torch.device | str = "cpu",
     quantize_on: torch.device | str = "cpu",
+    copies: PackedCopies | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedFlux:
     """Read a FLUX file or diffusers folder into a store on `device`, its block matrices packed in
     `format` one after the other on `quantize_on`.
+
+    Args:
+        copies: where what had to be quantized is kept, so that the next load only reads it.
 
     Raises:
         ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors.
@@ -204,9 +51,17 @@ def load_flux(
     files = TensorFiles(model_files(path))
     names = _OriginalNames(files) if "img_in.weight" in files else _DiffusersNames(files)
     config = FluxConfig.from_shapes(_checked_shapes(names, path))
-    devices = (torch.device(quantize_on), torch.device(device))
-    store = _pack_all(names, config, format, devices, on_progress)
-    return LoadedFlux(store, config, files.identity(), str(path), format)
+    key = CopyKey(path, files.identity(), format)
+    quantizes = _quantizes(names, config, format)
+    if copies and not (quantizes and copies.is_worthwhile(files.num_bytes)):
+        copies = None
+    store = copies.read(key, torch.device(device), on_progress) if copies else None
+    if store is None:
+        devices = (torch.device(quantize_on), torch.device(device))
+        store = _pack_all(names, config, format, devices, on_progress)
+        if copies:
+            copies.write(key, store, on_progress)
+    return LoadedFlux(store, config, key.identity, str(path), format)
 
 
 class _OriginalNames:
@@ -218,6 +73,12 @@ class _OriginalNames:
 
     def read(self, name: str, device: torch.device) -> Tensor:
         return self.files.read(name, device)
+
+    def packed_format(self, name: str) -> str | None:
+        return self.files.packed_format(name)
+
+    def read_packed(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.files.read_packed(name)
 
 
 class _DiffusersNames:
@@ -236,6 +97,19 @@ class _DiffusersNames:
         parts = [self.files.read(part, device) for part in self.parts[name]]
         tensor = torch.cat(parts, dim=0) if len(parts) > 1 else parts[0]
         return swap_halves(tensor) if name.startswith(FINAL_MODULATION[1]) else tensor
+
+    def packed_format(self, name: str) -> str | None:
+        formats = {self.files.packed_format(part) for part in self.parts[name]}
+        return formats.pop() if len(formats) == 1 else None
+
+    def read_packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Blocks do not cross rows, so the bytes of q, k, v and mlp follow each other."""
+        parts = [self.files.read_packed(part) for part in self.parts[name]]
+        data, scales = zip(*parts, strict=True)
+        return torch.cat(data), torch.cat(scales)
+
+
+_Names = _OriginalNames | _DiffusersNames
 
 
 def _diffusers_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[str]]:
@@ -260,7 +134,7 @@ def _diffusers_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[str]]
     return {name: sources for name, sources in parts.items() if all(s in shapes for s in sources)}
 
 
-def _checked_shapes(names: _OriginalNames | _DiffusersNames, path: Path):
+def _checked_shapes(names: _Names, path: Path):
     """The shapes under original names, after all that makes a FLUX.1 has been found."""
     shapes = names.shapes
     if "double_stream_modulation_img.lin.weight" in names.files:
@@ -289,8 +163,18 @@ def _needed_names(config: FluxConfig) -> list[str]:
     return weights + [f"{name}.scale" for name in norm_sources(config).values()]
 
 
+def _is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name.startswith(("double_blocks.", "single_blocks."))
+
+
+def _quantizes(names: _Names, config: FluxConfig, format: str) -> bool:
+    """Whether a load computes anything: not for bf16, nor where the file has the bytes already."""
+    matrices = [n for n in _needed_names(config) if _is_block_matrix(n, names.shapes[n])]
+    return format != "bf16" and any(names.packed_format(name) != format for name in matrices)
+
+
 def _pack_all(
-    names: _OriginalNames | _DiffusersNames,
+    names: _Names,
     config: FluxConfig,
     format: str,
     devices: tuple[torch.device, torch.device],
@@ -303,12 +187,17 @@ def _pack_all(
     # Outside inference mode, in which the host runs its nodes: see store._PackedLinear.
     with torch.inference_mode(False), torch.no_grad():
         for done, name in enumerate(needed):
-            tensor = names.read(name, quantize_on)
-            if tensor.ndim == 2:
-                in_block = name.startswith(("double_blocks.", "single_blocks."))
-                packed[name] = PackedWeight.pack(tensor, format if in_block else "bf16")
+            if len(names.shapes[name]) == 2:
+                is_block = _is_block_matrix(name, names.shapes[name])
+                packed[name] = _pack(names, name, format if is_block else "bf16", quantize_on)
                 packed[name].to(device)
             else:
-                plain[name] = tensor.to(device)
+                plain[name] = names.read(name, quantize_on).to(device)
             on_progress(done + 1, len(needed))
     return WeightStore(packed, plain)
+
+
+def _pack(names: _Names, name: str, format: str, quantize_on: torch.device) -> PackedWeight:
+    if names.packed_format(name) == format:
+        return PackedWeight(format, *names.read_packed(name), names.shapes[name][1])
+    return PackedWeight.pack(names.read(name, quantize_on), format)

@@ -7,82 +7,13 @@ to them. The store alone moves bytes between devices.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NF4_BLOCK = 64
-"""Weights per NF4 scale. FLUX's input widths are multiples of it, so a block never crosses rows."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a matrix [out, in] becomes bytes, and how rows of it come back.
-
-    `pack` returns (data, scale); `unpack` takes those two, cut to some rows, and the dtype wanted.
-    Both tensors have one entry of their first dimension per row of the matrix.
-    """
-
-    pack: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    unpack: Callable[[Tensor, Tensor | None, torch.dtype], Tensor]
-
-
-def _pack_bf16(matrix: Tensor) -> tuple[Tensor, None]:
-    return matrix.to(torch.bfloat16).contiguous(), None
-
-
-def _unpack_bf16(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return data.to(dtype)
-
-
-def _pack_nf4(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    functional = _bitsandbytes_functional()
-    rows, columns = matrix.shape
-    if columns % NF4_BLOCK:
-        raise ValueError(
-            f"A weight of {columns} columns cannot be stored in NF4, which needs a multiple of "
-            f"{NF4_BLOCK}. Load this file as bf16."
-        )
-    data, state = functional.quantize_4bit(
-        matrix.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
-    )
-    # Half the bytes of float32 scales; exact for weights that were read as bf16.
-    scale = state.absmax.view(rows, columns // NF4_BLOCK).to(torch.bfloat16)
-    return data.view(rows, columns // 2), scale
-
-
-def _unpack_nf4(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    functional = _bitsandbytes_functional()
-    assert scale is not None
-    rows, columns = data.shape[0], data.shape[1] * 2
-    state = functional.QuantState(
-        absmax=scale.flatten().float(),  # the kernels accept no other dtype
-        shape=torch.Size((rows, columns)),
-        dtype=dtype,
-        blocksize=NF4_BLOCK,
-        quant_type="nf4",
-    )
-    return functional.dequantize_4bit(data.reshape(-1, 1), state)
-
-
-FORMATS: dict[str, Format] = {
-    "nf4": Format(_pack_nf4, _unpack_nf4),
-    "bf16": Format(_pack_bf16, _unpack_bf16),
-}
-
-
-def _bitsandbytes_functional():
-    try:
-        import bitsandbytes.functional as functional
-    except ImportError as error:
-        raise ValueError(
-            "NF4 weights need the package bitsandbytes: run `pip install bitsandbytes`, "
-            "or load the model as bf16."
-        ) from error
-    return functional
+from .formats import FORMATS, row_slices
 
 
 class PackedWeight:
@@ -101,8 +32,14 @@ class PackedWeight:
         Raises:
             ValueError: if the format cannot hold a matrix of this width.
         """
+        columns, group = matrix.shape[1], FORMATS[format].group
+        if columns % group:
+            raise ValueError(
+                f"A weight of {columns} columns cannot be stored in {format}, which needs a "
+                f"multiple of {group}. Load this file as bf16."
+            )
         data, scale = FORMATS[format].pack(matrix)
-        return cls(format, data, scale, matrix.shape[1])
+        return cls(format, data, scale, columns)
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +59,13 @@ class PackedWeight:
         scale = self.scale[rows] if self.scale is not None else None
         return FORMATS[self.format].unpack(self.data[rows], scale, dtype)
 
+    def slices(self, dtype: torch.dtype, rows: slice = slice(None)) -> list[slice]:
+        """`rows` in the parts that `linear` unpacks to `dtype` one after the other."""
+        start, stop, _ = rows.indices(self.shape[0])
+        if self.data.dtype == dtype:  # nothing is unpacked
+            return [slice(start, stop)]
+        return row_slices(range(start, stop), self.shape[1], dtype)
+
     def linear(self, x: Tensor, bias: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
         """`x` [..., in] by the transposed rows, plus `bias` [rows]; differentiable in `x` only."""
         return _PackedLinear.apply(x, self, bias, rows)
@@ -132,18 +76,36 @@ class _PackedLinear(torch.autograd.Function):
 
     The host may move modules inside inference mode, after which their tensors cannot be saved for
     backward. So the weight travels as an attribute of `ctx` and is unpacked again in backward.
+    A large matrix is unpacked and multiplied by row slices: no more than one exists at a time.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: PackedWeight, bias: Tensor | None, rows: slice) -> Tensor:
         ctx.weight, ctx.rows = weight, rows
-        return F.linear(
-            x, weight.dequantize(x.dtype, rows), bias.to(x.dtype) if bias is not None else None
-        )
+        bias = bias.to(x.dtype) if bias is not None else None
+        slices = weight.slices(x.dtype, rows)
+        if len(slices) == 1:
+            return F.linear(x, weight.dequantize(x.dtype, rows), bias)
+        first = slices[0].start
+        y = x.new_empty(*x.shape[:-1], slices[-1].stop - first)
+        for part in slices:
+            outputs = slice(part.start - first, part.stop - first)
+            part_bias = bias[outputs] if bias is not None else None
+            y[..., outputs] = F.linear(x, weight.dequantize(x.dtype, part), part_bias)
+        return y
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        return grad_output @ ctx.weight.dequantize(grad_output.dtype, ctx.rows), None, None, None
+        weight, dtype = ctx.weight, grad_output.dtype
+        slices = weight.slices(dtype, ctx.rows)
+        if len(slices) == 1:
+            return grad_output @ weight.dequantize(dtype, ctx.rows), None, None, None
+        # Summed in float32: a half-precision sum would be rounded at every slice.
+        grad = grad_output.new_zeros(*grad_output.shape[:-1], weight.shape[1], dtype=torch.float32)
+        for part in slices:
+            outputs = slice(part.start - slices[0].start, part.stop - slices[0].start)
+            grad += grad_output[..., outputs] @ weight.dequantize(dtype, part)
+        return grad.to(dtype), None, None, None
 
 
 class WeightStore:

@@ -13,7 +13,10 @@ import pytest
 
 FROZEN = {
     "AtelierLoadQuantizedFlux": (
-        ["model COMBO", "format COMBO", "compute_dtype COMBO"],
+        [
+            *("model COMBO", "format COMBO", "compute_dtype COMBO", "keep_copy? BOOLEAN"),
+            "quantize_on? COMBO",
+        ],
         ["MODEL MODEL", "CLIP CLIP", "VAE VAE"],
     ),
     "AtelierImageFolderDataset": (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,16 +42,16 @@ def models(server: ComfyServer) -> Path:
     return folder
 
 
-def loader(model: str, format: str = "nf4") -> Graph:
-    return {
-        "load": node("AtelierLoadQuantizedFlux", model=model, format=format, compute_dtype="fp32")
-    }
+def loader(model: str, format: str = "nf4", **inputs: Any) -> Graph:
+    load = node("AtelierLoadQuantizedFlux", model=model, format=format, compute_dtype="fp32")
+    load["inputs"] |= inputs
+    return {"load": load}
 
 
-def sample_graph(model: str) -> Graph:
+def sample_graph(model: str, **inputs: Any) -> Graph:
     """KSampler on the model; text and decoding are nano's."""
     return {
-        **loader(model),
+        **loader(model, **inputs),
         "nano": node(
             "AtelierLoadQuantizedFlux", model="nano (built in)", format="bf16", compute_dtype="fp32"
         ),
@@ -60,8 +62,8 @@ def sample_graph(model: str) -> Graph:
     }
 
 
-def picture(server: ComfyServer, model: str) -> np.ndarray:
-    (image,) = server.run(sample_graph(model))["outputs"]["out.save"]["images"]
+def picture(server: ComfyServer, model: str, **inputs: Any) -> np.ndarray:
+    (image,) = server.run(sample_graph(model, **inputs))["outputs"]["out.save"]["images"]
     return np.asarray(Image.open(io.BytesIO(server.view(image))))
 
 
@@ -88,6 +90,51 @@ def test_an_fp8_file_gives_nearly_the_same_picture(
 ) -> None:
     found = picture(server, PLACES["fp8"]).astype(float)
     assert 0 < np.abs(found - expected).mean() < 8
+
+
+def test_the_second_load_reads_the_quantized_copy(server: ComfyServer, models: Path) -> None:
+    """Of a file of more than 256 MB: then bytes of it are zeroed that its identity does not see."""
+    path = models / "diffusion_models" / "large.safetensors"
+    tensors = {name: tensor.float() for name, tensor in flux_tensors(width=1152).items()}
+    save_file(tensors, path)
+    packed = server.base_directory / "output" / "atelier" / "packed"
+    first = picture(server, path.name)
+    (copy,) = packed.glob("large-*-nf4.safetensors")
+    written = copy.stat().st_mtime_ns
+    zero_a_tenth(path, "single_blocks.0.linear1.weight")
+    assert np.array_equal(picture(server, path.name), first)
+    assert copy.stat().st_mtime_ns == written
+    assert not np.array_equal(picture(server, path.name, keep_copy=False), first)
+    assert copy.stat().st_mtime_ns == written
+
+
+def zero_a_tenth(path: Path, name: str) -> None:
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + begin + (end - begin) // 8)
+        file.write(bytes((end - begin) // 10))
+
+
+@pytest.mark.parametrize("keep_copy", [True, False])
+def test_a_small_model_has_no_quantized_copy(
+    server: ComfyServer, models: Path, keep_copy: bool
+) -> None:
+    picture(server, PLACES["original"], keep_copy=keep_copy)
+    packed = server.base_directory / "output" / "atelier" / "packed"
+    assert not list(packed.glob("places-*"))
+
+
+def test_matrices_are_quantized_on_the_cpu_as_well(
+    server: ComfyServer, expected: np.ndarray
+) -> None:
+    assert np.array_equal(picture(server, PLACES["original"], quantize_on="cpu"), expected)
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(server: ComfyServer, models: Path) -> None:
+    """The server of these tests runs on the CPU."""
+    with pytest.raises(GraphError, match=r"There is no GPU to quantize on: .*Set quantize_on to"):
+        picture(server, PLACES["original"], quantize_on="gpu")
 
 
 ABSENT = {
@@ -161,6 +208,15 @@ def test_a_wrong_file_is_one_sentence_in_the_error_box(
     assert str(caught.value).startswith("AtelierLoadQuantizedFlux (load): ")
     assert "Traceback" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_refused_before_the_graph_runs(server: ComfyServer, models: Path) -> None:
+    pickled(models / "checkpoints" / "old.ckpt")
+    graph = {**loader("checkpoints/old.ckpt"), "end": node("PreviewAny", source=["load", 0])}
+    with pytest.raises(
+        GraphError, match=r"'old\.ckpt' is a pickle, .*Choose the \.safetensors file"
+    ):
+        server.run(graph)
 
 
 def test_a_file_that_was_removed_is_one_sentence(server: ComfyServer, models: Path) -> None:

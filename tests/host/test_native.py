@@ -12,8 +12,8 @@ from atelier.nodes.native import add_lora, build_model, draw_latents
 from atelier.trainers.adapters import attach_lora, file_tensors
 from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, velocity
+from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
-from atelier.trainers.store import FORMATS
 from flux_files import write_flux
 
 SIGMA = torch.tensor([0.7, 0.2])

@@ -1,14 +1,18 @@
-"""What the tests compare with: plain diffusers networks, and bitsandbytes' own quantization.
+"""What the tests compare with: plain diffusers networks, and quantization by other code.
 
-Nothing here computes with the pack: names are turned by diffusers' own converter.
+Names are turned by diffusers' own converter; of the pack nothing computes here but the choice of
+the codes of int4 and int2, which tests/test_store.py judges by its error.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
+from atelier.trainers.store import PackedWeight
 from bitsandbytes import functional
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders import single_file_utils
@@ -16,16 +20,52 @@ from flux_files import flux_tensors
 from torch import Tensor
 
 
-def _nf4_round_trip(matrix: Tensor) -> Tensor:
-    data, state = functional.quantize_4bit(matrix, blocksize=64, quant_type="nf4")
+def _bnb_round_trip(kind: str, matrix: Tensor) -> Tensor:
+    data, state = functional.quantize_4bit(matrix, blocksize=64, quant_type=kind)
     state.absmax = state.absmax.bfloat16().float()  # the store keeps its scales in bf16
     state.dtype = torch.float32
     return functional.dequantize_4bit(data, state)
 
 
+def _int8_round_trip(matrix: Tensor) -> Tensor:
+    scale = (matrix.float().abs().amax(1, keepdim=True) / 127).bfloat16().float().numpy()
+    return torch.from_numpy(np.rint(matrix.float().numpy() / scale).clip(-127, 127) * scale)
+
+
+def _fp8_round_trip(matrix: Tensor) -> Tensor:
+    """To the nearest of all numbers of e4m3: 1.mmm times 2^-6 … 2^8, and 0.mmm times 2^-6."""
+    scale = (matrix.float().abs().amax(1, keepdim=True) / 448).bfloat16().float().numpy()
+    exponents, mantissas = np.meshgrid(np.arange(-6, 9), np.arange(8))
+    normal = (1 + mantissas / 8) * 2.0**exponents
+    numbers = np.unique([*normal.flat, *(np.arange(8) / 8 * 2.0**-6)])
+    numbers = numbers[numbers <= 448].astype(np.float32)
+    value = matrix.float().numpy() / scale
+    distances = np.abs(np.abs(value)[..., None].astype(np.float64) - numbers)
+    distances[..., 1::2] *= 1 + 1e-9  # halfway, the one with the even last bit
+    nearest = distances.argmin(-1)
+    return torch.from_numpy(np.sign(value) * numbers[nearest] * scale)
+
+
+def _grouped_round_trip(bits: int, matrix: Tensor) -> Tensor:
+    """The bytes of the store, read one code at a time."""
+    packed = PackedWeight.pack(matrix, f"int{bits}")
+    assert packed.scale is not None
+    lines = packed.scale.float().numpy()
+    rows, groups, _ = lines.shape
+    data = packed.data.numpy().reshape(rows, groups, -1)
+    codes = [(data >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    weights = np.concatenate(codes, axis=-1) * lines[..., :1] + lines[..., 1:]
+    return torch.from_numpy(weights.reshape(rows, -1))
+
+
 ROUND_TRIPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "nf4": _nf4_round_trip,
     "bf16": lambda matrix: matrix.bfloat16().float(),
+    "fp8": _fp8_round_trip,
+    "int8": _int8_round_trip,
+    "nf4": partial(_bnb_round_trip, "nf4"),
+    "fp4": partial(_bnb_round_trip, "fp4"),
+    "int4": partial(_grouped_round_trip, 4),
+    "int2": partial(_grouped_round_trip, 2),
 }
 """What a matrix becomes in each format of the store, in float32."""
 

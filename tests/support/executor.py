@@ -77,6 +77,20 @@ class Keep:
         return ()
 
 
+class Give:
+    """A node that gives one of the values that a test put here."""
+
+    values: dict[str, Any] = {}  # noqa: RUF012
+    FUNCTION, CATEGORY, RETURN_TYPES = "give", "test", ("*",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"name": ("STRING", {})}}
+
+    def give(self, name: str) -> tuple:
+        return (Give.values[name],)
+
+
 class Name:
     """A node that gives a file's name, so that a loader's input is linked."""
 
@@ -91,17 +105,26 @@ class Name:
 
 
 class Runner:
-    """Runs graphs as ComfyUI does, each time with an empty cache of node outputs."""
+    """Runs graphs as ComfyUI does, each time with an empty cache of node outputs or with none."""
+
+    def __init__(self, *, caches: bool = True) -> None:
+        self._caches = caches
 
     def run(self, graph: dict[str, Any]) -> Any:
         """The value that the graph's Keep node got. Raises RuntimeError with ComfyUI's message."""
         import execution  # brings in all of ComfyUI's nodes
 
+        from nodes import NODE_CLASS_MAPPINGS  # noqa: TID251
+
+        kinds = {name: NODE_CLASS_MAPPINGS[node["class_type"]] for name, node in graph.items()}
+        outputs = [name for name, kind in kinds.items() if getattr(kind, "OUTPUT_NODE", False)]
         server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None)
         Keep.kept.clear()
         CountingLoader.runs = 0
-        executor = execution.PromptExecutor(server, cache_args={"ram": 0, "lru": 0})
-        executor.execute(copy.deepcopy(graph), "prompt", {}, ["keep"])
+        kind = execution.CacheType.CLASSIC if self._caches else execution.CacheType.NONE
+        sizes = {"ram": 0, "ram_inactive": 0, "lru": 0}
+        executor = execution.PromptExecutor(server, kind, cache_args=sizes)
+        executor.execute(copy.deepcopy(graph), "prompt", {}, outputs)
         event, data = executor.status_messages[-1]
         if event != "execution_success":
             raise RuntimeError(data.get("exception_message", event))

@@ -14,9 +14,14 @@ CONTEXT, VECTOR, TEXT_TOKENS = 128, 64, 8
 
 
 def training_data(
-    folder: Path, sizes: tuple[tuple[int, int], ...] = ((64, 64),) * 4, *, std: float = 0.1
+    folder: Path,
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),) * 4,
+    *,
+    std: float = 0.1,
+    text_tokens: int = TEXT_TOKENS,
+    widths: tuple[int, int] = (CONTEXT, VECTOR),
 ) -> TrainingData:
-    """One record per size in pixels, with random latents and prompt embeddings."""
+    """One record per size in pixels, with random latents and prompt embeddings of `widths`."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -34,14 +39,14 @@ def training_data(
         )
         text = PromptEntry(text=caption, key=_key(caption))
         files.write(picture.key, {"mean": draw(*shape), "std": torch.full(shape, std)})
-        embeds = {"prompt_embeds": draw(TEXT_TOKENS, CONTEXT), "pooled": draw(VECTOR)}
+        embeds = {"prompt_embeds": draw(text_tokens, widths[0]), "pooled": draw(widths[1])}
         files.write(text.key, embeds)
         pictures.append(picture)
         texts.append(text)
     return TrainingData(
         latents=LatentCache(folder=str(folder), encoder="vae", entries=tuple(pictures)),
         prompts=PromptCache(
-            folder=str(folder), encoder="clip", length=TEXT_TOKENS, entries=tuple(texts)
+            folder=str(folder), encoder="clip", length=text_tokens, entries=tuple(texts)
         ),
     )
 

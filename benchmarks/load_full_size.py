@@ -1,0 +1,274 @@
+"""FLUX.1-dev at its true size into NF4, from its quantized copy, and one training step: on a CPU.
+
+    python -P benchmarks/load_full_size.py [--folder DIR] [--out FILE]
+
+Makes a bf16 file of FLUX.1-dev's names and shapes with random weights (23.8 GB) in a temporary
+folder, and removes it at the end. Each stage runs in a process of its own, whose peaks Linux
+counts: VmHWM of the resident set, and the largest RssAnon seen every 20 ms. The page cache is
+emptied of the file before it is read. The step is that of the recipe (rank 4, its targets), at
+64x64 pixels with 77 text tokens. GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+from pack import load_pack  # noqa: E402
+
+STATUS = Path(os.sep, "proc", "self", "status")
+FLUX_DEV = {"width": 3072, "depth": 19, "depth_single": 38, "context": 4096, "vector": 768}
+TRAINABLE = 4_669_440
+"""Parameters of the recipe's LoRA on FLUX.1-dev, as its authors print them."""
+LIMITS_GB = {"load": 8.0, "reload": 8.0, "step": 8.5}
+OVERHEAD_GB = 1.5
+"""What a load may take beside the packed weights."""
+ROOM_GB = 40
+GB = 1e9
+PIXELS, TEXT_TOKENS = 64, 77
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, help="where the files are made")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/load_full_size.json")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage:
+        sys.stdout.write(json.dumps(run_stage(arguments.stage, arguments.folder)))
+        return
+    if not STATUS.is_file():
+        raise SystemExit("Peaks of memory are read from Linux; this system does not give them.")
+    with tempfile.TemporaryDirectory(prefix="atelier-", dir=arguments.folder) as name:
+        if shutil.disk_usage(name).free < ROOM_GB * GB:
+            raise SystemExit(f"{name} has less than {ROOM_GB} GB free: name another --folder.")
+        result = measure(Path(name))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result)
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    write_flux_dev(folder / "flux1-dev.safetensors")
+    sys.stdout.write(f"wrote the file in {time.perf_counter() - began:.0f} s\n")
+    result = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB,
+        "torch": torch.__version__,
+        "source_gb": (folder / "flux1-dev.safetensors").stat().st_size / GB,
+        "limits_peak_rss_gb": LIMITS_GB,
+        "limit_overhead_gb": OVERHEAD_GB,
+    }
+    for stage in STAGES:
+        for path in folder.rglob("*.safetensors"):
+            drop_from_page_cache(path)
+        command = [sys.executable, "-P", __file__, "--stage", stage, "--folder", str(folder)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        result[stage] = json.loads(done.stdout)
+        sys.stdout.write(f"{stage}: {json.dumps(result[stage])}\n")
+    result["is_within_limits"] = is_within_limits(result)
+    return result
+
+
+def write_flux_dev(path: Path) -> None:
+    """Random numbers scaled as those of a new network, in little memory."""
+    load_pack()
+    from flux_files import flux_shapes
+
+    shapes = flux_shapes(**FLUX_DEV)
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
+    scaled: dict[float, memoryview] = {}
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for index, (name, shape) in enumerate(shapes.items()):
+            scale = shape[-1] ** -0.5
+            if scale not in scaled:
+                scaled[scale] = memoryview((scale * noise).bfloat16().view(torch.uint8).numpy())
+            write_turned(file, scaled[scale], start=2 * 7919 * index, size=num_bytes(header[name]))
+
+
+def num_bytes(info: dict[str, Any]) -> int:
+    begin, end = info["data_offsets"]
+    return end - begin
+
+
+def write_turned(file: BinaryIO, values: memoryview, *, start: int, size: int) -> None:
+    """`size` bytes of `values`, from another place for every tensor and around its end: to draw
+    twelve billion new ones takes long."""
+    start %= len(values)
+    while size > 0:
+        piece = values[start : start + size]
+        file.write(piece)
+        size, start = size - len(piece), 0
+
+
+def drop_from_page_cache(path: Path) -> None:
+    """So that reading it again is reading the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run_stage(stage: str, folder: Path) -> dict[str, Any]:
+    load_pack()
+    peaks: dict[str, int] = {}
+    with sampled_peaks(peaks):
+        figures = STAGES[stage](folder)
+    return {
+        **figures,
+        "peak_rss_gb": status_kib("VmHWM") * 1024 / GB,
+        "peak_rss_anon_gb": peaks["RssAnon"] * 1024 / GB,
+    }
+
+
+def load(folder: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    base = load_base(folder)
+    return {
+        "seconds": time.perf_counter() - began,
+        "packed_gb": base.store.num_bytes / GB,
+        "copy_gb": sum(path.stat().st_size for path in (folder / "packed").iterdir()) / GB,
+    }
+
+
+def reload(folder: Path) -> dict[str, Any]:
+    size = sum(path.stat().st_size for path in (folder / "packed").iterdir()) / GB
+    began = time.perf_counter()
+    base = load_base(folder)
+    seconds = time.perf_counter() - began
+    gb_per_second = size / seconds
+    return {
+        "seconds": seconds,
+        "gb_per_second": gb_per_second,
+        "packed_gb": base.store.num_bytes / GB,
+        "disk_gb_per_second": disk_speed(folder, size),
+    }
+
+
+def disk_speed(folder: Path, size: float) -> float:
+    """GB per second at which the copy is read and dropped, for comparison."""
+    (path,) = (folder / "packed").iterdir()
+    drop_from_page_cache(path)
+    buffer = bytearray(32 << 20)
+    began = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return size / (time.perf_counter() - began)
+
+
+def step(folder: Path) -> dict[str, Any]:
+    """One optimizer step of the loop itself, on one random picture and caption."""
+    from atelier.trainers import loop
+    from atelier.trainers.batches import BatchOrder
+    from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings
+    from training import training_data
+
+    base = load_base(folder)
+    job = JobSettings(lora=LoraSettings(rank=4), train=TrainSettings())
+    data = training_data(
+        folder / "cache",
+        sizes=((PIXELS, PIXELS),),
+        text_tokens=TEXT_TOKENS,
+        widths=(base.config.context_dim, base.config.vector_dim),
+    )
+    state = loop.TrainState(base, job)
+    order = BatchOrder(data.latents.entries, batch_size=1, seed=job.train.seed)
+    began = time.perf_counter()
+    loss, grad_norm = loop.optimizer_step(state, 0, order, data, loop.Hooks())
+    return {
+        "seconds": time.perf_counter() - began,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "trainable_parameters": sum(parameter.numel() for parameter in state.parameters),
+        "compute_dtype": str(state.dtype).removeprefix("torch."),
+    }
+
+
+STAGES = {"load": load, "reload": reload, "step": step}
+
+
+def load_base(folder: Path):
+    from atelier.trainers.load import load_flux
+    from atelier.trainers.packed_copy import PackedCopies
+
+    path, copies = folder / "flux1-dev.safetensors", PackedCopies(folder / "packed")
+    return load_flux(path, format="nf4", copies=copies)
+
+
+def status_kib(kind: str) -> int:
+    lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
+    return int(lines[kind].split()[0])
+
+
+@contextmanager
+def sampled_peaks(peaks: dict[str, int]) -> Iterator[None]:
+    """Leave the largest RssAnon in `peaks`: the kernel keeps no peak of it."""
+    is_over = threading.Event()
+
+    def sample() -> None:
+        while not is_over.wait(0.02):
+            peaks["RssAnon"] = max(peaks.get("RssAnon", 0), status_kib("RssAnon"))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def is_within_limits(result: dict[str, Any]) -> bool:
+    peaks = {stage: result[stage]["peak_rss_gb"] for stage in STAGES}
+    overhead = peaks["load"] - result["load"]["packed_gb"]
+    return (
+        all(peaks[stage] <= limit for stage, limit in LIMITS_GB.items())
+        and overhead <= OVERHEAD_GB
+        and result["step"]["trainable_parameters"] == TRAINABLE
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    lines = [f"{'':8} {'seconds':>8} {'peak RSS':>10} {'RssAnon':>10} {'limit':>8}"]
+    for stage, limit in LIMITS_GB.items():
+        row = result[stage]
+        peaks = f"{row['peak_rss_gb']:7.2f} GB {row['peak_rss_anon_gb']:7.2f} GB"
+        lines.append(f"{stage:8} {row['seconds']:8.1f} {peaks} {limit:5.1f} GB")
+    lines += [
+        f"packed {result['load']['packed_gb']:.2f} GB of {result['source_gb']:.2f} GB",
+        f"copy read at {result['reload']['gb_per_second']:.2f} GB/s, "
+        f"the disk alone at {result['reload']['disk_gb_per_second']:.2f} GB/s",
+        f"trainable parameters {result['step']['trainable_parameters']:,}",
+        f"within the limits: {result['is_within_limits']}",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

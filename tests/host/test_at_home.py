@@ -1,0 +1,443 @@
+"""A quantized MODEL among ComfyUI's own nodes, which make of it what they make of the core's.
+
+Every graph runs twice in ComfyUI's executor: on our MODEL, and on the core's MODEL that holds the
+same weights densely (`core_flux`). The packed bytes are the same afterwards (I2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.cli_args
+import comfy.model_management
+import comfy.utils
+import executor
+import folder_paths
+import pytest
+import torch
+from atelier.nodes.native import StorePatcher, build_model
+from atelier.trainers.load import load_flux
+from core_flux import core_model
+from executor import Give, Keep, Runner
+from flux_files import write_flux
+from graphs import Graph, node
+from lora_files import KINDS, write_loras
+from safetensors.torch import load_file
+from torch import Tensor
+
+FORMAT = "nf4"
+STEPS = 2
+CPU = torch.device("cpu")
+EXTRAS = [
+    *("custom_sampler", "edit_model", "flux", "hooks"),
+    *("lora_extract", "model_advanced", "model_merging"),
+]
+
+
+def reversed_block(kind: str) -> Callable[[Any], Any]:
+    """A patch that replaces block 0 of a kind: the features of what it gives, in reverse."""
+
+    def replace(args: dict, extra: dict) -> dict:
+        out = extra["original_block"](args)
+        return {**out, "img": out["img"].flip(-1)}
+
+    return lambda model: model.set_model_patch_replace(replace, "dit", kind, 0)
+
+
+PATCHES: dict[str, Callable[[Any], Any]] = {
+    "cfg": lambda model: model.set_model_sampler_cfg_function(
+        lambda args: args["uncond"] + 0.7 * (args["cond"] - args["uncond"])
+    ),
+    "post_cfg": lambda model: model.set_model_sampler_post_cfg_function(
+        lambda args: 0.9 * args["denoised"]
+    ),
+    "wrapper": lambda model: model.set_model_unet_function_wrapper(
+        lambda apply, args: 0.9 * apply(args["input"], args["timestep"], **args["c"])
+    ),
+    "double_block": reversed_block("double_block"),
+    "single_block": reversed_block("single_block"),
+}
+
+
+class Patch:
+    """A node that clones a MODEL and puts one of `PATCHES` on the clone."""
+
+    FUNCTION, CATEGORY, RETURN_TYPES = "patch", "test", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {})}}
+
+    def patch(self, model: Any, name: str) -> tuple:
+        patched = model.clone()
+        PATCHES[name](patched)
+        return (patched,)
+
+
+def lora(model: str, name: str, strength: float) -> dict:
+    return node(
+        "LoraLoaderModelOnly",
+        model=[model, 0],
+        lora_name=f"{name}.safetensors",
+        strength_model=strength,
+    )
+
+
+def with_guider(**guider: Any) -> Graph:
+    """SamplerCustomAdvanced with a guider of these inputs."""
+    return {
+        "noise": node("RandomNoise", noise_seed=5),
+        "euler": node("KSamplerSelect", sampler_name="euler"),
+        "sigmas": node(
+            "BasicScheduler", model=["model", 0], scheduler="simple", steps=STEPS, denoise=1.0
+        ),
+        "guider": node(**guider),
+        "out": node(
+            "SamplerCustomAdvanced",
+            noise=["noise", 0],
+            guider=["guider", 0],
+            sampler=["euler", 0],
+            sigmas=["sigmas", 0],
+            latent_image=["empty", 0],
+        ),
+    }
+
+
+GRAPHS: dict[str, Graph] = {
+    "ksampler": {},
+    "basic guider": with_guider(
+        class_type="BasicGuider", model=["model", 0], conditioning=["positive", 0]
+    ),
+    "cfg guider": with_guider(
+        class_type="CFGGuider",
+        model=["model", 0],
+        positive=["positive", 0],
+        negative=["negative", 0],
+        cfg=3.0,
+    ),
+    "flux guidance": {
+        "told": node("FluxGuidance", conditioning=["positive", 0], guidance=1.5),
+    },
+    "model sampling": {
+        "patched": node(
+            "ModelSamplingFlux",
+            model=["model", 0],
+            max_shift=2.0,
+            base_shift=1.0,
+            width=64,
+            height=64,
+        )
+    },
+    **{f"lora {kind}": {"patched": lora("model", kind, 0.8)} for kind in KINDS},
+    "chained loras, one negative": {
+        "first": node(
+            "LoraLoader",
+            model=["model", 0],
+            clip=["no clip", 0],
+            lora_name="plain.safetensors",
+            strength_model=1.0,
+            strength_clip=0.0,
+        ),
+        "second": lora("first", "without_alpha", -0.7),
+        "patched": lora("second", "lokr", 0.5),
+    },
+    **{
+        f"patch {name}": {"patched": node("Patch", model=["model", 0], name=name)}
+        for name in PATCHES
+    },
+    "reference latents": {
+        "told": node("ReferenceLatent", conditioning=["positive", 0], latent=["reference", 0])
+    },
+    "lora hook on one prompt": {
+        "hook": node(
+            "CreateHookLora", lora_name="plain.safetensors", strength_model=0.8, strength_clip=0.0
+        ),
+        "told": node(
+            "ConditioningSetProperties",
+            cond_NEW=["positive", 0],
+            strength=1.0,
+            set_cond_area="default",
+            hooks=["hook", 0],
+        ),
+    },
+    "lora hook beside a lora": {
+        "patched": lora("model", "lokr", 0.5),
+        "hook": node(
+            "CreateHookLora", lora_name="plain.safetensors", strength_model=-0.8, strength_clip=0.0
+        ),
+        "told": node(
+            "ConditioningSetProperties",
+            cond_NEW=["positive", 0],
+            strength=1.0,
+            set_cond_area="default",
+            hooks=["hook", 0],
+        ),
+    },
+    "merged models": {
+        "patched": node(
+            "ModelMergeSimple", model1=["model", 0], model2=["other model", 0], ratio=0.3
+        )
+    },
+}
+
+
+def whole(graph: Graph) -> Graph:
+    """The graph with its loaders, its sampler and the node that keeps the latents."""
+    given = ("model", "other model", "positive", "negative", "empty", "reference", "no clip")
+    sampler = node(
+        "KSampler",
+        model=["patched" if "patched" in graph else "model", 0],
+        positive=["told" if "told" in graph else "positive", 0],
+        negative=["negative", 0],
+        latent_image=["empty", 0],
+        seed=5,
+        steps=STEPS,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    return {
+        **{name: node("Give", name=name) for name in given},
+        "out": sampler,
+        **graph,
+        "keep": node("Keep", value=["out", 0]),
+    }
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StorePatcher, StorePatcher]]:
+    """Two of our MODELs, of different weights."""
+    folder = tmp_path_factory.mktemp("flux")
+    files = [write_flux(folder / f"{seed}.safetensors", seed=seed) for seed in (0, 1)]
+    first, second = (build_model(load_flux(file, format=FORMAT), torch.float32) for file in files)
+    yield first, second
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(scope="module")
+def cores() -> Iterator[tuple[Any, Any]]:
+    """The core's MODELs of the same weights."""
+    yield core_model(FORMAT, 0), core_model(FORMAT, 1)
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loras")
+    write_loras(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def comfyui(tmp_path: Path, loras: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's nodes, its folders, and what `Give` gives besides the models."""
+    import nodes
+
+    extras = Path(nodes.__file__).parent / "comfy_extras"
+    for name in EXTRAS:
+        file = extras / f"nodes_{name}.py"
+        assert asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
+    for name, kind in {"Give": Give, "Keep": Keep, "Patch": Patch}.items():
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, kind)
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    entry = ([str(loras)], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", entry)
+    generator = torch.Generator().manual_seed(3)
+
+    def prompt() -> list:
+        pooled = torch.randn(1, 64, generator=generator)
+        embeds = torch.randn(1, 20, 128, generator=generator)
+        return [[embeds, {"pooled_output": pooled, "guidance": 3.5}]]
+
+    values = {"positive": prompt(), "negative": prompt(), "no clip": None}
+    values["empty"] = {"samples": torch.zeros(1, 16, 8, 8)}
+    values["reference"] = {"samples": torch.randn(1, 16, 8, 6, generator=generator)}
+    monkeypatch.setattr(Give, "values", values)
+
+
+def run(graph: Graph, models: tuple[Any, Any], *, caches: bool = True) -> Tensor:
+    """The latents that the graph makes of the models."""
+    Give.values |= {"model": models[0], "other model": models[1]}
+    return Runner(caches=caches).run(whole(graph))["samples"]
+
+
+def relative_difference(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().max() / second.abs().max())
+
+
+@pytest.fixture
+def bytes_stay(ours: tuple[StorePatcher, StorePatcher]) -> Iterator[None]:
+    before = [model.store.content_hash() for model in ours]
+    yield
+    assert [model.store.content_hash() for model in ours] == before
+
+
+@pytest.mark.usefixtures("bytes_stay")
+@pytest.mark.parametrize("name", list(GRAPHS))
+def test_a_graph_gives_what_it_gives_on_the_cores_model(
+    ours: tuple[StorePatcher, StorePatcher], cores: tuple[Any, Any], name: str
+) -> None:
+    result = run(GRAPHS[name], ours)
+    assert relative_difference(result, run(GRAPHS[name], cores)) <= 1e-4
+    plain = run({}, ours)
+    if name != "ksampler":
+        assert relative_difference(result, plain) > 1e-3
+    assert relative_difference(plain, run({}, cores)) <= 1e-4  # nothing stayed on
+
+
+@pytest.mark.usefixtures("bytes_stay")
+def test_a_merge_of_ours_into_the_cores_model(
+    ours: tuple[StorePatcher, StorePatcher], cores: tuple[Any, Any]
+) -> None:
+    graph = GRAPHS["merged models"]
+    mixed = run(graph, (cores[0], ours[1]))
+    assert relative_difference(mixed, run(graph, cores)) <= 1e-4
+
+
+@pytest.mark.usefixtures("bytes_stay")
+@pytest.mark.parametrize("caches", [True, False])
+def test_two_models_in_one_graph_do_not_mix(
+    ours: tuple[StorePatcher, StorePatcher], caches: bool
+) -> None:
+    patched = {"patched": lora("model", "plain", 1.0)}
+    alone = [run({}, ours), run({}, ours[::-1]), run(patched, ours)]
+    sampler = whole({})["out"]
+    graph = patched
+    for name in ("other model", "patched"):
+        inputs = {**sampler["inputs"], "model": [name, 0]}
+        graph[f"out {name}"] = node("KSampler", **inputs)
+        graph[f"keep {name}"] = node("Keep", value=[f"out {name}", 0])
+    graph["out"] = sampler
+    run(graph, ours, caches=caches)
+    together = [kept["samples"] for kept in Keep.kept]
+    assert len(together) == 3
+    for latents in alone:
+        assert any(torch.equal(latents, other) for other in together)
+
+
+def test_every_step_has_a_preview(
+    ours: tuple[StorePatcher, StorePatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import latent_preview
+
+    method = comfy.cli_args.LatentPreviewMethod.Latent2RGB
+    monkeypatch.setattr(comfy.cli_args.args, "preview_method", method)
+    monkeypatch.setattr(latent_preview, "default_preview_method", method, raising=False)
+    previews = []
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, image, **_: previews.append(image)
+    )
+    run({}, ours)
+    shown = [preview for preview in previews if preview is not None]
+    assert [image.size for _, image, _ in shown] == [(8, 8)] * STEPS
+
+
+def test_a_changed_strength_moves_no_packed_byte(ours: tuple[StorePatcher, StorePatcher]) -> None:
+    model = ours[0].clone()
+    model.offload_device = torch.device("cpu", 0)  # not the load device, as on a GPU
+    run({}, (model, ours[1]))
+    before = model.store.bytes_moved
+    for strength in (0.2, 0.9, -1.0):
+        run({"patched": lora("model", "plain", strength)}, (model, ours[1]))
+    assert model.store.bytes_moved == before
+    comfy.model_management.unload_all_models()
+    assert model.store.device == model.offload_device
+    assert model.store.bytes_moved == before + model.store.num_bytes
+    model.store.place(CPU)
+
+
+@pytest.mark.usefixtures("bytes_stay")
+def test_a_model_that_was_unloaded_samples_again(ours: tuple[StorePatcher, StorePatcher]) -> None:
+    graph = {"patched": lora("model", "plain", 1.0)}
+    first = run(graph, ours)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(run(graph, ours), first)
+
+
+def written(folder: Path) -> dict[str, Tensor]:
+    (file,) = folder.rglob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.usefixtures("bytes_stay")
+def test_a_saved_model_holds_true_weights_in_bf16_with_the_lora(
+    ours: tuple[StorePatcher, StorePatcher], tmp_path: Path, loras: Path
+) -> None:
+    graph = {
+        "patched": lora("model", "without_alpha", 0.5),
+        "save": node("ModelSave", model=["patched", 0], filename_prefix="saved"),
+    }
+    run(graph, ours)
+    saved = written(tmp_path)
+    store, prefix = ours[0].store, "model.diffusion_model."
+    names = {name.removeprefix(prefix) for name in saved}
+    assert {*store.packed} <= names
+    assert {name for name in store.plain if name.endswith(".bias")} <= names
+    for name, packed in store.packed.items():
+        expected = packed.dequantize(torch.float32)
+        if name == "double_blocks.0.img_attn.qkv.weight":
+            tensors = load_file(loras / "without_alpha.safetensors")
+            down, up = (value for _, value in sorted(tensors.items()))
+            expected = expected + 0.5 * up @ down
+        assert saved[prefix + name].dtype == torch.bfloat16
+        assert torch.allclose(saved[prefix + name].float(), expected, rtol=2**-8, atol=1e-6), name
+
+
+@pytest.mark.usefixtures("bytes_stay")
+def test_a_saved_checkpoint_loads_in_our_loader_and_gives_the_same(
+    ours: tuple[StorePatcher, StorePatcher], tmp_path: Path
+) -> None:
+    Give.values |= {"clip": executor.nano_clip(), "vae": executor.nano_vae()}
+    graph = {
+        "clip": node("Give", name="clip"),
+        "vae": node("Give", name="vae"),
+        "save": node(
+            "CheckpointSave",
+            model=["model", 0],
+            clip=["clip", 0],
+            vae=["vae", 0],
+            filename_prefix="checkpoints/saved",
+        ),
+    }
+    before = run(graph, ours)
+    names = {*written(tmp_path)}
+    executor.forget_networks()
+    assert any(name.startswith("vae.") for name in names)
+    assert any(name.startswith("text_encoders.") for name in names)
+    (file,) = tmp_path.rglob("*.safetensors")
+    again = build_model(load_flux(file, format="bf16"), torch.float32)
+    # bf16 rounds the products of NF4's levels and scales, by up to 2^-9 each.
+    assert relative_difference(run({}, (again, ours[1])), before) <= 0.02
+
+
+@pytest.mark.usefixtures("bytes_stay")
+def test_an_extracted_difference_is_that_of_the_weights(
+    ours: tuple[StorePatcher, StorePatcher], tmp_path: Path
+) -> None:
+    graph = {
+        "minus": node(
+            "ModelMergeSubtract", model1=["model", 0], model2=["other model", 0], multiplier=1.0
+        ),
+        "extract": node(
+            "LoraSave",
+            filename_prefix="loras/extracted",
+            rank=8,
+            lora_type="full_diff",
+            bias_diff=True,
+            model_diff=["minus", 0],
+        ),
+    }
+    run(graph, ours)
+    extracted = written(tmp_path)
+    first, second = (model.store for model in ours)
+    for name in first.packed:
+        weights = [store.packed[name].dequantize(torch.float32) for store in (first, second)]
+        found = extracted[f"diffusion_model.{name.removesuffix('.weight')}.diff"].float()
+        assert torch.allclose(found, weights[0] - weights[1], rtol=0.01, atol=1e-3), name
+    bias = "final_layer.linear.bias"
+    found = extracted["diffusion_model.final_layer.linear.diff_b"].float()
+    assert torch.allclose(found, (first.plain[bias] - second.plain[bias]).float(), atol=1e-2)

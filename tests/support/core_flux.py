@@ -1,0 +1,51 @@
+"""The same random FLUX as ComfyUI's own MODEL: dense weights, core operations, core patcher.
+
+What it computes is what the pack's MODEL is compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+from comfy.ldm.flux.model import FluxParams
+from dense import num_blocks, stored_tensors
+from torch import Tensor
+
+
+def core_model(format: str, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """`flux_files.flux_tensors(seed)` as a store in `format` holds them, in float32."""
+    tensors = stored_tensors(format, seed=seed)
+    with torch.inference_mode(False):
+        config = comfy.supported_models.Flux(_sizes(tensors))
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, device=torch.device("cpu"))
+        model.load_model_weights(dict(tensors))
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def _sizes(tensors: dict[str, Tensor]) -> dict:
+    width = tensors["img_in.weight"].shape[0]
+    sizes = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": tensors["vector_in.in_layer.weight"].shape[1],
+        "context_in_dim": tensors["txt_in.weight"].shape[1],
+        "hidden_size": width,
+        "mlp_ratio": 4.0,
+        "num_heads": width // 128,
+        "depth": num_blocks(tensors, "double_blocks."),
+        "depth_single_blocks": num_blocks(tensors, "single_blocks."),
+        "axes_dim": [16, 56, 56],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+    }
+    newer = {"txt_ids_dims": []}  # since FLUX.2
+    known = {field.name for field in dataclasses.fields(FluxParams)}
+    return sizes | {name: value for name, value in newer.items() if name in known}

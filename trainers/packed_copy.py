@@ -1,0 +1,205 @@
+"""Quantized copies on disk: what a load packed, so that the next one reads only the packed bytes.
+
+One safetensors file per source and format, with a record of both as JSON in its metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import write_atomically
+from .store import PackedWeight, WeightStore
+from .tensor_files import DTYPES, Entry, read_header
+
+LAYOUT_VERSION = 1
+"""Raise it when the bytes of a format change, so that no older copy is read."""
+MIN_SOURCE_BYTES = 256 << 20
+"""Smaller models get no copy: they are quantized within seconds."""
+_DISK_RESERVE = 1 << 30
+"""Bytes that a copy leaves free, for the checkpoints and pictures of the run that follows."""
+_MARK = "atelier"
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+logger = logging.getLogger("atelier")
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CopyKey:
+    """What a copy was made from, and how."""
+
+    source: Path
+    identity: str
+    format: str
+
+    @property
+    def name(self) -> str:
+        """One name per place of a source and format, so that a new copy replaces the old one."""
+        place = hashlib.sha256(os.path.abspath(self.source).encode()).hexdigest()[:8]
+        return f"{self.source.name.removesuffix('.safetensors')}-{place}-{self.format}.safetensors"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": LAYOUT_VERSION, "source": self.identity, "format": self.format}
+
+
+class PackedCopies:
+    """The copies in one folder."""
+
+    def __init__(self, folder: Path, min_source_bytes: int = MIN_SOURCE_BYTES) -> None:
+        self.folder = folder
+        self._min_source_bytes = min_source_bytes
+
+    def is_worthwhile(self, source_bytes: int) -> bool:
+        return source_bytes >= self._min_source_bytes
+
+    def read(
+        self, key: CopyKey, device: torch.device, on_progress: OnProgress
+    ) -> WeightStore | None:
+        """The store that was written under `key`, on `device`, or None.
+
+        A copy of another source or version, or one with any byte changed, is removed.
+        """
+        path = self.folder / key.name
+        if not path.is_file():
+            return None
+        try:
+            return _read(path, key, device, on_progress)
+        except OSError as error:  # the file may be sound: too many open files, a lost network drive
+            logger.warning(f"Cannot read the quantized copy {path}: {error.strerror}.")
+        except (ValueError, LookupError, TypeError, AttributeError):  # a header may hold anything
+            logger.info(f"The quantized copy {path} is old or damaged: it is made again.")
+            with suppress(OSError):  # Windows, while another process reads it
+                path.unlink()
+        return None
+
+    def write(self, key: CopyKey, store: WeightStore, on_progress: OnProgress) -> None:
+        """Keep `store` under `key`, whole or not at all; what prevents it is only logged."""
+        path = self.folder / key.name
+
+        def write(temporary: Path) -> None:
+            free = shutil.disk_usage(temporary.parent).free
+            if free < store.num_bytes + _DISK_RESERVE:
+                raise ValueError(
+                    f"It takes {store.num_bytes / 1e9:.1f} GB, and the disk of {self.folder} has "
+                    f"{free / 1e9:.1f} GB free, of which {_DISK_RESERVE / 1e9:.1f} are left alone."
+                )
+            with temporary.open("wb") as file:
+                _write(file, key, store, on_progress)
+
+        try:
+            write_atomically(path, write)
+        except ValueError as error:
+            logger.warning(
+                "The model is loaded, but no quantized copy of it was kept, so the next load "
+                f"quantizes it again. {error}"
+            )
+        else:
+            logger.info(f"The next load of this model reads its quantized copy {path}.")
+
+
+def _read(path: Path, key: CopyKey, device: torch.device, on_progress: OnProgress) -> WeightStore:
+    """Raises ValueError, or what a header with wrong values leads to, if the copy is of no use."""
+    entries, header = read_header(path)
+    record = json.loads(header.pop("__metadata__")[_MARK])
+    content, weights = record.pop("content"), record["weights"]
+    # Before sizes and places out of the header are trusted.
+    if record != {**key.to_json(), "weights": weights, "header": _header_hash(header, weights)}:
+        raise ValueError("made from something else")
+    digest = hashlib.sha256()
+    tensors: dict[str, Tensor] = {}
+    # Outside inference mode, in which the host runs its nodes: see store._PackedLinear.
+    with torch.inference_mode(False), path.open("rb") as file:
+        for done, (name, entry) in enumerate(entries.items()):
+            data = _read_bytes(file, entry)
+            digest.update(_checksum(data))
+            tensors[name] = data.view(DTYPES[entry.dtype]).view(entry.shape).to(device)
+            on_progress(done + 1, len(entries))
+    if digest.hexdigest() != content:
+        raise ValueError("damaged")
+    packed = {
+        name: PackedWeight(format, tensors.pop(name), tensors.pop(f"{name}.scale", None), columns)
+        for name, (format, columns) in weights.items()
+    }
+    return WeightStore(packed, tensors)
+
+
+def _read_bytes(file: BufferedReader, entry: Entry) -> Tensor:
+    """Straight into the tensor that stays: a mapped file would count beside it."""
+    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    file.seek(entry.start)
+    if file.readinto(data.numpy().data) != entry.num_bytes:
+        raise ValueError("cut short")
+    return data
+
+
+def _write(file: BufferedWriter, key: CopyKey, store: WeightStore, on_progress: OnProgress) -> None:
+    """One pass over the store, one tensor in host memory at a time."""
+    tensors = _tensors(store)
+    header = _data_layout(tensors)
+    weights = {name: [weight.format, weight.shape[1]] for name, weight in store.packed.items()}
+    record = {**key.to_json(), "weights": weights, "header": _header_hash(header, weights)}
+    digest = hashlib.sha256()
+    _write_header(file, header, {**record, "content": digest.hexdigest()})
+    for done, (_, tensor) in enumerate(tensors):
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(_checksum(data))
+        file.write(data.numpy().data)
+        on_progress(done + 1, len(tensors))
+    # The hash of the content is known now, and as long as the one that held its place.
+    file.seek(0)
+    _write_header(file, header, {**record, "content": digest.hexdigest()})
+
+
+def _tensors(store: WeightStore) -> list[tuple[str, Tensor]]:
+    """Every tensor; wide elements first, as in safetensors' own files, so that all are aligned."""
+    found = list(store.plain.items())
+    for name, weight in store.packed.items():
+        found.append((name, weight.data))
+        if weight.scale is not None:
+            found.append((f"{name}.scale", weight.scale))
+    return sorted(found, key=lambda item: -item[1].element_size())
+
+
+def _data_layout(tensors: list[tuple[str, Tensor]]) -> dict[str, Any]:
+    header, end = {}, 0
+    for name, tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    return header
+
+
+def _write_header(file: BufferedWriter, header: dict[str, Any], record: dict[str, Any]) -> None:
+    text = json.dumps({"__metadata__": {_MARK: json.dumps(record)}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def _header_hash(header: dict[str, Any], weights: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([header, weights]).encode()).hexdigest()
+
+
+def _checksum(data: Tensor) -> bytes:
+    """The sum of all 8-byte words, and the bytes after them: every byte counts, at the speed of
+    memory. A cryptographic hash of all would take longer than the disk."""
+    size = data.numel() // 8 * 8
+    words = int(data[:size].view(torch.int64).sum())
+    return words.to_bytes(8, "little", signed=True) + bytes(data[size:].tolist())
