@@ -15,7 +15,7 @@ from graphs import train_graph, write_base, write_pictures
 def test_a_server_that_exits_saves_the_run_first(server: ComfyServer, tmp_path: Path) -> None:
     write_base(tmp_path / "models")
     write_pictures(tmp_path / "input" / "circles")
-    graph = train_graph("circles", sampling=False, length=1000)
+    graph = train_graph("circles", sampling=False, length=100_000)
     with ComfyServer(server.comfyui, tmp_path, arguments=("--cpu",)) as exiting:
 
         def stop_server(event) -> None:
