@@ -10,7 +10,6 @@ again, install them into an environment of their own.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import sys
@@ -32,17 +31,11 @@ LARGE = (3072, 3072)
 RoundTrip = Callable[[Tensor], Tensor]
 
 
-def import_pack() -> None:
-    """Load the pack as `atelier`, as ComfyUI does, whatever its folder is called."""
-    spec = importlib.util.spec_from_file_location("atelier", ROOT / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    pack = importlib.util.module_from_spec(spec)
-    sys.modules["atelier"] = pack
-    spec.loader.exec_module(pack)
+sys.path.append(str(ROOT / "scripts"))
 
+from pack import load_pack  # noqa: E402
 
-import_pack()
+load_pack()
 
 from atelier.trainers.formats import FORMATS  # noqa: E402
 from atelier.trainers.store import PackedWeight  # noqa: E402

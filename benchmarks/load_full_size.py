@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 
 from pack import load_pack  # noqa: E402
 

@@ -29,7 +29,7 @@ TEXT_TOKENS = 77
 PIXELS = 128
 
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 
 from pack import load_pack  # noqa: E402
 

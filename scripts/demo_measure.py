@@ -1,14 +1,12 @@
 """The demo's measurements, without ComfyUI: loss on held-out pictures, and a judge's opinion."""
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
 from comfy_server import ROOT
+from pack import load_module, load_pack
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +29,7 @@ def held_out_losses(
     Computed in float32 on the run's own quantized weights, at its guidance and prompt length.
     `comfyui` is the folder whose tokenizers are used.
     """
-    load_module("atelier", ROOT / "__init__.py")
+    load_pack()
     from atelier.trainers.adapters import attach_lora, load_lora_state
     from atelier.trainers.evaluate import eval_loss
     from atelier.trainers.flux import build_transformer
@@ -121,14 +119,3 @@ def to_tensor(pictures: list[Image.Image]) -> Tensor:
 
 def mean(values: Tensor) -> float:
     return float(values.float().mean())
-
-
-def load_module(name: str, path: Path) -> ModuleType:
-    """The module in a file under a name of ours; the pack itself is loaded as ComfyUI does it."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]

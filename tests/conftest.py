@@ -3,7 +3,6 @@
 Also makes the modules of scripts/ and tests/support/ importable, and fixes torch's threads.
 """
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -17,9 +16,6 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 
-spec = importlib.util.spec_from_file_location("atelier", ROOT / "__init__.py")
-assert spec is not None
-assert spec.loader is not None
-pack = importlib.util.module_from_spec(spec)
-sys.modules["atelier"] = pack
-spec.loader.exec_module(pack)
+from pack import load_pack  # noqa: E402
+
+load_pack()

@@ -113,7 +113,9 @@ def test_what_pixels_do_not_depend_on_encodes_nothing(
             (pictures / f"a{extension}").rename(pictures / f"z{extension}")
     if change == "removal":
         (pictures / "a.png").unlink()
-    cache_latents(read(pictures, repeats=1 + (change == "repeats")), never, "vae", folder)
+    encoder = Encoder()
+    cache_latents(read(pictures, repeats=1 + (change == "repeats")), encoder, "vae", folder)
+    assert encoder.num_pictures == 0
 
 
 @pytest.mark.parametrize("change", ["encoder", "size", "transform"])

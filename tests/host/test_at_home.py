@@ -86,6 +86,25 @@ def lora(model: str, name: str, strength: float) -> dict:
     )
 
 
+def hooked(strength: float) -> Graph:
+    """A LoRA hook on the prompt `positive`, as the node `told`."""
+    return {
+        "hook": node(
+            "CreateHookLora",
+            lora_name="plain.safetensors",
+            strength_model=strength,
+            strength_clip=0.0,
+        ),
+        "told": node(
+            "ConditioningSetProperties",
+            cond_NEW=["positive", 0],
+            strength=1.0,
+            set_cond_area="default",
+            hooks=["hook", 0],
+        ),
+    }
+
+
 def with_guider(**guider: Any) -> Graph:
     """SamplerCustomAdvanced with a guider of these inputs."""
     return {
@@ -152,29 +171,11 @@ GRAPHS: dict[str, Graph] = {
         "told": node("ReferenceLatent", conditioning=["positive", 0], latent=["reference", 0])
     },
     "lora hook on one prompt": {
-        "hook": node(
-            "CreateHookLora", lora_name="plain.safetensors", strength_model=0.8, strength_clip=0.0
-        ),
-        "told": node(
-            "ConditioningSetProperties",
-            cond_NEW=["positive", 0],
-            strength=1.0,
-            set_cond_area="default",
-            hooks=["hook", 0],
-        ),
+        **hooked(0.8),
     },
     "lora hook beside a lora": {
         "patched": lora("model", "lokr", 0.5),
-        "hook": node(
-            "CreateHookLora", lora_name="plain.safetensors", strength_model=-0.8, strength_clip=0.0
-        ),
-        "told": node(
-            "ConditioningSetProperties",
-            cond_NEW=["positive", 0],
-            strength=1.0,
-            set_cond_area="default",
-            hooks=["hook", 0],
-        ),
+        **hooked(-0.8),
     },
     "merged models": {
         "patched": node(

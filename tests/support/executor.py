@@ -9,7 +9,7 @@ import copy
 import functools
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from atelier.nodes.encoders import build_clip, build_vae
 
@@ -80,7 +80,7 @@ class Keep:
 class Give:
     """A node that gives one of the values that a test put here."""
 
-    values: dict[str, Any] = {}  # noqa: RUF012
+    values: ClassVar[dict[str, Any]] = {}
     FUNCTION, CATEGORY, RETURN_TYPES = "give", "test", ("*",)
 
     @classmethod
