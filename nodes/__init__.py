@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .dataset import CacheLatents, EncodePrompts, ImageFolderDataset
 from .loaders import LoadQuantizedFlux
 from .lora import ApplyLora
+from .memory import EstimateMemory
 from .train import TrainLora
 
 NODES: list[type[io.ComfyNode]] = [
@@ -14,6 +15,7 @@ NODES: list[type[io.ComfyNode]] = [
     EncodePrompts,
     TrainLora,
     ApplyLora,
+    EstimateMemory,
 ]
 
 

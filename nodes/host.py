@@ -156,6 +156,14 @@ def offload_device() -> torch.device:
     return comfy.model_management.unet_offload_device()
 
 
+def free_memory() -> int:
+    """Bytes of the compute device that are free, or held by models that ComfyUI can evict."""
+    management, device = comfy.model_management, compute_device()
+    loaded = [entry for entry in management.current_loaded_models if entry.model is not None]
+    evictable = 0 if device.type == "cpu" else sum(e.model_loaded_memory() for e in loaded)
+    return management.get_free_memory(device) + evictable
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the device ran out of memory."""
     management = comfy.model_management

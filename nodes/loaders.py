@@ -11,7 +11,8 @@ from comfy_api.latest import io
 from ..trainers.config import COMPUTE_DTYPES
 from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.formats import FORMATS
-from ..trainers.load import load_flux
+from ..trainers.load import inspect_flux, load_flux
+from ..trainers.memory import choose_format, store_bytes
 from ..trainers.packed_copy import PackedCopies
 from ..trainers.tensor_files import model_files
 from . import host
@@ -19,6 +20,7 @@ from .encoders import build_clip, build_vae, checkpoint_parts
 from .native import build_model
 
 NANO = "nano (built in)"
+AUTO = "auto"
 QUANTIZE_ON = ("auto", "cpu", "gpu")
 _NANO_FOLDER = Path(__file__).parent.parent / "assets" / "nano"
 _NO_CLIP = (
@@ -44,21 +46,21 @@ class LoadQuantizedFlux(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=_model_names(),
+                    options=model_names(),
                     tooltip="A FLUX.1 file of models/diffusion_models or models/checkpoints (bf16, "
                     "fp16, fp8 or packed by bitsandbytes), a folder of models/diffusers, or the "
                     "small model that comes with the pack and needs no download.",
                 ),
                 io.Combo.Input(
                     "format",
-                    options=list(FORMATS),
+                    options=[*FORMATS, AUTO],
                     default="nf4",
                     tooltip="How the weights are kept; FLUX.1's take 24 GB as bf16. nf4: 4 bits, "
                     "the usual choice. int4: 4 bits with a smaller error than nf4, and "
                     "needs no bitsandbytes. fp4: 4 bits with a larger error. int8, fp8: "
                     "half of bf16; fp8 has a third of nf4's error, int8 less. int2: 3 bits "
                     "with three times nf4's error, where nothing else fits. bf16: as in "
-                    "the file.",
+                    "the file. auto: bf16, int8 or nf4, the first that fits the free memory.",
                 ),
                 host.make_input(
                     io.Combo,
@@ -90,7 +92,21 @@ class LoadQuantizedFlux(io.ComfyNode):
                     "where ComfyUI computes. cpu takes some minutes for FLUX.1-dev, and no memory "
                     "of the card.",
                 ),
+                host.make_input(
+                    io.Float,
+                    "reserve_gb",
+                    default=2.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Memory of the card, in GB, that format auto leaves free for the work "
+                    "itself. 2 is enough for pictures of FLUX.1; for training, connect Estimate "
+                    "Memory.",
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(tooltip="The model, for samplers, LoRA loaders and Train LoRA."),
                 io.Clip.Output(tooltip="The text encoders, if the model comes with them."),
@@ -103,14 +119,14 @@ class LoadQuantizedFlux(io.ComfyNode):
         if model is None:  # a linked input is not known yet
             return True
         try:
-            model_files(_model_path(model))
+            model_files(model_path(model))
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, model: str, **_: Any) -> list[tuple[str, int, int]]:
-        stats = [(str(file), file.stat()) for file in model_files(_model_path(model))]
+        stats = [(str(file), file.stat()) for file in model_files(model_path(model))]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     @classmethod
@@ -121,8 +137,11 @@ class LoadQuantizedFlux(io.ComfyNode):
         compute_dtype: str,
         keep_copy: bool = True,
         quantize_on: str = QUANTIZE_ON[0],
+        reserve_gb: float = 2.0,
     ) -> io.NodeOutput:
-        path = _model_path(model)
+        path = model_path(model)
+        if format == AUTO:
+            format = _best_format(path, reserve_gb, cls.hidden.unique_id)
         loaded = load_flux(
             path,
             format=format,
@@ -135,14 +154,19 @@ class LoadQuantizedFlux(io.ComfyNode):
         return io.NodeOutput(build_model(loaded, dtype), *_clip_and_vae(path, model))
 
 
-def _model_names() -> list[str]:
-    """Files of models/diffusion_models by their plain names, like the core loader lists them."""
+def model_names() -> list[str]:
+    """What can be chosen; files of models/diffusion_models by their plain names, as core does."""
     checkpoints = [f"checkpoints/{name}" for name in host.model_names("checkpoints")]
     folders = [f"diffusers/{name}" for name in host.diffusers_folders()]
     return [NANO, *host.model_names("diffusion_models"), *checkpoints, *folders]
 
 
-def _model_path(name: str) -> Path:
+def model_path(name: str) -> Path:
+    """The file or folder behind one of `model_names`.
+
+    Raises:
+        ValueError: if it is gone.
+    """
     if name == NANO:
         return _NANO_FOLDER / "nano-flux.safetensors"
     kind, _, rest = name.partition("/")
@@ -155,6 +179,18 @@ def _model_path(name: str) -> Path:
     if path is None:
         raise ValueError(f"The model '{name}' is not there any more. Press R and choose another.")
     return path
+
+
+def _best_format(path: Path, reserve_gb: float, node_id: str) -> str:
+    file, free_gb = inspect_flux(path), host.free_memory() / 1e9
+    format = choose_format(file, int((free_gb - reserve_gb) * 1e9))
+    size_gb = store_bytes(file.config, format) / 1e9
+    host.show_text(
+        f"auto chose {format}: {size_gb:.1f} GB of weights, where {free_gb:.1f} GB are free and "
+        f"{reserve_gb:.1f} GB of them reserved.",
+        node_id,
+    )
+    return format
 
 
 def _quantize_device(choice: str) -> torch.device:

@@ -18,7 +18,7 @@ from ..trainers.config import JobSettings
 from ..trainers.devices import compute_dtype
 from ..trainers.files import write_atomically
 from ..trainers.load import LoadedFlux
-from ..trainers.memory import activation_bytes
+from ..trainers.memory import Workload, estimate_training
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
@@ -153,18 +153,21 @@ class Session:
 
     def _take_device(self) -> None:
         """Ask the host to have the base model on the device, and room for the training."""
+        needed = estimate_training(self._base.config, self._base.format, self._workload())
+        to_training_device(self._model, needed.beside_weights)
+
+    def _workload(self) -> Workload:
         settings = self._job.train
-        entry = max(self._data.latents.entries, key=lambda entry: entry.width * entry.height)
-        num_tokens = entry.width * entry.height // 256 + self._data.prompts.length
-        to_training_device(
-            self._model,
-            activation_bytes(
-                self._base.config,
-                num_tokens=num_tokens,
-                batch_size=settings.batch_size,
-                dtype=compute_dtype(settings.compute_dtype, host.compute_device()),
-                checkpointing=settings.gradient_checkpointing,
-            ),
+        largest = max(self._data.latents.entries, key=lambda entry: entry.width * entry.height)
+        return Workload(
+            width=largest.width,
+            height=largest.height,
+            prompt_length=self._data.prompts.length,
+            batch_size=settings.batch_size,
+            lora=self._job.lora,
+            dtype=compute_dtype(settings.compute_dtype, host.compute_device()),
+            gradient_checkpointing=settings.gradient_checkpointing,
+            accumulates=settings.gradient_accumulation > 1,
         )
 
     def _on_start(self, step: int, num_steps: int) -> None:

@@ -145,6 +145,11 @@ def original_linears(config: FluxConfig) -> dict[str, list[str]]:
     return merged | {FINAL_MODULATION[1]: [FINAL_MODULATION[0]]}
 
 
+def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the original file is one of those that are quantized."""
+    return len(shape) == 2 and name.startswith(("double_blocks.", "single_blocks."))
+
+
 class LinearView(nn.Linear):
     """A Linear of the diffusers network: some rows of a matrix that the store owns.
 

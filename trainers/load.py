@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .flux import FINAL_MODULATION, FluxConfig, norm_sources, original_linears, swap_halves
+from .flux import (
+    FINAL_MODULATION,
+    FluxConfig,
+    is_block_matrix,
+    norm_sources,
+    original_linears,
+    swap_halves,
+)
 from .formats import FORMATS
 from .packed_copy import CopyKey, PackedCopies
 from .store import PackedWeight, WeightStore
@@ -48,9 +55,8 @@ def load_flux(
     if format not in FORMATS:
         raise ValueError(f"Unknown format '{format}'. Choose one of: {', '.join(FORMATS)}.")
     path = Path(path)
-    files = TensorFiles(model_files(path))
-    names = _OriginalNames(files) if "img_in.weight" in files else _DiffusersNames(files)
-    config = FluxConfig.from_shapes(_checked_shapes(names, path))
+    names, config = _open(path)
+    files = names.files
     key = CopyKey(path, files.identity(), format)
     quantizes = _quantizes(names, config, format)
     if copies and not (quantizes and copies.is_worthwhile(files.num_bytes)):
@@ -62,6 +68,31 @@ def load_flux(
         if copies:
             copies.write(key, store, on_progress)
     return LoadedFlux(store, config, key.identity, str(path), format)
+
+
+@dataclass(frozen=True)
+class FluxFile:
+    """What the headers of a FLUX file tell."""
+
+    config: FluxConfig
+    format: str | None
+    """The format in which it is packed already, if the store has it too."""
+
+
+def inspect_flux(path: str | Path) -> FluxFile:
+    """Read the headers of a FLUX file or diffusers folder.
+
+    Raises:
+        ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors.
+    """
+    names, config = _open(Path(path))
+    return FluxFile(config, names.packed_format("double_blocks.0.img_mlp.0.weight"))
+
+
+def _open(path: Path) -> tuple[_Names, FluxConfig]:
+    files = TensorFiles(model_files(path))
+    names = _OriginalNames(files) if "img_in.weight" in files else _DiffusersNames(files)
+    return names, FluxConfig.from_shapes(_checked_shapes(names, path))
 
 
 class _OriginalNames:
@@ -163,13 +194,9 @@ def _needed_names(config: FluxConfig) -> list[str]:
     return weights + [f"{name}.scale" for name in norm_sources(config).values()]
 
 
-def _is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and name.startswith(("double_blocks.", "single_blocks."))
-
-
 def _quantizes(names: _Names, config: FluxConfig, format: str) -> bool:
     """Whether a load computes anything: not for bf16, nor where the file has the bytes already."""
-    matrices = [n for n in _needed_names(config) if _is_block_matrix(n, names.shapes[n])]
+    matrices = [n for n in _needed_names(config) if is_block_matrix(n, names.shapes[n])]
     return format != "bf16" and any(names.packed_format(name) != format for name in matrices)
 
 
@@ -188,7 +215,7 @@ def _pack_all(
     with torch.inference_mode(False), torch.no_grad():
         for done, name in enumerate(needed):
             if len(names.shapes[name]) == 2:
-                is_block = _is_block_matrix(name, names.shapes[name])
+                is_block = is_block_matrix(name, names.shapes[name])
                 packed[name] = _pack(names, name, format if is_block else "bf16", quantize_on)
                 packed[name].to(device)
             else:

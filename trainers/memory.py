@@ -1,27 +1,282 @@
-"""How much memory training needs beside the base model's weights."""
+"""How much memory a training takes, before it starts.
+
+Nothing is added up by hand: the network itself, its adapters and its loss are run once forward and
+backward on tensors that have a shape and no bytes, and the bytes that would be alive are counted.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from .flux import FluxConfig
+from .adapters import attach_lora
+from .config import LoraSettings
+from .flow import add_noise, flow_loss
+from .flux import (
+    LATENT_CHANNELS,
+    FluxConfig,
+    build_transformer,
+    empty_transformer,
+    is_block_matrix,
+    norm_sources,
+    original_linears,
+    velocity,
+)
+from .formats import FORMATS
+from .load import FluxFile
+from .store import PackedWeight, WeightStore
 
-_BLOCK_TENSORS = 36
-"""Tensors as wide as the network that one block keeps for its backward, its MLP counted as four
-each way; from the shapes in a FLUX block."""
+AUTO_FORMATS = ("bf16", "int8", "nf4")
+"""What `auto` chooses from, the most exact first (docs/formats.md). fp8 takes as much as int8 with
+a larger error; below nf4 the error is so large that streaming nf4 is the better choice."""
+
+_NOTHING_FITS = (
+    "No single change is enough: take smaller pictures, a batch size of 1, gradient_checkpointing "
+    "and the format nf4 together."
+)
+_SMALLEST_8BIT = 4096
+_OPTIMIZER_GROUP = 256
+"""bitsandbytes keeps two float32 moments of a parameter with fewer elements than the first; of
+larger ones two bytes, and two float32 scales for each group of the second."""
 
 
-def activation_bytes(
-    config: FluxConfig, *, num_tokens: int, batch_size: int, dtype: torch.dtype, checkpointing: bool
-) -> int:
-    """Bytes of activations of one micro-step, from the shapes of the network.
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one micro-step of a training computes."""
 
-    Args:
-        num_tokens: image and text tokens together.
-        dtype: what the network computes in.
-        checkpointing: whether each block keeps only its input and one is recomputed at a time.
+    width: int
+    height: int
+    """Pixels of the largest picture, multiples of 16."""
+    prompt_length: int
+    """T5 tokens."""
+    batch_size: int
+    lora: LoraSettings
+    dtype: torch.dtype
+    """What the network computes in."""
+    gradient_checkpointing: bool
+    accumulates: bool
+    """Whether gradients of earlier micro-steps are there meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on the device while training, by what they are for."""
+
+    weights: int
+    adapters: int
+    """The LoRA, float32, and its gradients if they are kept between micro-steps."""
+    optimizer: int
+    activations: int
+    """The most that is alive at once in forward and backward, beside all else."""
+    batch: int
+    """Latents and prompt embeddings of one batch."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.beside_weights
+
+    @property
+    def beside_weights(self) -> int:
+        return self.adapters + self.optimizer + self.activations + self.batch
+
+
+@functools.lru_cache(maxsize=64)  # a second or two each; asked again after every sampling
+def estimate_training(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimate:
+    """The memory of training a LoRA on this network with its block matrices in `format`.
+
+    All blocks of a kind are alike, so three small networks tell what each further block adds.
+
+    Raises:
+        ValueError: if the network cannot be trained.
     """
-    one_tensor = num_tokens * batch_size * config.hidden_size * dtype.itemsize
-    blocks = config.depth + config.depth_single
-    kept = blocks + _BLOCK_TENSORS if checkpointing else blocks * _BLOCK_TENSORS
-    return one_tensor * kept
+    probes = [
+        _probe(dataclasses.replace(config, depth=depth, depth_single=single), format, workload)
+        for depth, single in ((1, 1), (2, 1), (1, 2))
+    ]
+
+    def whole(name: str) -> int:
+        first, double, single = (getattr(probe, name) for probe in probes)
+        further = (config.depth - 1) * (double - first) + (config.depth_single - 1) * (
+            single - first
+        )
+        return first + further
+
+    names = [field.name for field in dataclasses.fields(MemoryEstimate)]
+    return MemoryEstimate(**{name: whole(name) for name in names})
+
+
+def store_bytes(config: FluxConfig, format: str) -> int:
+    """Bytes of a network's weights with its block matrices in `format`."""
+    return _shapes_only(config, format, FakeTensorMode()).num_bytes
+
+
+def choose_format(file: FluxFile, free_bytes: int) -> str:
+    """The most exact of AUTO_FORMATS whose weights fit into `free_bytes`, else the last of them.
+
+    A file that is packed already stays as it is: nothing would be won.
+    """
+    if file.format is not None:
+        return file.format
+    fitting = (name for name in AUTO_FORMATS if store_bytes(file.config, name) <= free_bytes)
+    return next(fitting, AUTO_FORMATS[-1])
+
+
+def describe(config: FluxConfig, format: str, workload: Workload, *, free_bytes: int) -> list[str]:
+    """Sentences for a user: what the training takes, whether it fits, and what would fit."""
+    needed = estimate_training(config, format, workload)
+    lines = [
+        f"The training takes {_gb(needed.total)} on the device: {_gb(needed.weights)} for the "
+        f"weights in {format}, {_gb(needed.activations)} for activations, {_gb(needed.adapters)} "
+        f"for the LoRA and its gradients, {_gb(needed.optimizer)} for the optimizer, "
+        f"{_gb(needed.batch)} for a batch.",
+        f"Off the device, the weights take {_gb(needed.weights)} of system memory.",
+    ]
+    if needed.total <= free_bytes:
+        return [*lines, f"It fits: {_gb(free_bytes)} are free."]
+    lines.append(f"It does not fit: {_gb(free_bytes)} are free.")
+    fitting = [line for line, size in _smaller(config, format, workload) if size <= free_bytes]
+    return [*lines, *(fitting or [_NOTHING_FITS])]
+
+
+def _smaller(config: FluxConfig, format: str, workload: Workload) -> Iterator[tuple[str, int]]:
+    """Single changes that take less memory, as sentences for when they fit, and the bytes."""
+    if not workload.gradient_checkpointing:
+        other = dataclasses.replace(workload, gradient_checkpointing=True)
+        size = estimate_training(config, format, other).total
+        yield f"Gradient checkpointing needs {_gb(size)}, which fits.", size
+    if workload.batch_size > 1:
+        other = dataclasses.replace(workload, batch_size=1)
+        size = estimate_training(config, format, other).total
+        yield f"A batch size of 1 needs {_gb(size)}, which fits.", size
+    names = list(FORMATS)
+    for name in names[names.index(format) + 1 :]:
+        size = estimate_training(config, name, workload).total
+        yield f"The format {name} needs {_gb(size)}, which fits.", size
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimate:
+    shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
+    store = _shapes_only(config, format, shapes_only)
+    transformer = build_transformer(store, config, workload.dtype).train()
+    attach_lora(transformer, workload.lora, seed=0)
+    if workload.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    # A host may ask from inside its inference mode.
+    with shapes_only, torch.inference_mode(False), torch.enable_grad():
+        parameters = _without_bytes(transformer)
+        gradients = [torch.empty_like(p) for p in parameters] if workload.accumulates else []
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            parameter.grad = gradient
+        batch = _batch(config, workload)
+        with _LiveBytes([*store.tensors(), *parameters, *gradients, *batch.values()]) as live:
+            _loss(transformer, batch, workload.dtype).backward()
+    return MemoryEstimate(
+        weights=store.num_bytes,
+        adapters=sum(tensor.nbytes for tensor in (*parameters, *gradients)),
+        optimizer=sum(adamw8bit_bytes(parameter) for parameter in parameters),
+        activations=live.peak,
+        batch=sum(tensor.nbytes for tensor in batch.values()),
+    )
+
+
+def _shapes_only(config: FluxConfig, format: str, shapes_only: FakeTensorMode) -> WeightStore:
+    """A store of this network whose tensors have no bytes."""
+    network = empty_transformer(config)
+    packed: dict[str, PackedWeight] = {}
+    plain: dict[str, Tensor] = {}
+    with shapes_only:
+        for name, parts in original_linears(config).items():
+            linears = [network.get_submodule(part) for part in parts]
+            rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
+            matrix = torch.empty(rows, columns, dtype=torch.bfloat16)
+            kept = format if is_block_matrix(f"{name}.weight", matrix.shape) else "bf16"
+            packed[f"{name}.weight"] = PackedWeight.pack(matrix, kept)
+            plain[f"{name}.bias"] = torch.empty(rows, dtype=torch.bfloat16)
+        for ours, theirs in norm_sources(config).items():
+            size = network.get_submodule(ours).weight.shape
+            plain[f"{theirs}.scale"] = torch.empty(size, dtype=torch.bfloat16)
+        return WeightStore(packed, plain)
+
+
+def _without_bytes(network: nn.Module) -> list[nn.Parameter]:
+    """Replace every parameter by one that has only a shape; returns those that are trained."""
+    trained = []
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shape_only = nn.Parameter(torch.empty_like(parameter), parameter.requires_grad)
+            setattr(module, name, shape_only)
+            if parameter.requires_grad:
+                trained.append(shape_only)
+    return trained
+
+
+def _batch(config: FluxConfig, workload: Workload) -> dict[str, Tensor]:
+    count, latent_size = workload.batch_size, (workload.height // 8, workload.width // 8)
+    return {
+        "latents": torch.empty(count, LATENT_CHANNELS, *latent_size),
+        "noise": torch.empty(count, LATENT_CHANNELS, *latent_size),
+        "sigma": torch.empty(count),
+        "prompt_embeds": torch.empty(count, workload.prompt_length, config.context_dim),
+        "pooled": torch.empty(count, config.vector_dim),
+    }
+
+
+def _loss(transformer: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    prediction = velocity(
+        transformer,
+        add_noise(batch["latents"], batch["noise"], batch["sigma"]).to(dtype),
+        sigma=batch["sigma"],
+        prompt_embeds=batch["prompt_embeds"],
+        pooled=batch["pooled"],
+        guidance=1.0,
+    )
+    return flow_loss(prediction, batch["latents"], batch["noise"]).mean()
+
+
+def adamw8bit_bytes(parameter: Tensor) -> int:
+    if parameter.numel() < _SMALLEST_8BIT:
+        return 2 * 4 * parameter.numel()
+    return 2 * parameter.numel() + 2 * 4 * math.ceil(parameter.numel() / _OPTIMIZER_GROUP)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation gives, until it is freed."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        """`before` is what was there before, and does not count."""
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known.add(storage)
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
+
+    def _change(self, num_bytes: int) -> None:
+        self._now += num_bytes
+        self.peak = max(self.peak, self._now)

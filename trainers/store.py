@@ -154,6 +154,10 @@ class WeightStore:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    def tensors(self) -> list[Tensor]:
+        """All that the store holds."""
+        return [tensor for _, tensor in self._tensors()]
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in sorted(self.packed):
             weight = self.packed[name]

@@ -15,7 +15,7 @@ FROZEN = {
     "AtelierLoadQuantizedFlux": (
         [
             *("model COMBO", "format COMBO", "compute_dtype COMBO", "keep_copy? BOOLEAN"),
-            "quantize_on? COMBO",
+            *("quantize_on? COMBO", "reserve_gb? FLOAT"),
         ],
         ["MODEL MODEL", "CLIP CLIP", "VAE VAE"],
     ),
@@ -51,6 +51,14 @@ FROZEN = {
     "AtelierApplyLoRA": (
         ["model MODEL", "lora_name COMBO", "strength FLOAT", "lora? LORA_MODEL"],
         ["MODEL MODEL"],
+    ),
+    "AtelierEstimateMemory": (
+        [
+            *("model COMBO", "format COMBO", "width INT", "height INT", "prompt_length INT"),
+            *("batch_size INT", "gradient_accumulation INT", "rank INT", "targets COMBO"),
+            *("compute_dtype COMBO", "gradient_checkpointing BOOLEAN"),
+        ],
+        ["report STRING", "reserve_gb FLOAT"],
     ),
 }
 """Node id to its inputs and outputs in order, as `name TYPE`; `?` marks an optional input."""

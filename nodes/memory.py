@@ -1,0 +1,125 @@
+"""What a training will take, before it is started."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..trainers.config import COMPUTE_DTYPES, LORA_TARGETS, LoraSettings
+from ..trainers.devices import compute_dtype as resolve_dtype
+from ..trainers.formats import FORMATS
+from ..trainers.load import inspect_flux
+from ..trainers.memory import Workload, describe, estimate_training
+from . import host
+from .loaders import model_names, model_path
+
+
+class EstimateMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierEstimateMemory",
+            display_name="Estimate Memory",
+            category="Atelier/training",
+            description="Says what a training will take of the card's memory, whether it fits, and "
+            "what would fit instead. Reads only the headers of the model's files.",
+            search_aliases=["vram", "memory", "out of memory"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=model_names(),
+                    tooltip="The model that will be trained on, as in Load Quantized FLUX.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="nf4",
+                    tooltip="How its weights will be kept.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=512,
+                    min=16,
+                    max=8192,
+                    step=16,
+                    tooltip="Width of the largest pictures, in pixels.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=768,
+                    min=16,
+                    max=8192,
+                    step=16,
+                    tooltip="Height of the largest pictures, in pixels.",
+                ),
+                io.Int.Input(
+                    "prompt_length",
+                    default=256,
+                    min=8,
+                    max=512,
+                    tooltip="Tokens of a caption, as in Encode Prompts.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Pictures computed at once, as in Train LoRA.",
+                ),
+                io.Int.Input(
+                    "gradient_accumulation",
+                    default=4,
+                    min=1,
+                    max=256,
+                    tooltip="Batches per step, as in Train LoRA. Above 1 the gradients stay in "
+                    "memory between batches.",
+                ),
+                io.Int.Input("rank", default=4, min=1, max=1024, tooltip="Size of the LoRA."),
+                io.Combo.Input(
+                    "targets",
+                    options=list(LORA_TARGETS),
+                    default="qlora",
+                    tooltip="Which layers learn, as in Train LoRA.",
+                ),
+                io.Combo.Input(
+                    "compute_dtype",
+                    options=list(COMPUTE_DTYPES),
+                    default="auto",
+                    tooltip="Type of the arithmetic, as in Train LoRA.",
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=True,
+                    tooltip="Compute each block a second time in the backward pass, as in Train "
+                    "LoRA.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.String.Output(display_name="report", tooltip="What is needed, in words."),
+                io.Float.Output(
+                    display_name="reserve_gb",
+                    tooltip="What is needed beside the weights, in GB: for the input reserve_gb of "
+                    "Load Quantized FLUX with format auto.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: str, format: str, gradient_accumulation: int, **settings
+    ) -> io.NodeOutput:
+        config = inspect_flux(model_path(model)).config
+        workload = _workload(accumulates=gradient_accumulation > 1, **settings)
+        needed = estimate_training(config, format, workload)
+        report = "\n".join(describe(config, format, workload, free_bytes=host.free_memory()))
+        host.show_text(report, cls.hidden.unique_id)
+        return io.NodeOutput(report, needed.beside_weights / 1e9, ui=ui.PreviewText(report))
+
+
+def _workload(*, rank: int, targets: str, compute_dtype: str, **others) -> Workload:
+    return Workload(
+        lora=LoraSettings(rank=rank, targets=targets),
+        dtype=resolve_dtype(compute_dtype, host.compute_device()),
+        **others,
+    )

@@ -1,0 +1,128 @@
+"""What a training is said to take, against what the allocator and bitsandbytes really take."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from atelier.trainers.adapters import attach_lora
+from atelier.trainers.config import LoraSettings
+from atelier.trainers.flow import flow_loss
+from atelier.trainers.flux import FluxConfig, build_transformer, velocity
+from atelier.trainers.formats import FORMATS
+from atelier.trainers.load import load_flux
+from atelier.trainers.memory import Workload, adamw8bit_bytes, estimate_training, store_bytes
+from atelier.trainers.optimizers import make_adamw8bit
+from flux_files import flux_shapes, write_flux
+
+SIZES = {"width": 256, "depth": 3, "depth_single": 4, "context": 128, "vector": 64}
+CONFIG = FluxConfig.from_shapes(flux_shapes(**SIZES))
+
+
+def workload(**changes: object) -> Workload:
+    settings = {
+        "width": 256,
+        "height": 192,
+        "prompt_length": 77,
+        "batch_size": 2,
+        "lora": LoraSettings(rank=8),
+        "dtype": torch.bfloat16,
+        "gradient_checkpointing": True,
+        "accumulates": False,
+    }
+    return Workload(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("flux") / "flux.safetensors"
+    write_flux(path, **SIZES)
+    return path
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_weights_are_those_of_the_store(file: Path, format: str) -> None:
+    assert store_bytes(CONFIG, format) == load_flux(file, format=format).store.num_bytes
+
+
+def test_flux_dev_in_nf4_takes_what_its_shapes_say() -> None:
+    shapes = flux_shapes(width=3072, depth=19, depth_single=38, context=4096, vector=768)
+    half_a_byte_and_a_scale, bf16 = 0.5 + 2 / 64, 2
+    wanted = 0
+    for name, shape in shapes.items():
+        packed = len(shape) == 2 and "blocks" in name
+        wanted += torch.Size(shape).numel() * (half_a_byte_and_a_scale if packed else bf16)
+    assert store_bytes(FluxConfig.from_shapes(shapes), "nf4") == wanted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": False, "dtype": torch.float32},
+        {"lora": LoraSettings(rank=32, targets="all+ffs")},
+    ],
+    ids=str,
+)
+def test_the_peak_is_that_of_the_allocator(
+    file: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    work = workload(**changes)
+    base = load_flux(file, format="nf4")
+    transformer = build_transformer(base.store, base.config, work.dtype).train()
+    lora = attach_lora(transformer, work.lora, seed=0)
+    if work.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+
+    def step() -> None:
+        latents = torch.randn(work.batch_size, 16, work.height // 8, work.width // 8)
+        noise, sigma = torch.randn(latents.shape), torch.rand(work.batch_size)
+        prediction = velocity(
+            transformer,
+            latents.to(work.dtype),
+            sigma=sigma,
+            prompt_embeds=torch.randn(work.batch_size, work.prompt_length, SIZES["context"]),
+            pooled=torch.randn(work.batch_size, SIZES["vector"]),
+            guidance=1.0,
+        )
+        flow_loss(prediction, latents, noise).mean().backward()
+        for parameter in lora.parameters.values():
+            parameter.grad = None
+
+    step()  # what is made once
+    peak = allocated_peak(step, tmp_path / "trace.json")
+    estimate = estimate_training(base.config, "nf4", work)
+    predicted = estimate.activations + estimate.batch  # the rest is there when the profile begins
+    assert predicted == pytest.approx(peak, rel=0.05)
+
+
+def allocated_peak(step, path: Path) -> int:
+    """The most bytes that torch's CPU allocator held beyond those at the start."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    profile.export_chrome_trace(str(path))
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [e for e in events if e["name"] == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return peak
+
+
+def test_the_optimizer_takes_what_bitsandbytes_allocates() -> None:
+    # One below its threshold of 4,096 elements, one at it, one that is no multiple of a group.
+    sizes = [(63, 65), (64, 64), (100, 77)]
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+    optimizer = make_adamw8bit(parameters, 1e-3)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    states = [optimizer.state[parameter] for parameter in parameters]
+    names = ("state1", "state2", "absmax1", "absmax2")
+    taken = sum(state[name].nbytes for state in states for name in names if name in state)
+
+    assert sum(adamw8bit_bytes(parameter) for parameter in parameters) == taken
