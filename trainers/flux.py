@@ -175,22 +175,23 @@ class LinearView(nn.Linear):
         return packed.dequantize(dtype, self.source.rows)
 
 
-def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype):
-    """diffusers' `FluxTransformer2DModel` whose Linears are views into `store`; it holds no matrix
-    of its own but the final modulation, a copy with diffusers' order of scale and shift.
-
-    Args:
-        dtype: what the network will compute in; only the QK-norm scales are kept in it.
-
-    Raises:
-        ValueError: if the network has extra input channels (Fill, Depth, Canny), which sample but
-            do not train.
-    """
+def require_trainable(config: FluxConfig) -> None:
+    """Raises ValueError for extra input channels (Fill, Depth, Canny), which sample only."""
     if config.in_channels != 4 * LATENT_CHANNELS:
         raise ValueError(
             f"This FLUX takes {config.in_channels // 4} latent channels (Fill, Depth or Canny). "
             "It samples, but LoRAs are trained on FLUX.1-dev, schnell, Krea or Kontext."
         )
+
+
+def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype):
+    """diffusers' `FluxTransformer2DModel` whose Linears are views into `store`; it holds no matrix
+    of its own but the final modulation, a copy with diffusers' order of scale and shift.
+
+    Args:
+        config: of a network that `require_trainable` accepts.
+        dtype: what the network will compute in; only the QK-norm scales are kept in it.
+    """
     transformer = empty_transformer(config)
     for name, source in linear_sources(config).items():
         transformer.set_submodule(name, LinearView(store, source))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_server import ComfyServer, GraphError
+from flux_files import write_flux
 from graphs import Graph, node, train_graph, write_base, write_pictures
 from safetensors.torch import save_file
 from small_disk import fill, small_disk
@@ -113,6 +114,16 @@ def test_a_clip_of_another_model_is_one_sentence(server: ComfyServer, base: Path
     graph["prompts"]["inputs"]["clip"] = ["clip", 0]
     message = r"This CLIP is not FLUX's, .*\. Load both with DualCLIPLoader and type flux\.$"
     refused(server, graph, message)
+
+
+def test_a_model_that_is_not_trained_is_one_sentence(server: ComfyServer, base: Path) -> None:
+    write_flux(base / "models" / "diffusion_models" / "fill.safetensors", channels=384)
+    graph = train_graph("circles", sampling=False, name="fill")
+    graph["load"]["inputs"]["model"] = "fill.safetensors"
+    refused(
+        server, graph, r"This FLUX takes 96 latent channels \(Fill, Depth or Canny\)\. It samples"
+    )
+    assert not list((base / "output" / "atelier").glob("fill-*"))
 
 
 @pytest.mark.parametrize("place", ["atelier/cache/latents", "checkpoints", "loras"])
