@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 
+from .packages import importing
 from .store import PackedWeight, WeightStore
 
 HEAD_SIZE = 128
@@ -205,10 +205,8 @@ def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype
 
 
 def empty_transformer(config: FluxConfig):
-    try:
+    with importing("diffusers"):
         from diffusers import FluxTransformer2DModel
-    except (ImportError, RuntimeError) as error:  # its lazy modules raise RuntimeError
-        raise ValueError(_diffusers_needed()) from error
     with torch.device("meta"):
         return FluxTransformer2DModel(
             in_channels=config.in_channels,
@@ -221,15 +219,6 @@ def empty_transformer(config: FluxConfig):
             guidance_embeds=config.guidance,
             axes_dims_rope=AXES,
         )
-
-
-def _diffusers_needed() -> str:
-    """One command: alone, pip would pick a diffusers that replaces the host's huggingface_hub."""
-    held = [f'"{name}=={version(name)}"' for name in ("transformers", "huggingface_hub")]
-    return (
-        "Training needs a package diffusers that fits the others here. Run, with the Python of "
-        f'ComfyUI: python -m pip install "diffusers>=0.33.0" {" ".join(held)}'
-    )
 
 
 def _final_modulation(store: WeightStore) -> tuple[WeightStore, Source]:
