@@ -176,12 +176,12 @@ def free_device_memory() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def lora_file(name: str) -> Path:
-    """Where the LoRA called `name` is written: output/loras, which every LoRA loader lists."""
+def lora_folder() -> Path:
+    """Where LoRAs are written: output/loras, which every LoRA loader lists."""
     folder = Path(folder_paths.get_output_directory()) / "loras"
     if str(folder) not in folder_paths.get_folder_paths("loras"):
         folder_paths.add_model_folder_path("loras", str(folder))
-    return folder / f"{name}.safetensors"
+    return folder
 
 
 @contextmanager

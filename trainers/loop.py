@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapters import Lora, attach_lora
+from .adapters import Lora, attach_lora, file_tensors, lora_metadata, save_lora
 from .batches import BatchOrder
 from .caches import LatentCache, LatentEntry, PromptCache
 from .config import JobSettings, TrainSettings, to_json
@@ -197,6 +197,25 @@ def _save(run: Run, state: TrainState, step: int) -> None:
 def _trained(run: Run, step: int, lora: dict[str, Tensor]) -> Trained:
     losses = [float(line["loss"]) for line in run.metrics() if line["step"] <= step]
     return Trained(lora=lora, losses=losses, step=step)
+
+
+def save_trained(folder: Path, trained: Trained, run: Run, base: LoadedFlux) -> Path:
+    """Write the LoRA file of a run, named after the run and its steps; returns its path.
+
+    Raises:
+        ValueError: if a weight is not finite, or the disk is full.
+    """
+    job = run.identity.job
+    path = folder / f"{run.name}-{trained.step}.safetensors"
+    metadata = lora_metadata(
+        name=job.name,
+        settings=job.lora,
+        base=base,
+        steps=trained.step,
+        run=run.identity.to_json(),
+    )
+    save_lora(path, file_tensors(trained.lora, job.lora), metadata)
+    return path
 
 
 class TrainState:
