@@ -256,7 +256,7 @@ class EncodePrompts(io.ComfyNode):
             dataset.captions, encode, encoder_id, length, folder, on_progress=host.Progress().update
         )
         memory.remember(encoder_id)
-        warnings = _length_warnings(dataset.captions, length, clip)
+        warnings = _length_warnings(dataset.captions, length)
         done = f"Captions cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
         return io.NodeOutput(cache, ui=_texts(cls.hidden.unique_id, done, *warnings))
 
@@ -281,14 +281,14 @@ def _mib(cache: LatentCache | PromptCache) -> str:
     return f"{cache.total_bytes / 2**20:.1f}"
 
 
-def _length_warnings(texts: tuple[str, ...], length: int, clip: Any) -> list[str]:
+def _length_warnings(texts: tuple[str, ...], length: int) -> list[str]:
     warnings = []
     if length != HOST_MIN_LENGTH:
         warnings.append(
             f"Captions are encoded to {length} T5 tokens; CLIP Text Encode will use "
             f"{HOST_MIN_LENGTH} or more. Set length to {HOST_MIN_LENGTH} to train on the same."
         )
-    cut = cut_texts(clip, texts, length) if clip is not None else []
+    cut = cut_texts(texts, length)
     if cut:
         warnings.append(
             f"Captions longer than {length} tokens, whose end is cut off: {len(cut)}, for example "

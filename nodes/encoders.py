@@ -84,9 +84,10 @@ def prompt_encoder(clip: Any, length: int) -> tuple[EncodeTexts, str]:
     return encode, _identity(clip.patcher, (), lambda name: not name.endswith(_UNUSED_CLIP_PARTS))
 
 
-def cut_texts(clip: Any, texts: tuple[str, ...], length: int) -> list[str]:
-    """The texts of more than `length` T5 tokens, whose end is not encoded."""
-    tokenizer = clip.tokenizer.t5xxl.tokenizer
+def cut_texts(texts: tuple[str, ...], length: int) -> list[str]:
+    """The texts of more than `length` T5 tokens, whose end is not encoded. Needs no CLIP: every
+    CLIP of FLUX's kind has this tokenizer."""
+    tokenizer = flux_text_encoders.FluxTokenizer().t5xxl.tokenizer
     return [text for text in texts if len(tokenizer(text)["input_ids"]) > length]
 
 

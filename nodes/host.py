@@ -6,6 +6,7 @@ import atexit
 import dataclasses
 import inspect
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,11 +129,16 @@ class Progress:
 
 def show_text(text: str, node_id: str) -> None:
     """Show a line of text on a node while it runs, in every open browser."""
+    server = _server()
+    if server is not None:
+        server.send_progress_text(text, node_id)
+
+
+def _server() -> Any:
+    """ComfyUI's server, or None: its executor also runs without."""
     from server import PromptServer
 
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:  # ComfyUI's executor also runs without its server
-        server.send_progress_text(text, node_id)
+    return getattr(PromptServer, "instance", None)
 
 
 def blocked_output(message: str) -> Any:
@@ -178,19 +184,20 @@ def free_device_memory() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def lora_file(name: str) -> Path:
-    """Where the LoRA called `name` is written: output/loras, which every LoRA loader lists."""
+def lora_folder() -> Path:
+    """Where LoRAs are written: output/loras, which every LoRA loader lists."""
     folder = Path(folder_paths.get_output_directory()) / "loras"
     if str(folder) not in folder_paths.get_folder_paths("loras"):
         folder_paths.add_model_folder_path("loras", str(folder))
-    return folder / f"{name}.safetensors"
+    return folder
 
 
 @contextmanager
 def ended_before_exit(seconds: float = 30.0) -> Iterator[None]:
     """While this runs, a server that exits asks the work inside to stop, and waits for it.
 
-    ComfyUI's worker is a daemon thread: an exit would end it without unwinding.
+    ComfyUI's worker is a daemon thread: an exit would end it without unwinding. ComfyUI does not
+    handle SIGTERM, by which services and containers are stopped: here it does what Ctrl-C does.
     """
     ended = threading.Event()
 
@@ -199,11 +206,25 @@ def ended_before_exit(seconds: float = 30.0) -> Iterator[None]:
         ended.wait(seconds)
 
     atexit.register(stop_and_wait)
+    _replace_sigterm(signal.SIG_DFL, signal.default_int_handler)
     try:
         yield
     finally:
         ended.set()
         atexit.unregister(stop_and_wait)
+        _replace_sigterm(signal.default_int_handler, signal.SIG_DFL)
+
+
+def _replace_sigterm(old: Any, new: Any) -> None:
+    """Handle SIGTERM by `new` if it is handled by `old`; somebody else's handler is kept."""
+
+    def replace() -> None:
+        if signal.getsignal(signal.SIGTERM) == old:
+            signal.signal(signal.SIGTERM, new)
+
+    server = _server()
+    if server is not None:  # only the main thread may do it, which runs the server's loop
+        server.loop.call_soon_threadsafe(replace)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..trainers import loop
-from ..trainers.adapters import file_tensors, lora_metadata, save_lora
+from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings
 from ..trainers.devices import compute_dtype
 from ..trainers.files import write_atomically
@@ -117,8 +117,7 @@ class Session:
         try:
             with host.ended_before_exit(), host.training_mode():
                 trained = loop.train(self._run, self._base, self._data, self._job, hooks)
-            tensors = file_tensors(trained.lora, self._job.lora)
-            path = self._save(trained, tensors)
+            path = loop.save_trained(host.lora_folder(), trained, self._run, self._base)
             if self._sampling.is_on:
                 self._sample(trained.step, trained.lora)
         except Exception as error:
@@ -126,19 +125,8 @@ class Session:
                 raise
             host.free_device_memory()
             raise ValueError(_OUT_OF_MEMORY) from error
+        tensors = file_tensors(trained.lora, self._job.lora)
         return Result(tensors, path.name, trained.losses, self._samples(trained.step))
-
-    def _save(self, trained: loop.Trained, tensors: dict[str, Tensor]) -> Path:
-        path = host.lora_file(f"{self._run.name}-{trained.step}")
-        metadata = lora_metadata(
-            name=self._job.name,
-            settings=self._job.lora,
-            base=self._base,
-            steps=trained.step,
-            run=self._run.identity.to_json(),
-        )
-        save_lora(path, tensors, metadata)
-        return path
 
     def _samples(self, last_step: int) -> Tensor | None:
         """The sample pictures [N, H, W, 3] in 0..1 up to a step, or None if none were asked for."""

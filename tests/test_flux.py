@@ -119,14 +119,6 @@ def test_schnell_takes_no_guidance(tmp_path: Path) -> None:
     assert not transformer.config.guidance_embeds
 
 
-@pytest.mark.parametrize(("channels", "shown"), [(384, 96), (128, 32)], ids=["fill", "depth"])
-def test_extra_input_channels_are_one_sentence(tmp_path: Path, channels: int, shown: int) -> None:
-    path = write_flux(tmp_path / "flux.safetensors", channels=channels)
-    loaded = load_flux(path, format="bf16")
-    with pytest.raises(ValueError, match=rf"^This FLUX takes {shown} latent channels .* samples"):
-        build_transformer(loaded.store, loaded.config, torch.float32)
-
-
 def test_the_network_holds_no_matrix_of_its_own(tmp_path: Path) -> None:
     loaded = load_flux(write_flux(tmp_path / "flux.safetensors"), format="nf4")
     transformer = build_transformer(loaded.store, loaded.config, torch.float32)

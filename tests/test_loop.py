@@ -442,3 +442,40 @@ def test_a_full_disk_keeps_what_was_saved_and_training_goes_on_with_space(
         (folder,) = disk.iterdir()
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
         assert run_job(settings, folder="disk")[0].losses == whole.losses
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(384, 96), (128, 32)], ids=["fill", "depth"])
+def test_extra_input_channels_are_one_sentence_before_anything_starts(
+    tmp_path: Path, data: TrainingData, channels: int, shown: int
+) -> None:
+    base = load_flux(write_flux(tmp_path / "flux.safetensors", channels=channels), format="bf16")
+    started: list[tuple[int, int]] = []
+    hooks = Hooks(on_start=lambda *start: started.append(start))
+    with pytest.raises(ValueError, match=rf"^This FLUX takes {shown} latent channels .* samples"):
+        train(open_run(tmp_path / "runs", job(), base, data), base, data, job(), hooks)
+    assert not started
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_being_trained_is_left_alone(run_job) -> None:
+    settings = job(2, checkpoint_every=1)
+    expected, _ = run_job(settings, folder="alone")
+    refusals: list[str] = []
+
+    def train_again(_: Step) -> None:
+        with pytest.raises(ValueError, match="is being trained by another process") as refused:
+            run_job(settings)
+        refusals.append(str(refused.value))
+
+    trained, run = run_job(settings, Hooks(on_step=train_again))
+    assert (
+        refusals
+        == [
+            f"The run {run.name} is being trained by another process. Wait until that ends, or "
+            "change the name for a run of its own."
+        ]
+        * 2
+    )
+    assert trained.losses == expected.losses
+    assert run.steps_saved() == [1, 2]
+    assert run_job(job(3))[0].step == 3

@@ -7,17 +7,29 @@ what it would install. Needs the package index: without it these tests are skipp
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from atelier.trainers.adapters import attach_lora
+from atelier.trainers.config import LoraSettings
+from atelier.trainers.flux import build_transformer
+from atelier.trainers.formats import bitsandbytes_functional
+from atelier.trainers.load import load_flux
+from atelier.trainers.optimizers import make_adamw8bit
+from atelier.trainers.packages import importing, install_command
+from flux_files import write_flux
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTS = json.loads((ROOT / "tests" / "data" / "hosts.json").read_text(encoding="utf-8"))
 REQUIREMENTS = ROOT / "requirements.txt"
+PACKAGES = ROOT / "trainers" / "packages.py"
+OURS = ("diffusers", "peft", "bitsandbytes")
 DIFFUSERS = "diffusers>=0.33.0"
-HELD = ("transformers", "huggingface_hub", "safetensors")
 NO_INDEX = ("No matching distribution found", "Failed to establish a new connection", "Max retries")
 
 
@@ -104,12 +116,55 @@ def test_line_by_line_changes_no_package_of_the_host(host: Host) -> None:
         assert host.changed(host.install(line)) == {}, line
 
 
+def command_of_the_message(package: str, python: Path) -> list[str]:
+    """What the sentence about a missing package tells the users of that Python to run."""
+    code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['install_command'](sys.argv[2]))"
+    command = [python, "-c", code, PACKAGES, package]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return shlex.split(done.stdout)
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_the_command_of_the_message_asks_for_the_package_and_holds_the_host(package: str) -> None:
+    command = command_of_the_message(package, Path(sys.executable))
+    assert command[:5] == ["python", "-m", "pip", "install", "--upgrade"]
+    assert command[5] in [*requirement_lines(), DIFFUSERS]
+    held = [f"{name}==={version(name)}" for name in ("transformers", "huggingface_hub")]
+    assert {*held} <= {*command[6:]}
+
+
 @pytest.mark.slow
-def test_the_command_for_diffusers_fits_the_host(host: Host) -> None:
-    held = [f"{name}=={host.versions[canonical(name)]}" for name in HELD]
-    installed = host.install(DIFFUSERS, *held)
+@pytest.mark.parametrize("package", OURS)
+def test_the_command_of_the_message_fits_the_host(host: Host, package: str) -> None:
+    installed = host.install(*command_of_the_message(package, host.python)[4:])
     assert host.changed(installed) == {}
-    assert "diffusers" in installed
+    assert package in installed
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_a_package_that_does_not_fit_is_one_sentence_with_the_command(package: str) -> None:
+    with pytest.raises(ValueError, match=f"^The package {package} is missing, or does") as caught:
+        with importing(package):
+            from transformers import ThatWasRemoved  # noqa: F401
+    assert str(caught.value).endswith(install_command(package))
+
+
+MISSING = {
+    "diffusers": lambda flux: build_transformer(flux.store, flux.config, torch.float32),
+    "peft": lambda flux: attach_lora(torch.nn.Module(), LoraSettings(), seed=0),
+    "bitsandbytes.optim": lambda flux: make_adamw8bit([], 1e-4),
+    "bitsandbytes.functional": lambda flux: bitsandbytes_functional(),
+}
+
+
+@pytest.mark.parametrize("module", MISSING)
+def test_what_needs_a_missing_package_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    flux = load_flux(write_flux(tmp_path / "flux.safetensors"), format="bf16")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"^The package {module.partition('.')[0]} is missing"):
+        MISSING[module](flux)
 
 
 @pytest.mark.slow

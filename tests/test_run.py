@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from safetensors import SafetensorError
 from small_disk import fill, small_disk
 from training import training_data
 
+ROOT = Path(__file__).resolve().parent.parent
 IDENTITY = RunIdentity(
     base="base", base_format="nf4", latents="latents", prompts="prompts", job=JobSettings()
 )
@@ -139,6 +143,47 @@ def test_what_a_killed_process_left_is_removed_when_the_run_is_opened(
     (half / "adapter.safetensors").write_bytes(b"half")
     assert open_run(tmp_path).steps_saved() == [1]
     assert names(saved.folder / "checkpoints") == ["step-000001"]
+
+
+HOLD_THE_LOCK = """
+import sys
+from pathlib import Path
+from pack import load_pack
+load_pack()
+from atelier.trainers.config import JobSettings
+from atelier.trainers.run import Run, RunIdentity
+names = ("base", "base_format", "latents", "prompts")
+identity = RunIdentity(**dict.fromkeys(names, "x"), job=JobSettings())
+with Run(Path(sys.argv[1]), identity, {}).locked():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", ["ends", "is killed"])
+def test_a_run_is_locked_until_the_process_that_trains_it(tmp_path: Path, end: str) -> None:
+    names = ("base", "base_format", "latents", "prompts")
+    mine = Run(tmp_path, RunIdentity(**dict.fromkeys(names, "x"), job=JobSettings()), {})
+    command = [sys.executable, "-c", HOLD_THE_LOCK, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match="is being trained by another process"):
+            with mine.locked():
+                pass
+        if end == "is killed":
+            other.kill()
+        other.communicate()
+    with mine.locked():
+        assert mine.folder.is_dir()
+
+
+def test_a_run_is_free_again_when_its_training_failed(saved: Run) -> None:
+    with pytest.raises(RuntimeError, match="failed"), saved.locked():
+        raise RuntimeError("failed")
+    with saved.locked():
+        pass
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json"])

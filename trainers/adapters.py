@@ -17,6 +17,7 @@ from .config import LORA_TARGETS, LoraSettings
 from .files import read_safetensors, write_safetensors
 from .flow import seeded
 from .load import LoadedFlux
+from .packages import importing
 
 _ADAPTER = "default"
 _PREFIX = "transformer."
@@ -66,9 +67,10 @@ def attach_lora(transformer: nn.Module, settings: LoraSettings, *, seed: int) ->
     A ~ N(0, 1 / rank), B = 0, drawn on the CPU in the order of the modules.
 
     Raises:
-        ValueError: if a target names no layer of this network.
+        ValueError: if a target names no layer of this network, or peft cannot be imported.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    with importing("peft"):
+        from peft import LoraConfig, inject_adapter_in_model
 
     targets = list(LORA_TARGETS[settings.targets])
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 
+from .packages import importing
 from .store import PackedWeight, WeightStore
 
 HEAD_SIZE = 128
@@ -180,22 +180,23 @@ class LinearView(nn.Linear):
         return packed.dequantize(dtype, self.source.rows)
 
 
-def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype):
-    """diffusers' `FluxTransformer2DModel` whose Linears are views into `store`; it holds no matrix
-    of its own but the final modulation, a copy with diffusers' order of scale and shift.
-
-    Args:
-        dtype: what the network will compute in; only the QK-norm scales are kept in it.
-
-    Raises:
-        ValueError: if the network has extra input channels (Fill, Depth, Canny), which sample but
-            do not train.
-    """
+def require_trainable(config: FluxConfig) -> None:
+    """Raises ValueError for extra input channels (Fill, Depth, Canny), which sample only."""
     if config.in_channels != 4 * LATENT_CHANNELS:
         raise ValueError(
             f"This FLUX takes {config.in_channels // 4} latent channels (Fill, Depth or Canny). "
             "It samples, but LoRAs are trained on FLUX.1-dev, schnell, Krea or Kontext."
         )
+
+
+def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype):
+    """diffusers' `FluxTransformer2DModel` whose Linears are views into `store`; it holds no matrix
+    of its own but the final modulation, a copy with diffusers' order of scale and shift.
+
+    Args:
+        config: of a network that `require_trainable` accepts.
+        dtype: what the network will compute in; only the QK-norm scales are kept in it.
+    """
     transformer = empty_transformer(config)
     for name, source in linear_sources(config).items():
         transformer.set_submodule(name, LinearView(store, source))
@@ -209,10 +210,8 @@ def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype
 
 
 def empty_transformer(config: FluxConfig):
-    try:
+    with importing("diffusers"):
         from diffusers import FluxTransformer2DModel
-    except (ImportError, RuntimeError) as error:  # its lazy modules raise RuntimeError
-        raise ValueError(_diffusers_needed()) from error
     with torch.device("meta"):
         return FluxTransformer2DModel(
             in_channels=config.in_channels,
@@ -225,15 +224,6 @@ def empty_transformer(config: FluxConfig):
             guidance_embeds=config.guidance,
             axes_dims_rope=AXES,
         )
-
-
-def _diffusers_needed() -> str:
-    """One command: alone, pip would pick a diffusers that replaces the host's huggingface_hub."""
-    held = [f'"{name}=={version(name)}"' for name in ("transformers", "huggingface_hub")]
-    return (
-        "Training needs a package diffusers that fits the others here. Run, with the Python of "
-        f'ComfyUI: python -m pip install "diffusers>=0.33.0" {" ".join(held)}'
-    )
 
 
 def _final_modulation(store: WeightStore) -> tuple[WeightStore, Source]:

@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .packages import importing
+
 SLICE_BYTES = 32 << 20
 """A matrix that is larger than this when unpacked is packed and computed by row slices."""
 
@@ -177,13 +179,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def bitsandbytes_functional():
-    try:
+    with importing("bitsandbytes"):
         import bitsandbytes.functional as functional
-    except ImportError as error:
-        raise ValueError(
-            "The formats nf4 and fp4 need the package bitsandbytes: run "
-            "`pip install bitsandbytes`, or load a bf16 file as int4."
-        ) from error
     return functional
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from .adapters import file_tensors, lora_metadata, save_lora
 from .caches import LatentCache, PromptCache
 from .config import JobSettings, job_from_json
 from .devices import default_device
 from .load import load_flux
-from .loop import Hooks, TrainingData, open_run, train
+from .loop import Hooks, TrainingData, open_run, save_trained, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +55,4 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
         base = load_flux(job.model, format=job.format, device=device, quantize_on=device)
     run = open_run(output, job.settings, base, job.data)
     trained = train(run, base, job.data, job.settings, hooks)
-    path = output / f"{run.name}-{trained.step}.safetensors"
-    metadata = lora_metadata(
-        name=job.settings.name,
-        settings=job.settings.lora,
-        base=base,
-        steps=trained.step,
-        run=run.identity.to_json(),
-    )
-    save_lora(path, file_tensors(trained.lora, job.settings.lora), metadata)
-    return path
+    return save_trained(output, trained, run, base)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapters import Lora, attach_lora
+from .adapters import Lora, attach_lora, file_tensors, lora_metadata, save_lora
 from .batches import BatchOrder
 from .caches import LatentCache, LatentEntry, PromptCache
 from .config import JobSettings, TrainSettings, to_json
 from .devices import compute_dtype, dtype_name
 from .flow import add_noise, flow_loss, sample_sigmas, seeded
-from .flux import LATENT_CHANNELS, FluxConfig, build_transformer, velocity
+from .flux import LATENT_CHANNELS, FluxConfig, build_transformer, require_trainable, velocity
 from .load import LoadedFlux
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
 from .run import Checkpoint, Run, RunIdentity
@@ -74,8 +74,10 @@ class TrainingData:
         """Look at every caption and one entry of each kind, before any time is spent.
 
         Raises:
-            ValueError: if a caption was not encoded, or an encoder belongs to another model.
+            ValueError: if a caption was not encoded, an encoder belongs to another model, or LoRAs
+                are not trained on this kind of model.
         """
+        require_trainable(config)
         texts = [
             self.prompts.load(caption) for caption in {e.caption for e in self.latents.entries}
         ]
@@ -143,7 +145,8 @@ def train(
     after the last whole optimizer step is saved first.
 
     Raises:
-        ValueError: for settings that do not fit the model or the data, or a loss that diverged.
+        ValueError: for settings that do not fit the model or the data, a loss that diverged, or a
+            run that another process trains.
     """
     length = job.length.num_steps(steps_per_epoch(job, data))
     start = run.start_step(length)
@@ -152,34 +155,36 @@ def train(
         return _trained(run, length, run.load(length).adapter)
 
     data.check_fits(base.config)
-    hooks.on_start(start, length)
-    saved = run.load(start) if start else None
-    state = TrainState(base, job, saved)
-    run.create()
-    run.forget_metrics_after(start)
-    order = _order(job, data)
-    step = start
-    try:
-        while step < length:
-            if hooks.sample and hooks.sample_every and step % hooks.sample_every == 0:
-                hooks.sample(step, state.lora.state())
-            began = time.perf_counter()
-            loss, grad_norm = optimizer_step(state, step, order, data, hooks)
-            step += 1
-            seconds = time.perf_counter() - began
-            run.log({"step": step, "loss": loss, "grad_norm": grad_norm, "seconds": seconds})
-            hooks.on_step(Step(step=step, num_steps=length, loss=loss, seconds_per_step=seconds))
-            if step % job.checkpoint_every == 0:
-                _save(run, state, step)
-    finally:
-        # Cancel and errors come here too. Gradients of an unfinished step are dropped: every random
-        # number is keyed by its micro-step, so resuming computes them again.
-        lora = state.lora.state()
+    with run.locked():
+        run.create()
+        run.forget_metrics_after(start)
+        hooks.on_start(start, length)
+        state = TrainState(base, job, run.load(start) if start else None)
+        order = _order(job, data)
+        step = start
         try:
-            if step > start:
-                _save(run, state, step)
+            while step < length:
+                if hooks.sample and hooks.sample_every and step % hooks.sample_every == 0:
+                    hooks.sample(step, state.lora.state())
+                began = time.perf_counter()
+                loss, grad_norm = optimizer_step(state, step, order, data, hooks)
+                step += 1
+                seconds = time.perf_counter() - began
+                run.log({"step": step, "loss": loss, "grad_norm": grad_norm, "seconds": seconds})
+                hooks.on_step(
+                    Step(step=step, num_steps=length, loss=loss, seconds_per_step=seconds)
+                )
+                if step % job.checkpoint_every == 0:
+                    _save(run, state, step)
         finally:
-            state.close()
+            # Cancel and errors come here too. Gradients of an unfinished step are dropped: every
+            # random number is keyed by its micro-step, so resuming computes them again.
+            lora = state.lora.state()
+            try:
+                if step > start:
+                    _save(run, state, step)
+            finally:
+                state.close()
     return _trained(run, length, lora)
 
 
@@ -192,6 +197,25 @@ def _save(run: Run, state: TrainState, step: int) -> None:
 def _trained(run: Run, step: int, lora: dict[str, Tensor]) -> Trained:
     losses = [float(line["loss"]) for line in run.metrics() if line["step"] <= step]
     return Trained(lora=lora, losses=losses, step=step)
+
+
+def save_trained(folder: Path, trained: Trained, run: Run, base: LoadedFlux) -> Path:
+    """Write the LoRA file of a run, named after the run and its steps; returns its path.
+
+    Raises:
+        ValueError: if a weight is not finite, or the disk is full.
+    """
+    job = run.identity.job
+    path = folder / f"{run.name}-{trained.step}.safetensors"
+    metadata = lora_metadata(
+        name=job.name,
+        settings=job.lora,
+        base=base,
+        steps=trained.step,
+        run=run.identity.to_json(),
+    )
+    save_lora(path, file_tensors(trained.lora, job.lora), metadata)
+    return path
 
 
 class TrainState:

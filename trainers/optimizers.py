@@ -8,20 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .packages import importing
+
 
 def make_adamw8bit(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW8bit as the Hugging Face QLoRA script sets it up.
 
     Raises:
-        ValueError: if bitsandbytes is not installed.
+        ValueError: if bitsandbytes cannot be imported.
     """
-    try:
+    with importing("bitsandbytes"):
         from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            "The AdamW8bit optimizer needs the package bitsandbytes: "
-            "run `pip install bitsandbytes`."
-        ) from error
     return AdamW8bit(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
 
 

@@ -2,7 +2,7 @@
 
 `<root>/<name>-<hash8>/` holds `run.json`, `job.json`, `metrics.jsonl` and
 `checkpoints/step-000250/`. A checkpoint is written under a temporary name, synced and renamed, so
-it is whole or not there.
+it is whole or not there. `lock` is held by the process that trains, and free when that is gone.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import json
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout  # a package that torch needs
 from torch import Tensor
 
 from .config import JobSettings, to_json
@@ -94,8 +96,33 @@ class Run:
         self._checkpoints = self.folder / "checkpoints"
         self._metrics = self.folder / "metrics.jsonl"
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run, whose folder is made.
+
+        The operating system holds the lock, so it is free again when the process is killed.
+
+        Raises:
+            ValueError: if another process trains this run, or the disk is full or refuses.
+        """
+        lock = FileLock(self.folder / "lock", timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"The run {self.name} is being trained by another process. Wait until that ends, "
+                "or change the name for a run of its own."
+            ) from None
+        except OSError as error:
+            raise not_written(self.folder, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def create(self) -> None:
-        """Make the folder, or clear away what a crash left in it.
+        """Make the folder, or clear away what a crash left in it. Call it with the lock.
 
         Raises:
             ValueError: if the disk is full or refuses.

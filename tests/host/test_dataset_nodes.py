@@ -240,10 +240,13 @@ def test_a_length_unlike_clip_text_encodes_is_told(
 
 
 def test_captions_that_are_cut_are_told(runner: Runner, workplace: Path) -> None:
+    """Also when all of them are in the cache, and the CLIP is not even loaded."""
     (workplace / "input" / "red" / "one.txt").write_text("cat " * 300, encoding="utf-8")
-    runner.run(prompts_graph(256))
-    (warning,) = runner.texts["prompts"][1:]
-    assert warning.startswith("Captions longer than 256 tokens, whose end is cut off: 1,")
+    for loads in (1, 0):
+        runner.run(prompts_graph(256))
+        (warning,) = runner.texts["prompts"][1:]
+        assert warning.startswith("Captions longer than 256 tokens, whose end is cut off: 1,")
+        assert CountingLoader.runs == loads
 
 
 def test_a_user_error_arrives_as_its_sentence(runner: Runner, workplace: Path) -> None:

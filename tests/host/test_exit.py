@@ -11,8 +11,11 @@ from comfy_server import ComfyServer, ServerError
 from graphs import train_graph, write_base, write_pictures
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
-def test_a_server_that_exits_saves_the_run_first(server: ComfyServer, tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for another process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_server_that_exits_saves_the_run_first(
+    server: ComfyServer, tmp_path: Path, number: signal.Signals
+) -> None:
     write_base(tmp_path / "models")
     write_pictures(tmp_path / "input" / "circles")
     graph = train_graph("circles", sampling=False, length=100_000)
@@ -20,11 +23,24 @@ def test_a_server_that_exits_saves_the_run_first(server: ComfyServer, tmp_path: 
 
         def stop_server(event) -> None:
             if event.type == "progress" and event.data["node"] == "train":
-                os.kill(exiting.pid, signal.SIGINT)
+                os.kill(exiting.pid, number)
 
         with pytest.raises(ServerError):
             exiting.run(graph, stop_server)
     (run,) = (tmp_path / "output" / "atelier").glob("test-*")
     (checkpoint,) = (run / "checkpoints").iterdir()
-    assert checkpoint.name.startswith("step-")
+    steps = len((run / "metrics.jsonl").read_text().splitlines())  # one line for each whole step
+    assert checkpoint.name == f"step-{steps:06d}"
     assert (checkpoint / "state.json").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for another process")
+def test_after_a_training_sigterm_ends_the_server_at_once(
+    server: ComfyServer, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "models")
+    write_pictures(tmp_path / "input" / "circles")
+    with ComfyServer(server.comfyui, tmp_path, arguments=("--cpu",)) as exiting:
+        exiting.run(train_graph("circles", sampling=False, length=1))
+        os.kill(exiting.pid, signal.SIGTERM)
+        assert exiting.wait() == -signal.SIGTERM

@@ -12,8 +12,8 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int = 1) -> Iterator[Path]:
-    """Mount it at `folder`; skips the test where that is not allowed."""
-    folder.mkdir()
+    """Mount it at `folder`, in the place of what is there; skips where that is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     try:
         subprocess.run(mount, check=True, capture_output=True)

@@ -1,0 +1,42 @@
+"""Packages that a ComfyUI may lack, or have in a version that does not fit its others.
+
+Standard library only: a test runs this file with the Python of a host that has nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+_NEEDED = {
+    "diffusers": "diffusers>=0.33.0",
+    "peft": "peft>=0.15.0",
+    "bitsandbytes": "bitsandbytes>=0.45.3",
+}
+_HELD = ("torch", "transformers", "huggingface_hub", "safetensors")
+"""What the host itself needs in its version; pip would replace them for the newest of ours."""
+
+
+@contextmanager
+def importing(package: str) -> Iterator[None]:
+    """Around an import from one of our packages.
+
+    Raises:
+        ValueError: if it cannot be imported, with the command that helps.
+    """
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:  # diffusers' lazy modules raise RuntimeError
+        raise ValueError(
+            f"The package {package} is missing, or does not fit the others here. Run this with the "
+            f"Python of ComfyUI, then start ComfyUI again: {install_command(package)}"
+        ) from error
+
+
+def install_command(package: str) -> str:
+    """One command for `package` that leaves the host's own packages as they are."""
+    # Three signs: 2.13.0 would also be replaced by a 2.13.0+cpu.
+    held = [f"{name}==={version(name)}" for name in _HELD]
+    quoted = " ".join(f'"{requirement}"' for requirement in [_NEEDED[package], *held])
+    return f"python -m pip install --upgrade {quoted}"
