@@ -10,8 +10,15 @@ from atelier.trainers.config import LoraSettings
 from atelier.trainers.flow import flow_loss
 from atelier.trainers.flux import FluxConfig, build_transformer, velocity
 from atelier.trainers.formats import FORMATS
-from atelier.trainers.load import load_flux
-from atelier.trainers.memory import Workload, adamw8bit_bytes, estimate_training, store_bytes
+from atelier.trainers.load import FluxFile, load_flux
+from atelier.trainers.memory import (
+    Workload,
+    adamw8bit_bytes,
+    choose_format,
+    describe,
+    estimate_training,
+    store_bytes,
+)
 from atelier.trainers.optimizers import make_adamw8bit
 from flux_files import flux_shapes, write_flux
 
@@ -95,6 +102,33 @@ def test_the_peak_is_that_of_the_allocator(
     estimate = estimate_training(base.config, "nf4", work)
     predicted = estimate.activations + estimate.batch  # the rest is there when the profile begins
     assert predicted == pytest.approx(peak, rel=0.05)
+
+
+def test_what_does_not_fit_is_answered_by_what_does() -> None:
+    work = workload(gradient_checkpointing=False)
+    smallest = estimate_training(CONFIG, "nf4", workload(batch_size=1)).total
+    with_checkpointing = estimate_training(CONFIG, "bf16", workload()).total
+    lines = describe(CONFIG, "bf16", work, free_bytes=with_checkpointing)
+    assert any(line.startswith("It does not fit: ") for line in lines)
+    assert any(line.startswith("Gradient checkpointing needs ") for line in lines)
+    assert not any(line.startswith("No single change") for line in lines)
+    lines = describe(CONFIG, "bf16", work, free_bytes=smallest // 2)
+    assert lines[-1].startswith("No single change")
+    lines = describe(CONFIG, "bf16", work, free_bytes=10 * with_checkpointing)
+    assert lines[-1].startswith("It fits: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "share", "chosen"),
+    [
+        (FluxFile(CONFIG, None), 1.0, "bf16"),
+        (FluxFile(CONFIG, None), 0.6, "int8"),
+        (FluxFile(CONFIG, None), 0.0, "nf4"),
+        (FluxFile(CONFIG, "fp4"), 1.0, "fp4"),
+    ],
+)
+def test_auto_takes_the_most_exact_that_fits(file: FluxFile, share: float, chosen: str) -> None:
+    assert choose_format(file, int(share * store_bytes(CONFIG, "bf16"))) == chosen
 
 
 def allocated_peak(step, path: Path) -> int:

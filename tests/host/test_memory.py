@@ -50,12 +50,11 @@ def test_the_report_is_shown_and_given(server: ComfyServer) -> None:
     assert lines[-1].startswith("It fits: ")
 
 
-def test_what_does_not_fit_is_answered_by_what_does(server: ComfyServer) -> None:
+def test_it_says_when_it_does_not_fit(server: ComfyServer) -> None:
     huge = {"width": 8192, "height": 8192, "batch_size": 256, "gradient_checkpointing": False}
     _, outputs = shown(server, estimate(**huge))
     (report,) = outputs["estimate"]["text"]
     assert "It does not fit: " in report
-    assert report.splitlines()[-1].startswith("No single change is enough")
 
 
 @pytest.mark.parametrize("format", RESERVE_GB)
