@@ -37,7 +37,8 @@ RECIPES = {
     ),
     "base": Recipe(steps=7300, learning_rate=1e-3, warmup=150, ema=0.998, save_every=100),
     "distill": Recipe(steps=500, learning_rate=4e-4, warmup=30, ema=0.99, save_every=100),
-    "judge": Recipe(steps=800, learning_rate=2e-3, warmup=50, save_every=300),
+    "judge_style": Recipe(steps=800, learning_rate=2e-3, warmup=50, save_every=300),
+    "judge_subject": Recipe(steps=3000, learning_rate=2e-3, warmup=50, save_every=300),
 }
 
 
@@ -108,9 +109,8 @@ class Build:
     def judge(self) -> Judge:
         path = self.work / "judge.safetensors"
         if not (self.work / "judge.json").exists():
-            figures = train_judge(
-                self.pictures, self.autoencoder, self.recipes["judge"], self.work, self.device
-            )
+            recipes = self.recipes["judge_style"], self.recipes["judge_subject"]
+            figures = train_judge(self.pictures, self.autoencoder, recipes, self.work, self.device)
             write_figures(figures, self.work / "judge.json")
         return load_judge(path)
 

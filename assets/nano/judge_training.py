@@ -106,11 +106,14 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 def train_judge(
     pictures: EmojiPictures,
     autoencoder: AutoencoderKL,
-    recipe: Recipe,
+    recipes: tuple[Recipe, Recipe],
     work: Path,
     device: torch.device,
 ) -> dict:
-    """Writes `judge.safetensors` and returns accuracies on real pictures that were not seen."""
+    """Writes `judge.safetensors` and returns accuracies on real pictures that were not seen.
+
+    The recipes are those of the artwork half and of the subject half.
+    """
     table = load_subjects()
     codes = [s["code"] for s in table["subjects"]]
     others, own = (real_pictures(pictures, autoencoder, c, device) for c in (table["judge"], codes))
@@ -120,7 +123,7 @@ def train_judge(
         others.flatten(1, 2),
         artworks.repeat(len(table["judge"])),
         STYLE_WIDTHS,
-        recipe,
+        recipes[0],
         work,
     )
     numbers = torch.arange(len(codes))
@@ -141,7 +144,7 @@ def train_judge(
         name = f"judge_subject_without_{left_out}" if left_out else "judge_subject"
         labels = numbers.repeat_interleave(len(kept))
         network = train_classifier(
-            name, own[:, :, kept].flatten(1, 2), labels, SUBJECT_WIDTHS, recipe, work
+            name, own[:, :, kept].flatten(1, 2), labels, SUBJECT_WIDTHS, recipes[1], work
         )
         if left_out is None:
             save_judge(Judge(style, network, codes), work / "judge.safetensors")
