@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..trainers.config import COMPUTE_DTYPES
+from ..trainers.config import COMPUTE_DTYPES, STREAMING
 from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.formats import FORMATS
 from ..trainers.load import inspect_flux, load_flux
@@ -105,6 +105,18 @@ class LoadQuantizedFlux(io.ComfyNode):
                     "itself. 2 is enough for pictures of FLUX.1; for training, connect Estimate "
                     "Memory.",
                 ),
+                host.make_input(
+                    io.Combo,
+                    "block_streaming",
+                    options=list(STREAMING),
+                    default=STREAMING[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where blocks of the model wait until they compute, in training and in "
+                    "sampling. auto: in RAM those that do not fit on the GPU. off: none. ram: all "
+                    "in RAM, which needs the least memory of the GPU. disk: all in the quantized "
+                    "copy in output/atelier/packed, which needs the least RAM too.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -138,6 +150,7 @@ class LoadQuantizedFlux(io.ComfyNode):
         keep_copy: bool = True,
         quantize_on: str = QUANTIZE_ON[0],
         reserve_gb: float = 2.0,
+        block_streaming: str = STREAMING[0],
     ) -> io.NodeOutput:
         path = model_path(model)
         if format == AUTO:
@@ -147,7 +160,8 @@ class LoadQuantizedFlux(io.ComfyNode):
             format=format,
             device=host.offload_device(),
             quantize_on=_quantize_device(quantize_on),
-            copies=PackedCopies(host.atelier_output() / "packed") if keep_copy else None,
+            copies=_copies(keep_copy, block_streaming),
+            streaming=block_streaming,
             on_progress=host.Progress().update,
         )
         dtype = resolve_dtype(compute_dtype, host.compute_device())
@@ -201,6 +215,12 @@ def _quantize_device(choice: str) -> torch.device:
             "auto or cpu."
         )
     return torch.device("cpu") if choice == "cpu" else device
+
+
+def _copies(keep_copy: bool, block_streaming: str) -> PackedCopies | None:
+    if not keep_copy and block_streaming != "disk":
+        return None
+    return PackedCopies(host.atelier_output() / "packed", writes=keep_copy)
 
 
 def _clip_and_vae(path: Path, name: str) -> tuple[Any, Any]:

@@ -45,11 +45,11 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         return self.model.atelier.store
 
     def model_size(self) -> int:
-        self.size = self.store.num_bytes
+        self.size = self.store.wanted_bytes
         return self.size
 
     def loaded_size(self) -> int:
-        return self.store.num_bytes if self.store.device == self.load_device else 0
+        return self.store.resident_bytes if self.store.device == self.load_device else 0
 
     def load(
         self,
@@ -59,9 +59,13 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         full_load=False,
         **newer: Any,
     ) -> None:
+        is_limited = lowvram_model_memory > 0 and not full_load
         with self.use_ejected():
             self.unpatch_hooks()
-            self._place(device_to or self.load_device)
+            self.store.prepare(
+                device_to or self.load_device, lowvram_model_memory if is_limited else None
+            )
+            self._follow_store()
             self._set_patches({})
             self.model.model_lowvram = False
             self.model.current_weight_patches_uuid = self.patches_uuid
@@ -75,7 +79,8 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
             self._restore_objects()
             self.patch_model(load_weights=False)
             try:
-                self.load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+                # Not 0, which would mean no limit.
+                self.load(device_to, max(before + extra_memory, 0.1), force_patch_weights)
             except Exception:
                 self.detach()  # as the host does: a model that did not fit is not left half on
                 raise
@@ -83,7 +88,11 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False) -> int:
         before = self.loaded_size()
-        self._place(device_to)
+        if self.store.streaming == "auto" and before:
+            self.store.place(self.store.device, before - memory_to_free)
+        else:
+            self.store.place(device_to)
+        self._follow_store()
         return before - self.loaded_size()
 
     def unpatch_model(self, device_to=None, unpatch_weights=True) -> None:
@@ -95,7 +104,8 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
             self._patch_norms({})
             self.model.current_weight_patches_uuid = None
             if device_to is not None:
-                self._place(device_to)
+                self.store.place(device_to)
+                self._follow_store()
         self._restore_objects()
 
     def patch_weight_to_device(self, key, *args: Any, return_weight=False, **kwargs: Any):
@@ -160,10 +170,9 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         assert patched is not None
         return patched
 
-    def _place(self, device) -> None:
-        self.store.place(device)
-        self.model.to(device)  # the small tensors that are not in the store
-        self.model.device = torch.device(device)
+    def _follow_store(self) -> None:
+        self.model.to(self.store.device)  # the small tensors that are not in the store
+        self.model.device = self.store.device
         self.model.model_loaded_weight_memory = self.loaded_size()
 
     def _restore_objects(self) -> None:
@@ -275,9 +284,7 @@ def _num_patches(model: Any) -> int:
 
 def to_training_device(model: StorePatcher, memory_required: int) -> None:
     """Bring the store to the compute device, with `memory_required` bytes free beside it."""
-    comfy.model_management.load_models_gpu(
-        [model], memory_required=memory_required, force_full_load=True
-    )
+    comfy.model_management.load_models_gpu([model], memory_required=memory_required)
 
 
 def draw_latents(

@@ -15,10 +15,9 @@ from torch import Tensor
 from ..trainers import loop
 from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings
-from ..trainers.devices import compute_dtype
 from ..trainers.files import write_atomically
 from ..trainers.load import LoadedFlux
-from ..trainers.memory import Workload, estimate_training
+from ..trainers.memory import estimate_training
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
@@ -26,8 +25,9 @@ from .native import add_lora, draw_latents, loaded_flux, to_training_device
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "
-    "gradient_checkpointing on: this run then goes on. Smaller pictures, a batch size of 1, fewer "
-    "targets or a lower rank need less too, as a new run."
+    "gradient_checkpointing and activations_in_ram on, or set block_streaming of Load Quantized "
+    "FLUX to ram: this run then goes on. Smaller pictures, a batch size of 1, fewer targets or a "
+    "lower rank need less too, as a new run."
 )
 
 
@@ -141,22 +141,9 @@ class Session:
 
     def _take_device(self) -> None:
         """Ask the host to have the base model on the device, and room for the training."""
-        needed = estimate_training(self._base.config, self._base.format, self._workload())
+        workload = loop.workload(self._job, self._data, host.compute_device())
+        needed = estimate_training(self._base.config, self._base.format, workload)
         to_training_device(self._model, needed.beside_weights)
-
-    def _workload(self) -> Workload:
-        settings = self._job.train
-        largest = max(self._data.latents.entries, key=lambda entry: entry.width * entry.height)
-        return Workload(
-            width=largest.width,
-            height=largest.height,
-            prompt_length=self._data.prompts.length,
-            batch_size=settings.batch_size,
-            lora=self._job.lora,
-            dtype=compute_dtype(settings.compute_dtype, host.compute_device()),
-            gradient_checkpointing=settings.gradient_checkpointing,
-            accumulates=settings.gradient_accumulation > 1,
-        )
 
     def _on_start(self, step: int, num_steps: int) -> None:
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]

@@ -161,6 +161,16 @@ def _inputs() -> list[Any]:
             optional=True,
             tooltip="The prompt of the sample pictures, from CLIP Text Encode and FluxGuidance.",
         ),
+        host.make_input(
+            io.Boolean,
+            "activations_in_ram",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Keep in RAM what the backward pass needs of the forward pass: less memory of "
+            "the GPU, somewhat slower. Use it with gradient_checkpointing. Does not change the "
+            "result.",
+        ),
     ]
 
 
@@ -250,6 +260,7 @@ def _job(settings: dict[str, Any]) -> JobSettings:
             seed=settings["seed"],
         ),
         checkpoint_every=settings["checkpoint_every"],
+        activations_in_ram=settings.get("activations_in_ram", False),
     )
 
 

@@ -375,6 +375,27 @@ def test_samples_have_the_weights_of_their_step(run_job) -> None:
     assert not any(tensor.any() for name, tensor in samples.drawn[0].items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpoints"])
+def test_activations_in_ram_train_the_same_run(
+    run_job, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    settings = job(2, gradient_checkpointing=checkpointing)
+    plain, run = run_job(settings, folder="plain")
+    kept = []
+
+    class Counted(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(pin_memory)
+            self.pack_hook = lambda tensor, pack=self.pack_hook: kept.append(tensor) or pack(tensor)
+
+    monkeypatch.setattr(loop, "save_on_cpu", Counted)
+    in_ram, same = run_job(dataclasses.replace(settings, activations_in_ram=True), folder="ram")
+    assert kept
+    assert same.name == run.name
+    assert plain.losses == in_ram.losses
+    assert_same_checkpoint(run.load(2), same.load(2))
+
+
 def test_samples_do_not_change_the_training(run_job) -> None:
     plain, _ = run_job(job(3), folder="plain")
     sampled, _ = run_job(job(3), Samples(1).hooks, folder="sampled")

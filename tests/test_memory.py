@@ -104,6 +104,16 @@ def test_the_peak_is_that_of_the_allocator(
     assert predicted == pytest.approx(peak, rel=0.05)
 
 
+def test_activations_in_ram_leave_the_device() -> None:
+    """With checkpointing, at least the inputs of all blocks but two: their image tokens."""
+    estimates = [
+        estimate_training(CONFIG, "nf4", workload(activations_in_ram=is_on)).activations
+        for is_on in (False, True)
+    ]
+    inputs = (SIZES["depth"] + SIZES["depth_single"] - 2) * 2 * (256 * 192 // 256) * 256 * 2
+    assert inputs <= estimates[0] - estimates[1] < estimates[0] * 0.9
+
+
 def test_what_does_not_fit_is_answered_by_what_does() -> None:
     work = workload(gradient_checkpointing=False)
     smallest = estimate_training(CONFIG, "nf4", workload(batch_size=1)).total

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocated import AllocatedBytes
 from atelier.trainers import formats
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.config import LoraSettings
@@ -18,11 +19,8 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from dense import ROUND_TRIPS
 from flux_files import write_flux
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROWS, COLUMNS = 96, 128
 KEPT = {
@@ -210,30 +208,6 @@ def test_a_device_without_fp8_is_one_sentence() -> None:
     sentence = r"^The device 'cpu' has no fp8 numbers\. Load the model as int8\.$"
     with WithoutFp8(), pytest.raises(ValueError, match=sentence):
         PackedWeight.pack(matrix(), "fp8")
-
-
-class AllocatedBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
-        for tensor in tensors_in(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given:
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: item for key, item in self._alive.items() if not item[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return result
-
-
-def tensors_in(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def test_a_product_unpacks_one_slice_at_a_time(

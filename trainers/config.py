@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 COMPUTE_DTYPES: tuple[str, ...] = ("auto", "bf16", "fp16", "fp32")
+STREAMING = ("auto", "off", "ram", "disk")
+"""Which blocks of the base wait outside the GPU's memory: those that do not fit, none, all in RAM,
+all in the quantized copy on disk."""
 
 # Suffixes of diffusers' module names, as peft matches them: a name equals the target or ends with
 # "." + target. `qlora` is the list of the Hugging Face QLoRA script; `all` and `all+ffs` are
@@ -141,6 +144,9 @@ class JobSettings:
     train: TrainSettings = field(default_factory=TrainSettings)
     checkpoint_every: int = 250
     """Optimizer steps between checkpoints. A checkpoint is also written whenever the run stops."""
+    activations_in_ram: bool = False
+    """Keep what backward needs of the forward pass in RAM: with gradient checkpointing the inputs
+    of all blocks. Less memory of the GPU for copies both ways; the result is the same."""
 
     def __post_init__(self) -> None:
         allowed = all(c.isalnum() or c in "-_. " for c in self.name)

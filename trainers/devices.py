@@ -16,6 +16,11 @@ def default_device() -> torch.device:
     return torch.device("xpu" if torch.xpu.is_available() else "cpu")
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that the GPU has free, or None where there is no such number."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype behind a setting; "auto" takes what `device` computes in at full speed.
 

@@ -10,9 +10,11 @@ import torch
 
 from .caches import LatentCache, PromptCache
 from .config import JobSettings, job_from_json
-from .devices import default_device
-from .load import load_flux
-from .loop import Hooks, TrainingData, open_run, save_trained, train
+from .devices import default_device, free_bytes
+from .load import LoadedFlux, load_flux
+from .loop import Hooks, TrainingData, open_run, save_trained, train, workload
+from .memory import estimate_training
+from .packed_copy import PackedCopies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,7 @@ class Job:
 
     model: str
     format: str
+    block_streaming: str
     data: TrainingData
     settings: JobSettings
 
@@ -36,6 +39,7 @@ def read_job(path: Path) -> Job:
         return Job(
             model=values["model"],
             format=values["format"],
+            block_streaming=values.get("block_streaming", "auto"),
             data=TrainingData(
                 latents=LatentCache.from_json(values["latents"]),
                 prompts=PromptCache.from_json(values["prompts"]),
@@ -49,10 +53,30 @@ def read_job(path: Path) -> Job:
 
 
 def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
-    """Train the job on the accelerator, or the CPU; returns the LoRA file in `output`."""
-    device = default_device()
+    """Train the job on the accelerator, or the CPU; returns the LoRA file in `output`.
+
+    Blocks are streamed from disk out of a quantized copy in `output`/packed, which is made there.
+    """
+    device, streaming = default_device(), job.block_streaming
     with torch.no_grad():
-        base = load_flux(job.model, format=job.format, device=device, quantize_on=device)
+        base = load_flux(
+            job.model,
+            format=job.format,
+            device=device if streaming == "off" else "cpu",
+            quantize_on=device,
+            copies=PackedCopies(output / "packed") if streaming == "disk" else None,
+            streaming=streaming,
+        )
+        base.store.prepare(device, _room(job, base, device))
     run = open_run(output, job.settings, base, job.data)
     trained = train(run, base, job.data, job.settings, hooks)
     return save_trained(output, trained, run, base)
+
+
+def _room(job: Job, base: LoadedFlux, device: torch.device) -> int | None:
+    """Bytes of the device that training leaves for the weights, where they are known."""
+    free = free_bytes(device)
+    if free is None:
+        return None
+    needed = estimate_training(base.config, base.format, workload(job.settings, job.data, device))
+    return free - needed.beside_weights

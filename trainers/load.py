@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .config import STREAMING, require
 from .flux import (
     FINAL_MODULATION,
     FluxConfig,
@@ -41,6 +42,7 @@ def load_flux(
     device: torch.device | str = "cpu",
     quantize_on: torch.device | str = "cpu",
     copies: PackedCopies | None = None,
+    streaming: str = "auto",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedFlux:
     """Read a FLUX file or diffusers folder into a store on `device`, its block matrices packed in
@@ -48,26 +50,65 @@ def load_flux(
 
     Args:
         copies: where what had to be quantized is kept, so that the next load only reads it.
+        streaming: a value of config.STREAMING. With "disk" the matrices of the blocks stay in the
+            copy, and `device` must be the CPU.
 
     Raises:
-        ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors.
+        ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors, or there is no copy to
+            stream from.
     """
-    if format not in FORMATS:
-        raise ValueError(f"Unknown format '{format}'. Choose one of: {', '.join(FORMATS)}.")
+    require(format in FORMATS, f"Unknown format '{format}'. Choose one of: {', '.join(FORMATS)}.")
+    require(
+        streaming in STREAMING,
+        f"Unknown block streaming '{streaming}'. Choose one of: {', '.join(STREAMING)}.",
+    )
     path = Path(path)
     names, config = _open(path)
     files = names.files
     key = CopyKey(path, files.identity(), format)
-    quantizes = _quantizes(names, config, format)
-    if copies and not (quantizes and copies.is_worthwhile(files.num_bytes)):
-        copies = None
-    store = copies.read(key, torch.device(device), on_progress) if copies else None
-    if store is None:
-        devices = (torch.device(quantize_on), torch.device(device))
-        store = _pack_all(names, config, format, devices, on_progress)
-        if copies:
-            copies.write(key, store, on_progress)
+    devices = (torch.device(quantize_on), torch.device(device))
+
+    def pack() -> WeightStore:
+        return _pack_all(names, config, format, devices, on_progress)
+
+    if streaming == "disk":
+        store = _open_copy(copies, key, pack, on_progress)
+    else:
+        quantizes = _quantizes(names, config, format)
+        if copies and not (quantizes and copies.is_worthwhile(files.num_bytes)):
+            copies = None
+        store = copies.read(key, devices[1], on_progress) if copies else None
+        if store is None:
+            store = pack()
+            if copies and copies.writes:
+                copies.write(key, store, on_progress)
+    store.streaming = streaming
     return LoadedFlux(store, config, key.identity, str(path), format)
+
+
+def _open_copy(
+    copies: PackedCopies | None,
+    key: CopyKey,
+    pack: Callable[[], WeightStore],
+    on_progress: Callable[[int, int], None],
+) -> WeightStore:
+    """The store whose blocks stay in the copy, which is made if there is none."""
+    store = copies.read_without_blocks(key, on_progress) if copies else None
+    if store is not None:
+        return store
+    if copies is None or not copies.writes:
+        raise ValueError(
+            "Blocks can only be streamed from disk out of the model's quantized copy, and there is "
+            "none. Turn keep_copy on, or set block_streaming to ram."
+        )
+    copies.write(key, pack(), on_progress)
+    store = copies.read_without_blocks(key, on_progress)
+    if store is None:
+        raise ValueError(
+            "Blocks can only be streamed from disk out of the model's quantized copy, and it could "
+            "not be written to this disk. Free some space on it, or set block_streaming to ram."
+        )
+    return store
 
 
 @dataclass(frozen=True)

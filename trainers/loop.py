@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from .adapters import Lora, attach_lora, file_tensors, lora_metadata, save_lora
 from .batches import BatchOrder
@@ -19,6 +21,7 @@ from .devices import compute_dtype, dtype_name
 from .flow import add_noise, flow_loss, sample_sigmas, seeded
 from .flux import LATENT_CHANNELS, FluxConfig, build_transformer, require_trainable, velocity
 from .load import LoadedFlux
+from .memory import Workload
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
 from .run import Checkpoint, Run, RunIdentity
 
@@ -119,6 +122,7 @@ def open_run(root: Path, job: JobSettings, base: LoadedFlux, data: TrainingData)
     manifest = {
         "model": base.path,
         "format": base.format,
+        "block_streaming": base.store.streaming,
         "latents": data.latents.to_json(),
         "prompts": data.prompts.to_json(),
         "settings": to_json(job),
@@ -129,6 +133,22 @@ def open_run(root: Path, job: JobSettings, base: LoadedFlux, data: TrainingData)
 def steps_per_epoch(job: JobSettings, data: TrainingData) -> float:
     """Optimizer steps of one pass over the data; a step may reach over the end of an epoch."""
     return _order(job, data).batches_per_epoch / job.train.gradient_accumulation
+
+
+def workload(job: JobSettings, data: TrainingData, device: torch.device) -> Workload:
+    """What the largest micro-step of a job computes, to estimate its memory."""
+    largest = max(data.latents.entries, key=lambda entry: entry.width * entry.height)
+    return Workload(
+        width=largest.width,
+        height=largest.height,
+        prompt_length=data.prompts.length,
+        batch_size=job.train.batch_size,
+        lora=job.lora,
+        dtype=compute_dtype(job.train.compute_dtype, device),
+        gradient_checkpointing=job.train.gradient_checkpointing,
+        accumulates=job.train.gradient_accumulation > 1,
+        activations_in_ram=job.activations_in_ram,
+    )
 
 
 def _order(job: JobSettings, data: TrainingData) -> BatchOrder:
@@ -223,6 +243,7 @@ class TrainState:
 
     def __init__(self, base: LoadedFlux, job: JobSettings, saved: Checkpoint | None = None) -> None:
         self.settings = job.train
+        self.activations_in_ram = job.activations_in_ram
         self.device = base.store.device
         # A run keeps the dtype it began with, wherever "auto" would lead now.
         name = saved.values["compute_dtype"] if saved else job.train.compute_dtype
@@ -255,6 +276,12 @@ class TrainState:
         values = checkpoint.values
         load_optimizer_tensors(self.optimizer, checkpoint.optimizer, values["optimizer"])
         self.scaler.load_state_dict(values["scaler"])
+
+    def saving(self) -> AbstractContextManager:
+        """Where autograd keeps what backward needs of the forward pass within it."""
+        if not self.activations_in_ram:
+            return nullcontext()
+        return save_on_cpu(pin_memory=self.device.type == "cuda")
 
     def close(self) -> None:
         """Let go of the network and the optimizer's state, which may be large on the device."""
@@ -295,16 +322,17 @@ def _forward_backward(
     settings = state.settings
     generator = seeded(settings.seed, "micro-step", micro_step)
     latents, prompt_embeds, pooled = data.load(entries, state.device, generator)
-    loss = batch_loss(
-        state.transformer,
-        latents,
-        noise=torch.randn(latents.shape, generator=generator).to(state.device),
-        sigma=sample_sigmas(len(entries), generator).to(state.device),
-        prompt_embeds=prompt_embeds,
-        pooled=pooled,
-        guidance=settings.guidance,
-        dtype=state.dtype,
-    ).mean()
+    with state.saving():
+        loss = batch_loss(
+            state.transformer,
+            latents,
+            noise=torch.randn(latents.shape, generator=generator).to(state.device),
+            sigma=sample_sigmas(len(entries), generator).to(state.device),
+            prompt_embeds=prompt_embeds,
+            pooled=pooled,
+            guidance=settings.guidance,
+            dtype=state.dtype,
+        ).mean()
     if not torch.isfinite(loss):
         raise ValueError(_diverged(micro_step // settings.gradient_accumulation, settings))
     state.scaler.scale(loss / settings.gradient_accumulation).backward()

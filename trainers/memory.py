@@ -11,12 +11,14 @@ import functools
 import math
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -67,6 +69,8 @@ class Workload:
     gradient_checkpointing: bool
     accumulates: bool
     """Whether gradients of earlier micro-steps are there meanwhile."""
+    activations_in_ram: bool = False
+    """Whether what backward needs of the forward pass leaves the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +188,23 @@ def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimat
             parameter.grad = gradient
         batch = _batch(config, workload)
         with _LiveBytes([*store.tensors(), *parameters, *gradients, *batch.values()]) as live:
-            _loss(transformer, batch, workload.dtype).backward()
+            with _saved_elsewhere() if workload.activations_in_ram else nullcontext():
+                loss = _loss(transformer, batch, workload.dtype)
+            loss.backward()
     return MemoryEstimate(
         weights=store.num_bytes,
         adapters=sum(tensor.nbytes for tensor in (*parameters, *gradients)),
         optimizer=sum(adamw8bit_bytes(parameter) for parameter in parameters),
         activations=live.peak,
         batch=sum(tensor.nbytes for tensor in batch.values()),
+    )
+
+
+def _saved_elsewhere() -> saved_tensors_hooks:
+    """As torch's save_on_cpu, where a CPU would keep the tensors that it is given."""
+    return saved_tensors_hooks(
+        lambda tensor: (tensor.size(), tensor.stride(), tensor.dtype),
+        lambda saved: torch.empty_strided(saved[0], saved[1], dtype=saved[2]),
     )
 
 

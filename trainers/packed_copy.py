@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .files import write_atomically
+from .offload import Layout, blocks_of
 from .store import PackedWeight, WeightStore
 from .tensor_files import DTYPES, Entry, read_header
 
@@ -58,10 +59,17 @@ class CopyKey:
 
 
 class PackedCopies:
-    """The copies in one folder."""
+    """The copies in one folder.
 
-    def __init__(self, folder: Path, min_source_bytes: int = MIN_SOURCE_BYTES) -> None:
+    Args:
+        writes: whether new ones are made.
+    """
+
+    def __init__(
+        self, folder: Path, min_source_bytes: int = MIN_SOURCE_BYTES, *, writes: bool = True
+    ) -> None:
         self.folder = folder
+        self.writes = writes
         self._min_source_bytes = min_source_bytes
 
     def is_worthwhile(self, source_bytes: int) -> bool:
@@ -74,11 +82,21 @@ class PackedCopies:
 
         A copy of another source or version, or one with any byte changed, is removed.
         """
+        return self._read(key, device, on_progress, blocks_stay=False)
+
+    def read_without_blocks(self, key: CopyKey, on_progress: OnProgress) -> WeightStore | None:
+        """As `read`, but the matrices of blocks stay in the file and are read when they are used.
+        It is read once all the same, to know that it is whole."""
+        return self._read(key, torch.device("cpu"), on_progress, blocks_stay=True)
+
+    def _read(
+        self, key: CopyKey, device: torch.device, on_progress: OnProgress, *, blocks_stay: bool
+    ) -> WeightStore | None:
         path = self.folder / key.name
         if not path.is_file():
             return None
         try:
-            return _read(path, key, device, on_progress)
+            return _read(path, key, device, on_progress, blocks_stay=blocks_stay)
         except OSError as error:  # the file may be sound: too many open files, a lost network drive
             logger.warning(f"Cannot read the quantized copy {path}: {error.strerror}.")
         except (ValueError, LookupError, TypeError, AttributeError):  # a header may hold anything
@@ -112,7 +130,38 @@ class PackedCopies:
             logger.info(f"The next load of this model reads its quantized copy {path}.")
 
 
-def _read(path: Path, key: CopyKey, device: torch.device, on_progress: OnProgress) -> WeightStore:
+@dataclass(frozen=True)
+class BlockInCopy:
+    """The matrices of one block in a copy, with their checksums of when it was opened."""
+
+    path: Path
+    parts: dict[str, tuple[Entry, bytes]]
+
+    def read(self, layout: Layout, target: Tensor) -> None:
+        """Read the bytes to their places in `target`, in RAM.
+
+        Raises:
+            ValueError: if any byte is not as it was, or the file is gone.
+        """
+        try:
+            with self.path.open("rb") as file:
+                for name, (entry, checksum) in self.parts.items():
+                    data = layout.pieces[name].bytes_of(target)
+                    file.seek(entry.start)
+                    is_whole = file.readinto(data.numpy().data) == entry.num_bytes
+                    if not is_whole or _checksum(data) != checksum:
+                        raise ValueError("changed")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The quantized copy '{self.path}' was deleted or changed while the model computed "
+                "from it. Load the model again, which makes the copy anew: in ComfyUI, press Free "
+                "Model and Node Cache, and queue again."
+            ) from error
+
+
+def _read(
+    path: Path, key: CopyKey, device: torch.device, on_progress: OnProgress, *, blocks_stay: bool
+) -> WeightStore:
     """Raises ValueError, or what a header with wrong values leads to, if the copy is of no use."""
     entries, header = read_header(path)
     record = json.loads(header.pop("__metadata__")[_MARK])
@@ -122,12 +171,20 @@ def _read(path: Path, key: CopyKey, device: torch.device, on_progress: OnProgres
         raise ValueError("made from something else")
     digest = hashlib.sha256()
     tensors: dict[str, Tensor] = {}
+    blocks = blocks_of(_tensor_names(weights, entries)) if blocks_stay else []
+    staying = {name for names in blocks for name in names}
+    checksums: dict[str, bytes] = {}
     # Outside inference mode, in which the host runs its nodes: see store._PackedLinear.
     with torch.inference_mode(False), path.open("rb") as file:
         for done, (name, entry) in enumerate(entries.items()):
             data = _read_bytes(file, entry)
-            digest.update(_checksum(data))
-            tensors[name] = data.view(DTYPES[entry.dtype]).view(entry.shape).to(device)
+            checksums[name] = _checksum(data)
+            digest.update(checksums[name])
+            data = data.view(DTYPES[entry.dtype])
+            if name in staying:
+                tensors[name] = torch.zeros_like(data[:1]).expand(entry.shape)
+            else:
+                tensors[name] = data.view(entry.shape).to(device)
             on_progress(done + 1, len(entries))
     if digest.hexdigest() != content:
         raise ValueError("damaged")
@@ -135,7 +192,17 @@ def _read(path: Path, key: CopyKey, device: torch.device, on_progress: OnProgres
         name: PackedWeight(format, tensors.pop(name), tensors.pop(f"{name}.scale", None), columns)
         for name, (format, columns) in weights.items()
     }
-    return WeightStore(packed, tensors)
+    on_disk = [
+        BlockInCopy(path, {name: (entries[name], checksums[name]) for name in names})
+        for names in blocks
+    ]
+    return WeightStore(packed, tensors, on_disk=on_disk)
+
+
+def _tensor_names(weights: dict[str, Any], entries: dict[str, Entry]) -> list[str]:
+    """Of all matrices: their bytes and their scales."""
+    ends = ("", ".scale")
+    return [f"{name}{end}" for name in weights for end in ends if f"{name}{end}" in entries]
 
 
 def _read_bytes(file: BufferedReader, entry: Entry) -> Tensor:

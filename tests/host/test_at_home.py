@@ -7,6 +7,7 @@ same weights densely (`core_flux`). The packed bytes are the same afterwards (I2
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 import torch
 from atelier.nodes.native import StorePatcher, build_model
 from atelier.trainers.load import load_flux
+from atelier.trainers.packed_copy import PackedCopies
 from core_flux import core_model
 from executor import Give, Keep, Runner
 from flux_files import write_flux
@@ -288,6 +290,41 @@ def test_a_graph_gives_what_it_gives_on_the_cores_model(
     if name != "ksampler":
         assert relative_difference(result, plain) > 1e-3
     assert relative_difference(plain, run({}, cores)) <= 1e-4  # nothing stayed on
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StorePatcher, ...]]:
+    """The first of our MODELs with all blocks in RAM, the second with all of them on disk."""
+    folder, models = tmp_path_factory.mktemp("flux"), []
+    for seed, streaming in enumerate(("ram", "disk")):
+        file = write_flux(folder / f"{seed}.safetensors", seed=seed)
+        copies = PackedCopies(folder / "packed")
+        loaded = load_flux(file, format=FORMAT, streaming=streaming, copies=copies)
+        models.append(build_model(loaded, torch.float32))
+    yield tuple(models)
+    comfy.model_management.unload_all_models()
+
+
+@pytest.mark.parametrize("name", ["lora lokr", "lora hook on one prompt", "merged models"])
+def test_streamed_models_give_what_whole_ones_give(
+    ours: tuple[StorePatcher, StorePatcher], streamed: tuple[StorePatcher, ...], name: str
+) -> None:
+    for order in (1, -1):
+        assert torch.equal(run(GRAPHS[name], streamed[::order]), run(GRAPHS[name], ours[::order]))
+        assert all(model.store.stream for model in streamed)
+
+
+def test_a_streamed_model_is_saved_whole(
+    ours: tuple[StorePatcher, StorePatcher], streamed: tuple[StorePatcher, ...], tmp_path: Path
+) -> None:
+    saved = []
+    for model in (ours[1], streamed[1]):
+        run(
+            {"save": node("ModelSave", model=["model", 0], filename_prefix="saved")}, (model, model)
+        )
+        saved.append(written(tmp_path))
+        shutil.rmtree(tmp_path)
+    assert all(torch.equal(saved[1][name], tensor) for name, tensor in saved[0].items())
 
 
 @pytest.mark.usefixtures("bytes_stay")

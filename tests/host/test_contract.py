@@ -15,7 +15,7 @@ FROZEN = {
     "AtelierLoadQuantizedFlux": (
         [
             *("model COMBO", "format COMBO", "compute_dtype COMBO", "keep_copy? BOOLEAN"),
-            *("quantize_on? COMBO", "reserve_gb? FLOAT"),
+            *("quantize_on? COMBO", "reserve_gb? FLOAT", "block_streaming? COMBO"),
         ],
         ["MODEL MODEL", "CLIP CLIP", "VAE VAE"],
     ),
@@ -41,7 +41,7 @@ FROZEN = {
             *("learning_rate FLOAT", "batch_size INT", "gradient_accumulation INT", "seed INT"),
             *("guidance FLOAT", "compute_dtype COMBO", "gradient_checkpointing BOOLEAN"),
             *("checkpoint_every INT", "sample_every INT", "sample_steps INT", "sample_seed INT"),
-            *("vae? VAE", "positive? CONDITIONING"),
+            *("vae? VAE", "positive? CONDITIONING", "activations_in_ram? BOOLEAN"),
         ],
         [
             *("lora LORA_MODEL", "model MODEL", "lora_name STRING", "loss LOSS_MAP"),

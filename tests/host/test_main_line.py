@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,32 @@ def test_the_job_file_trains_the_same_weights_without_comfyui(
     headless = load_file(path)
     assert mine.keys() == headless.keys()
     assert all(np.array_equal(mine[key], headless[key]) for key in mine)
+
+
+@pytest.mark.parametrize("streaming", ["off", "ram", "disk"])
+def test_streamed_blocks_train_the_same_lora(
+    server: ComfyServer, pictures: str, tmp_path: Path, streaming: str
+) -> None:
+    from atelier.trainers.job import read_job, run_job
+    from atelier.trainers.loop import Hooks
+
+    loras = server.base_directory / "output" / "loras"
+    names = []
+    for choice in ("auto", streaming):
+        name = f"streamed {choice} {streaming}"
+        graph = train_graph(pictures, name=name, sample_every=2)
+        graph["load"]["inputs"]["block_streaming"] = choice
+        graph["train"]["inputs"]["activations_in_ram"] = choice != "auto"
+        entry = server.run(graph)
+        names.append(entry["outputs"]["name"]["text"][0])
+    whole, streamed = (load_file(loras / name) for name in names)
+    job = read_job(run_folder(server, names[1]) / "job.json")
+    assert (job.block_streaming, job.settings.activations_in_ram) == (streaming, True)
+    headless = load_file(run_job(job, tmp_path, Hooks()))
+    assert whole.keys() == streamed.keys() == headless.keys()
+    for key, tensor in whole.items():
+        assert np.array_equal(streamed[key], tensor)
+        assert np.array_equal(headless[key], tensor)
 
 
 def test_progress_shows_loss_and_time_left(server: ComfyServer, pictures: str) -> None:
