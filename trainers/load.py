@@ -1,4 +1,4 @@
-"""FLUX files into a weight store, tensor by tensor: original and diffusers names."""
+"""Files into a weight store, tensor by tensor; FLUX in original and diffusers names."""
 
 from __future__ import annotations
 
@@ -45,40 +45,22 @@ def load_flux(
     Raises:
         ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors.
     """
-    if format not in FORMATS:
-        raise ValueError(f"Unknown format '{format}'. Choose one of: {', '.join(FORMATS)}.")
     path = Path(path)
     files = TensorFiles(model_files(path))
-    names = _OriginalNames(files) if "img_in.weight" in files else _DiffusersNames(files)
-    config = FluxConfig.from_shapes(_checked_shapes(names, path))
+    names = files if "img_in.weight" in files else _DiffusersNames(files)
+    config = FluxConfig.from_shapes(_checked_shapes(names, files, path))
     key = CopyKey(path, files.identity(), format)
-    quantizes = _quantizes(names, config, format)
-    if copies and not (quantizes and copies.is_worthwhile(files.num_bytes)):
-        copies = None
-    store = copies.read(key, torch.device(device), on_progress) if copies else None
-    if store is None:
-        devices = (torch.device(quantize_on), torch.device(device))
-        store = _pack_all(names, config, format, devices, on_progress)
-        if copies:
-            copies.write(key, store, on_progress)
+    store = load_store(
+        names,
+        _tensor_formats(names, config, format),
+        key,
+        num_bytes=files.num_bytes,
+        device=device,
+        quantize_on=quantize_on,
+        copies=copies,
+        on_progress=on_progress,
+    )
     return LoadedFlux(store, config, key.identity, str(path), format)
-
-
-class _OriginalNames:
-    """Tensors of a file in the original names."""
-
-    def __init__(self, files: TensorFiles) -> None:
-        self.files = files
-        self.shapes = files.shapes
-
-    def read(self, name: str, device: torch.device) -> Tensor:
-        return self.files.read(name, device)
-
-    def packed_format(self, name: str) -> str | None:
-        return self.files.packed_format(name)
-
-    def read_packed(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.files.read_packed(name)
 
 
 class _DiffusersNames:
@@ -109,7 +91,7 @@ class _DiffusersNames:
         return torch.cat(data), torch.cat(scales)
 
 
-_Names = _OriginalNames | _DiffusersNames
+_Names = TensorFiles | _DiffusersNames
 
 
 def _diffusers_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[str]]:
@@ -134,10 +116,10 @@ def _diffusers_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[str]]
     return {name: sources for name, sources in parts.items() if all(s in shapes for s in sources)}
 
 
-def _checked_shapes(names: _Names, path: Path):
+def _checked_shapes(names: _Names, files: TensorFiles, path: Path):
     """The shapes under original names, after all that makes a FLUX.1 has been found."""
     shapes = names.shapes
-    if "double_stream_modulation_img.lin.weight" in names.files:
+    if "double_stream_modulation_img.lin.weight" in files:
         raise ValueError(f"'{path.name}' is a FLUX.2 model. This node loads FLUX.1 models.")
     essential = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight")
     absent = _first_missing(essential, shapes)
@@ -163,37 +145,76 @@ def _needed_names(config: FluxConfig) -> list[str]:
     return weights + [f"{name}.scale" for name in norm_sources(config).values()]
 
 
-def _is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and name.startswith(("double_blocks.", "single_blocks."))
+def _tensor_formats(names: _Names, config: FluxConfig, format: str) -> dict[str, str | None]:
+    """What each tensor is kept in: the block matrices in `format`, other matrices in bf16."""
+    blocks = ("double_blocks.", "single_blocks.")
+    return {
+        name: (format if name.startswith(blocks) else "bf16")
+        if len(names.shapes[name]) == 2
+        else None
+        for name in _needed_names(config)
+    }
 
 
-def _quantizes(names: _Names, config: FluxConfig, format: str) -> bool:
+def load_store(
+    names: _Names,
+    formats: dict[str, str | None],
+    key: CopyKey,
+    *,
+    num_bytes: int,
+    device: torch.device | str = "cpu",
+    quantize_on: torch.device | str = "cpu",
+    copies: PackedCopies | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> WeightStore:
+    """Pack tensors one after the other, or read what a load before this one kept under `key`.
+
+    Args:
+        formats: what each tensor is kept in, by name: a matrix in a format, None for a plain tensor.
+        num_bytes: of the source; a small one gets no copy.
+
+    Raises:
+        ValueError: if the format of `key` is unknown, or cannot hold a matrix.
+    """
+    if key.format not in FORMATS:
+        raise ValueError(f"Unknown format '{key.format}'. Choose one of: {', '.join(FORMATS)}.")
+    if copies and not (_quantizes(names, formats) and copies.is_worthwhile(num_bytes)):
+        copies = None
+    store = copies.read(key, torch.device(device), on_progress) if copies else None
+    if store is None:
+        devices = (torch.device(quantize_on), torch.device(device))
+        store = _pack_all(names, formats, devices, on_progress)
+        if copies:
+            copies.write(key, store, on_progress)
+    return store
+
+
+def _quantizes(names: _Names, formats: dict[str, str | None]) -> bool:
     """Whether a load computes anything: not for bf16, nor where the file has the bytes already."""
-    matrices = [n for n in _needed_names(config) if _is_block_matrix(n, names.shapes[n])]
-    return format != "bf16" and any(names.packed_format(name) != format for name in matrices)
+    return any(
+        format not in (None, "bf16") and names.packed_format(name) != format
+        for name, format in formats.items()
+    )
 
 
 def _pack_all(
     names: _Names,
-    config: FluxConfig,
-    format: str,
+    formats: dict[str, str | None],
     devices: tuple[torch.device, torch.device],
     on_progress: Callable[[int, int], None],
 ) -> WeightStore:
     quantize_on, device = devices
     packed: dict[str, PackedWeight] = {}
     plain: dict[str, Tensor] = {}
-    needed = _needed_names(config)
     # Outside inference mode, in which the host runs its nodes: see store._PackedLinear.
     with torch.inference_mode(False), torch.no_grad():
-        for done, name in enumerate(needed):
-            if len(names.shapes[name]) == 2:
-                is_block = _is_block_matrix(name, names.shapes[name])
-                packed[name] = _pack(names, name, format if is_block else "bf16", quantize_on)
-                packed[name].to(device)
-            else:
+        for done, (name, format) in enumerate(formats.items()):
+            if format is None:
                 plain[name] = names.read(name, quantize_on).to(device)
-            on_progress(done + 1, len(needed))
+            else:
+                packed[name] = _pack(names, name, format, quantize_on)
+                packed[name].to(device)
+            on_progress(done + 1, len(formats))
     return WeightStore(packed, plain)
 
 
