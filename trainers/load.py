@@ -45,6 +45,7 @@ def load_flux(
     Raises:
         ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors.
     """
+    require_format(format)
     path = Path(path)
     files = TensorFiles(model_files(path))
     names = files if "img_in.weight" in files else _DiffusersNames(files)
@@ -61,6 +62,12 @@ def load_flux(
         on_progress=on_progress,
     )
     return LoadedFlux(store, config, key.identity, str(path), format)
+
+
+def require_format(format: str) -> None:
+    """Raises ValueError if there is no such format."""
+    if format not in FORMATS:
+        raise ValueError(f"Unknown format '{format}'. Choose one of: {', '.join(FORMATS)}.")
 
 
 class _DiffusersNames:
@@ -170,14 +177,12 @@ def load_store(
     """Pack tensors one after the other, or read what a load before this one kept under `key`.
 
     Args:
-        formats: what each tensor is kept in, by name: a matrix in a format, None for a plain tensor.
+        formats: by name what a matrix is kept in, or None for a plain tensor.
         num_bytes: of the source; a small one gets no copy.
 
     Raises:
-        ValueError: if the format of `key` is unknown, or cannot hold a matrix.
+        ValueError: if a format cannot hold a matrix.
     """
-    if key.format not in FORMATS:
-        raise ValueError(f"Unknown format '{key.format}'. Choose one of: {', '.join(FORMATS)}.")
     if copies and not (_quantizes(names, formats) and copies.is_worthwhile(num_bytes)):
         copies = None
     store = copies.read(key, torch.device(device), on_progress) if copies else None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .load import load_store
+from .load import load_store, require_format
 from .packed_copy import CopyKey, PackedCopies
 from .store import PackedWeight, WeightStore
 from .tensor_files import TensorFiles, model_files
@@ -112,8 +112,10 @@ def load_text_encoders(
         copies: where T5 is kept once it is quantized, so that the next load only reads it.
 
     Raises:
-        ValueError: if a file is damaged, is another text encoder, or lacks tensors.
+        ValueError: if the format is unknown, or a file is damaged, is another text encoder, or
+            lacks tensors.
     """
+    require_format(format)
     clip_path, t5_path = Path(clip_l), Path(t5xxl)
     clip_files, t5_files = (TensorFiles(model_files(path)) for path in (clip_path, t5_path))
     if _T5_MARK in clip_files:
