@@ -190,8 +190,8 @@ class LoadQuantizedTextEncoders(io.ComfyNode):
                     default="nf4",
                     tooltip="How T5-XXL's weights are kept; in all they take 9.8 GB as bf16. "
                     "nf4, fp4: 3.0 GB. int4: 3.1 GB, with a smaller error than nf4, and needs no "
-                    "bitsandbytes. int8, fp8: 5.1 GB. int2: 2.2 GB, with a large error. bf16: "
-                    "exact.",
+                    "bitsandbytes. int8, fp8: 5.1 GB. int2: 2.2 GB, with three times nf4's error. "
+                    "bf16: as in the file.",
                 ),
                 host.make_input(
                     io.Boolean,
@@ -210,8 +210,7 @@ class LoadQuantizedTextEncoders(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Where the weights are quantized, one matrix after the other. auto: "
-                    "where ComfyUI computes. cpu takes a minute or more, and no memory of the "
-                    "card.",
+                    "where ComfyUI computes. cpu is slower, and takes no memory of the card.",
                 ),
             ],
             outputs=[io.Clip.Output(tooltip="For CLIP Text Encode and Encode Prompts.")],
