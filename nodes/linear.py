@@ -49,7 +49,7 @@ class DensePatches:
         return comfy.lora.calculate_weight(self.patches, copy, self.key)
 
 
-class StoreModule(nn.Module):
+class _InStore(nn.Module):
     """A module whose tensors are looked up in a store by name, and which never moves them."""
 
     def bind(self, store: WeightStore, name: str) -> None:
@@ -63,7 +63,7 @@ class StoreModule(nn.Module):
         """Nothing to load: the store has it."""
 
 
-class StoreLinear(StoreModule, nn.Linear):
+class StoreLinear(_InStore, nn.Linear):
     """A Linear of the host's network over a store."""
 
     def __init__(
@@ -152,7 +152,7 @@ class StoreLinear(StoreModule, nn.Linear):
             destination[f"{prefix}bias"] = self.patched_bias() if is_saved else self.bias
 
 
-class StoreEmbedding(StoreModule, nn.Embedding):
+class StoreEmbedding(_InStore, nn.Embedding):
     """An Embedding of the host's network over a store."""
 
     def __init__(
@@ -193,6 +193,9 @@ class StoreEmbedding(StoreModule, nn.Embedding):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.stored
+
+
+StoreModule = StoreLinear | StoreEmbedding
 
 
 class StoreOps(comfy.ops.manual_cast):
