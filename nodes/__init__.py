@@ -3,13 +3,14 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .dataset import CacheLatents, EncodePrompts, ImageFolderDataset
-from .loaders import LoadQuantizedFlux
+from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
 from .memory import EstimateMemory
 from .train import TrainLora
 
 NODES: list[type[io.ComfyNode]] = [
     LoadQuantizedFlux,
+    LoadQuantizedTextEncoders,
     ImageFolderDataset,
     CacheLatents,
     EncodePrompts,

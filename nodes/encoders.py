@@ -81,7 +81,12 @@ def prompt_encoder(clip: Any, length: int) -> tuple[EncodeTexts, str]:
             _, pooled = clip_l.encode(_token_ids(clip.tokenizer.clip_l, texts, CLIP_LENGTH))
         return _result(embeds), _result(pooled)
 
-    return encode, _identity(clip.patcher, (), lambda name: not name.endswith(_UNUSED_CLIP_PARTS))
+    loaded = getattr(clip.cond_stage_model, "atelier", None)
+    # A state names the packed bytes of a quantized encoder, not their scales: its files tell more.
+    facts = (loaded.identity, loaded.format) if loaded is not None else ()
+    return encode, _identity(
+        clip.patcher, facts, lambda name: not name.endswith(_UNUSED_CLIP_PARTS)
+    )
 
 
 def cut_texts(texts: tuple[str, ...], length: int) -> list[str]:

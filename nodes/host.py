@@ -87,6 +87,11 @@ def model_names(kind: str) -> list[str]:
     return folder_paths.get_filename_list(kind)
 
 
+def embedding_folders() -> list[str]:
+    """Where textual inversions lie."""
+    return folder_paths.get_folder_paths("embeddings")
+
+
 def diffusers_folders() -> dict[str, Path]:
     """Folders in diffusers' layout below models/diffusers, by name."""
     roots = [Path(root) for root in folder_paths.get_folder_paths("diffusers")]

@@ -1,4 +1,5 @@
-"""The Linear of the MODEL face: it looks its weight up in a store, and runs LoRAs beside it."""
+"""The operations of the MODEL and CLIP faces: they look their weights up in a store, and a Linear
+runs LoRAs beside its own."""
 
 from __future__ import annotations
 
@@ -14,9 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..trainers.store import PackedWeight, WeightStore
-
-MODEL_PREFIX = "diffusion_model."
-"""What the host puts before the names of the network's weights in keys of patches."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,22 @@ class DensePatches:
         return comfy.lora.calculate_weight(self.patches, copy, self.key)
 
 
-class StoreLinear(nn.Linear):
-    """A Linear of the host's network whose weight and bias are looked up in a store by name."""
+class _InStore(nn.Module):
+    """A module whose tensors are looked up in a store by name, and which never moves them."""
+
+    def bind(self, store: WeightStore, name: str) -> None:
+        """Compute with `<name>.weight` and `<name>.bias` of `store` from now on."""
+        self._store, self._name = store, name
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        return self  # `.to()` of a parent never moves or casts the store's bytes
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing to load: the store has it."""
+
+
+class StoreLinear(_InStore, nn.Linear):
+    """A Linear of the host's network over a store."""
 
     def __init__(
         self,
@@ -68,10 +80,6 @@ class StoreLinear(nn.Linear):
         self._loras: list[RuntimeLora] = []
         self._dense_weight: DensePatches | None = None
         self._dense_bias: DensePatches | None = None
-
-    def bind(self, store: WeightStore, name: str) -> None:
-        """Compute with `<name>.weight` and `<name>.bias` of `store` from now on."""
-        self._store, self._name = store, name
 
     @property
     def packed(self) -> PackedWeight:
@@ -92,7 +100,7 @@ class StoreLinear(nn.Linear):
         Raises:
             ValueError: if a LoRA has the widths of another model.
         """
-        device, key = self._store.device, f"{MODEL_PREFIX}{self._name}"
+        device = self._store.device
         loras = [_runtime_lora(patch, device) for patch in weight]
         if not all(lora.fits(self.in_features, self.out_features) for lora in loras if lora):
             raise ValueError(
@@ -102,8 +110,8 @@ class StoreLinear(nn.Linear):
         self._patches = weight
         as_dense = any(lora is None for lora in loras)
         self._loras = [] if as_dense else [lora for lora in loras if lora is not None]
-        self._dense_weight = DensePatches(f"{key}.weight", weight) if as_dense else None
-        self._dense_bias = DensePatches(f"{key}.bias", bias) if bias else None
+        self._dense_weight = DensePatches(f"{self._name}.weight", weight) if as_dense else None
+        self._dense_bias = DensePatches(f"{self._name}.bias", bias) if bias else None
 
     def convert_weight(self, weight: Tensor, inplace: bool = False) -> Tensor:
         """What the host calls to turn the stored bytes into a matrix, when it merges models."""
@@ -112,7 +120,7 @@ class StoreLinear(nn.Linear):
     def patched_weight(self) -> Tensor:
         """The matrix [out, in] in bf16 with all patches, for nodes that write it to a file."""
         weight = self.packed.dequantize(torch.float32)
-        patches = DensePatches(f"{MODEL_PREFIX}{self._name}.weight", self._patches)
+        patches = DensePatches(f"{self._name}.weight", self._patches)
         return patches.apply(weight).to(torch.bfloat16)
 
     def patched_bias(self) -> Tensor | None:
@@ -135,9 +143,6 @@ class StoreLinear(nn.Linear):
             lora.add_to(y, x)
         return y
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> StoreLinear:
-        return self  # `.to()` of a parent never moves or casts the store's bytes
-
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         # Saving nodes ask the network itself, and get what computes. The host asks the model around
         # it whenever it wants names, and gets what costs nothing: the stored bytes.
@@ -146,14 +151,58 @@ class StoreLinear(nn.Linear):
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.patched_bias() if is_saved else self.bias
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing to load: the store has it."""
+
+class StoreEmbedding(_InStore, nn.Embedding):
+    """An Embedding of the host's network over a store."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self._patched: Tensor | None = None
+
+    @property
+    def stored(self) -> Tensor:
+        return self._store.plain[f"{self._name}.weight"]
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The table [rows, width] with its patches: the host also reads it without `forward`."""
+        return self.stored if self._patched is None else self._patched
+
+    def set_patches(self, weight: list[tuple], bias: list[tuple]) -> None:
+        """Replace the patches (ComfyUI's tuples) of the table; there is no bias."""
+        dense = DensePatches(f"{self._name}.weight", weight)
+        self._patched = dense.apply(self.stored) if weight else None
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False) -> Tensor:
+        """As that of `StoreLinear`."""
+        return self.stored.to(weight.device, torch.float32, copy=True)
+
+    def patched_weight(self) -> Tensor:
+        """The table in bf16 with all patches."""
+        return self.weight.to(torch.bfloat16)
+
+    def forward(self, input: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return F.embedding(input, self.weight).to(dtype=out_dtype)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.stored
+
+
+StoreModule = StoreLinear | StoreEmbedding
 
 
 class StoreOps(comfy.ops.manual_cast):
-    """The host's operations with every Linear computing from a store."""
+    """The host's operations with every Linear and Embedding computing from a store."""
 
     Linear = StoreLinear
+    Embedding = StoreEmbedding
 
 
 def _runtime_lora(patch: tuple, device: torch.device) -> RuntimeLora | None:

@@ -1,7 +1,7 @@
 """Which encoder a loader node gives, remembered on disk, so that a full cache needs no loader.
 
-A cache is keyed by its encoder's weights, which are unknown until the loader has run. Three loaders
-of ComfyUI give an encoder that depends on nothing but named files and constants. For these the
+A cache is keyed by its encoder's weights, which are unknown until the loader has run. Some loaders
+give an encoder that depends on nothing but named files and constants. For these the
 identity is remembered under the loader's inputs, its files (path, size, times of change), ComfyUI's
 version and dtypes. Any other source (a LoRA in between, a linked name, another pack) is not
 remembered: then the loader runs, and its weights tell.
@@ -23,6 +23,7 @@ _FILE_INPUTS = {
     "VAELoader": {"vae_name": "vae"},
     "CheckpointLoaderSimple": {"ckpt_name": "checkpoints"},
     "DualCLIPLoader": {"clip_name1": "text_encoders", "clip_name2": "text_encoders"},
+    "AtelierLoadQuantizedTextEncoders": {"clip_l": "text_encoders", "t5xxl": "text_encoders"},
 }
 """Loader class to its inputs that name files, and ComfyUI's kind of folder for each."""
 

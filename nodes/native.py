@@ -1,12 +1,13 @@
-"""The MODEL face: ComfyUI's own FLUX network computing with a weight store, and its patcher.
+"""The MODEL and CLIP faces: ComfyUI's own networks computing with a weight store; their patcher.
 
-Every Linear of the network is a `StoreLinear`, so nothing of the host ever merges into, or writes
+Every Linear of the networks is a `StoreLinear`, so nothing of the host ever merges into, or writes
 to, the store.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 import comfy.lora
@@ -15,16 +16,19 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.sd
 import comfy.supported_models
+import comfy.text_encoders.flux as flux_text_encoders
 import comfy.utils
 import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.patcher_extension import CallbacksMP
+from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
 from ..trainers.flux import AXES, LATENT_CHANNELS, FluxConfig, norm_sources
 from ..trainers.load import LoadedFlux
 from ..trainers.store import WeightStore
-from .linear import MODEL_PREFIX, StoreLinear, StoreOps
+from ..trainers.text_encoders import ClipSizes, LoadedTextEncoders, T5Sizes
+from .linear import StoreModule, StoreOps
 
 
 class _Original(NamedTuple):
@@ -99,8 +103,8 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         self.eject_model()
         if unpatch_weights:
             self.unpatch_hooks()
-            for _, linear in self._linears():
-                linear.set_patches([], [])
+            for _, module in self._over_store():
+                module.set_patches([], [])
             self._patch_norms({})
             self.model.current_weight_patches_uuid = None
             if device_to is not None:
@@ -135,22 +139,21 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
     def unpin_all_weights(self) -> None:
         """Nothing: pinning belongs to the store."""
 
-    def _linears(self) -> list[tuple[str, StoreLinear]]:
-        modules = self.model.diffusion_model.named_modules()
-        return [(name, module) for name, module in modules if isinstance(module, StoreLinear)]
+    def _over_store(self) -> list[tuple[str, StoreModule]]:
+        modules = self.model.named_modules()
+        return [(name, module) for name, module in modules if isinstance(module, StoreModule)]
 
     def _set_patches(self, hook_patches: dict[str, list[tuple]]) -> None:
         """Compute with this patcher's patches and those of hooks from now on, and no others."""
         patches = {key: [*patches] for key, patches in self.patches.items()}
         for key, more in hook_patches.items():
             patches[key] = [*patches.get(key, []), *more]
-        for name, linear in self._linears():
-            key = f"{MODEL_PREFIX}{name}"
-            linear.set_patches(patches.pop(f"{key}.weight", []), patches.pop(f"{key}.bias", []))
+        for key, module in self._over_store():
+            module.set_patches(patches.pop(f"{key}.weight", []), patches.pop(f"{key}.bias", []))
         self._patch_norms(patches)
 
     def _patch_norms(self, patches: dict[str, list[tuple]]) -> None:
-        """Patch what is no Linear: the QK-norms' scales, which are copies of the store's."""
+        """Patch what is not looked up: norms, which are copies of the store's."""
         for key, original in self.backup.items():
             _set_parameter(self.model, key, original.weight)
         self.backup.clear()
@@ -164,7 +167,7 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         """The tensor of a key of patches, with its patches."""
         module_name, _, end = key.rpartition(".")
         module = self.model.get_submodule(module_name)
-        if not isinstance(module, StoreLinear):
+        if not isinstance(module, StoreModule):
             return getattr(module, end)
         patched = module.patched_weight() if end == "weight" else module.patched_bias()
         assert patched is not None
@@ -198,7 +201,7 @@ def build_model(loaded: LoadedFlux, compute_dtype: torch.dtype) -> StorePatcher:
         )
         model = model_config.get_model({}, device=torch.device("cpu"))
         for name, module in model.diffusion_model.named_modules():
-            if isinstance(module, StoreLinear):
+            if isinstance(module, StoreModule):
                 module.bind(loaded.store, name)
         model.load_model_weights(_norm_scales(loaded))
     model.atelier = loaded
@@ -242,6 +245,91 @@ def _unet_config(config: FluxConfig) -> dict[str, Any]:
 def _norm_scales(loaded: LoadedFlux) -> dict[str, Tensor]:
     names = [f"{name}.scale" for name in norm_sources(loaded.config).values()]
     return {name: loaded.store.plain[name].clone() for name in names}
+
+
+class StoreClip(comfy.sd.CLIP):
+    """A CLIP over a store. Nodes that save it get what computes: bf16 matrices with its LoRAs.
+
+    ComfyUI takes the state of the networks both to save them and to learn names, which must cost
+    nothing; so the two are told apart here.
+    """
+
+    def clone(self, **newer: Any) -> StoreClip:
+        clone = super().clone(**newer)
+        clone.__class__ = StoreClip  # the host makes its own class
+        return clone
+
+    def get_sd(self) -> dict[str, Tensor]:
+        return self.patcher.model_state_dict("")
+
+    state_dict_for_saving = get_sd  # what newer versions call
+
+
+def build_text_encoders(loaded: LoadedTextEncoders, embeddings: list[str]) -> StoreClip:
+    """A true ComfyUI CLIP of FLUX's kind over `loaded.store`, computing in float32 as all do.
+
+    Args:
+        embeddings: folders of textual inversions.
+    """
+    options = {
+        "clip_l_model_config": _clip_l_config(loaded.clip_l),
+        "t5xxl_model_config": _t5xxl_config(loaded.t5xxl),
+        "custom_operations": StoreOps,
+        "dtype": torch.bfloat16,
+        # Norms are filled below; elsewhere the host would load the patcher that is replaced.
+        "initial_device": torch.device("meta"),
+    }
+    target = ClipTarget(
+        flux_text_encoders.FluxTokenizer, flux_text_encoders.flux_clip(dtype_t5=torch.bfloat16)
+    )
+    newer = {"disable_dynamic": True}  # from 2026 on; ours is none either
+    known = inspect.signature(comfy.sd.CLIP.__init__).parameters
+    with torch.inference_mode(False):
+        clip = StoreClip(
+            target,
+            embedding_directory=embeddings,
+            tokenizer_data={"clip_l_max_length": loaded.clip_l.num_positions},
+            model_options=options,
+            **{name: value for name, value in newer.items() if name in known},
+        )
+        networks = clip.cond_stage_model
+        for name, module in networks.named_modules():
+            if isinstance(module, StoreModule):
+                module.bind(loaded.store, _store_name(name))
+        for name, parameter in [*networks.named_parameters()]:
+            if parameter.is_meta:
+                stored = loaded.store.plain[_store_name(name)]
+                comfy.utils.set_attr_param(networks, name, stored.clone())
+    networks.atelier = loaded
+    replaced = clip.patcher
+    clip.patcher = StorePatcher(networks, replaced.load_device, replaced.offload_device)
+    clip.patcher.is_clip, clip.patcher.hook_mode = True, replaced.hook_mode
+    return clip
+
+
+def _store_name(name: str) -> str:
+    """`t5xxl.encoder.….weight` of the host's `t5xxl.transformer.encoder.….weight`."""
+    return name.replace(".transformer.", ".", 1)
+
+
+def _clip_l_config(sizes: ClipSizes) -> dict[str, int]:
+    return {
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.feed_forward,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.num_heads,
+        "max_position_embeddings": sizes.num_positions,
+    }
+
+
+def _t5xxl_config(sizes: T5Sizes) -> dict[str, int]:
+    return {
+        "d_model": sizes.width,
+        "d_ff": sizes.feed_forward,
+        "num_layers": sizes.depth,
+        "num_heads": sizes.num_heads,
+        "d_kv": sizes.head_size,
+    }
 
 
 def loaded_flux(model: Any) -> LoadedFlux:

@@ -1,9 +1,10 @@
-"""FLUX files into a weight store, tensor by tensor: original and diffusers names."""
+"""Files into a weight store, tensor by tensor; FLUX in original and diffusers names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,37 +52,36 @@ def load_flux(
     Args:
         copies: where what had to be quantized is kept, so that the next load only reads it.
         streaming: a value of config.STREAMING. With "disk" the matrices of the blocks stay in the
-            copy, and `device` must be the CPU.
+            copy, and the rest is on the CPU first.
 
     Raises:
         ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors, or there is no copy to
             stream from.
     """
-    require(format in FORMATS, f"Unknown format '{format}'. Choose one of: {', '.join(FORMATS)}.")
+    require_format(format)
     require(
         streaming in STREAMING,
         f"Unknown block streaming '{streaming}'. Choose one of: {', '.join(STREAMING)}.",
     )
     path = Path(path)
-    names, config = _open(path)
-    files = names.files
+    names, files, config = _open(path)
+    formats = _tensor_formats(names, config, format)
     key = CopyKey(path, files.identity(), format)
-    devices = (torch.device(quantize_on), torch.device(device))
-
-    def pack() -> WeightStore:
-        return _pack_all(names, config, format, devices, on_progress)
-
     if streaming == "disk":
+        devices = (torch.device(quantize_on), torch.device("cpu"))
+        pack = partial(_pack_all, names, formats, devices, on_progress)
         store = _open_copy(copies, key, pack, on_progress)
     else:
-        quantizes = _quantizes(names, config, format)
-        if copies and not (quantizes and copies.is_worthwhile(files.num_bytes)):
-            copies = None
-        store = copies.read(key, devices[1], on_progress) if copies else None
-        if store is None:
-            store = pack()
-            if copies and copies.writes:
-                copies.write(key, store, on_progress)
+        store = load_store(
+            names,
+            formats,
+            key,
+            num_bytes=files.num_bytes,
+            device=device,
+            quantize_on=quantize_on,
+            copies=copies,
+            on_progress=on_progress,
+        )
     store.streaming = streaming
     return LoadedFlux(store, config, key.identity, str(path), format)
 
@@ -126,31 +126,19 @@ def inspect_flux(path: str | Path) -> FluxFile:
     Raises:
         ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors.
     """
-    names, config = _open(Path(path))
+    names, _, config = _open(Path(path))
     return FluxFile(config, names.packed_format("double_blocks.0.img_mlp.0.weight"))
 
 
-def _open(path: Path) -> tuple[_Names, FluxConfig]:
+def _open(path: Path) -> tuple[_Names, TensorFiles, FluxConfig]:
     files = TensorFiles(model_files(path))
-    names = _OriginalNames(files) if "img_in.weight" in files else _DiffusersNames(files)
-    return names, FluxConfig.from_shapes(_checked_shapes(names, path))
+    names = files if "img_in.weight" in files else _DiffusersNames(files)
+    return names, files, FluxConfig.from_shapes(_checked_shapes(names, files, path))
 
 
-class _OriginalNames:
-    """Tensors of a file in the original names."""
-
-    def __init__(self, files: TensorFiles) -> None:
-        self.files = files
-        self.shapes = files.shapes
-
-    def read(self, name: str, device: torch.device) -> Tensor:
-        return self.files.read(name, device)
-
-    def packed_format(self, name: str) -> str | None:
-        return self.files.packed_format(name)
-
-    def read_packed(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.files.read_packed(name)
+def require_format(format: str) -> None:
+    """Raises ValueError if there is no such format."""
+    require(format in FORMATS, f"Unknown format '{format}'. Choose one of: {', '.join(FORMATS)}.")
 
 
 class _DiffusersNames:
@@ -181,7 +169,7 @@ class _DiffusersNames:
         return torch.cat(data), torch.cat(scales)
 
 
-_Names = _OriginalNames | _DiffusersNames
+_Names = TensorFiles | _DiffusersNames
 
 
 def _diffusers_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[str]]:
@@ -206,10 +194,10 @@ def _diffusers_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[str]]
     return {name: sources for name, sources in parts.items() if all(s in shapes for s in sources)}
 
 
-def _checked_shapes(names: _Names, path: Path):
+def _checked_shapes(names: _Names, files: TensorFiles, path: Path):
     """The shapes under original names, after all that makes a FLUX.1 has been found."""
     shapes = names.shapes
-    if "double_stream_modulation_img.lin.weight" in names.files:
+    if "double_stream_modulation_img.lin.weight" in files:
         raise ValueError(f"'{path.name}' is a FLUX.2 model. This node loads FLUX.1 models.")
     essential = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight")
     absent = _first_missing(essential, shapes)
@@ -235,33 +223,74 @@ def _needed_names(config: FluxConfig) -> list[str]:
     return weights + [f"{name}.scale" for name in norm_sources(config).values()]
 
 
-def _quantizes(names: _Names, config: FluxConfig, format: str) -> bool:
+def _tensor_formats(names: _Names, config: FluxConfig, format: str) -> dict[str, str | None]:
+    """What each tensor is kept in: the block matrices in `format`, other matrices in bf16."""
+    formats: dict[str, str | None] = {}
+    for name in _needed_names(config):
+        shape = names.shapes[name]
+        formats[name] = format if is_block_matrix(name, shape) else "bf16"
+        if len(shape) != 2:
+            formats[name] = None
+    return formats
+
+
+def load_store(
+    names: _Names,
+    formats: dict[str, str | None],
+    key: CopyKey,
+    *,
+    num_bytes: int,
+    device: torch.device | str = "cpu",
+    quantize_on: torch.device | str = "cpu",
+    copies: PackedCopies | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> WeightStore:
+    """Pack tensors one after the other, or read what a load before this one kept under `key`.
+
+    Args:
+        formats: by name what a matrix is kept in, or None for a plain tensor.
+        num_bytes: of the source; a small one gets no copy.
+
+    Raises:
+        ValueError: if a format cannot hold a matrix.
+    """
+    if copies and not (_quantizes(names, formats) and copies.is_worthwhile(num_bytes)):
+        copies = None
+    store = copies.read(key, torch.device(device), on_progress) if copies else None
+    if store is None:
+        devices = (torch.device(quantize_on), torch.device(device))
+        store = _pack_all(names, formats, devices, on_progress)
+        if copies and copies.writes:
+            copies.write(key, store, on_progress)
+    return store
+
+
+def _quantizes(names: _Names, formats: dict[str, str | None]) -> bool:
     """Whether a load computes anything: not for bf16, nor where the file has the bytes already."""
-    matrices = [n for n in _needed_names(config) if is_block_matrix(n, names.shapes[n])]
-    return format != "bf16" and any(names.packed_format(name) != format for name in matrices)
+    return any(
+        format not in (None, "bf16") and names.packed_format(name) != format
+        for name, format in formats.items()
+    )
 
 
 def _pack_all(
     names: _Names,
-    config: FluxConfig,
-    format: str,
+    formats: dict[str, str | None],
     devices: tuple[torch.device, torch.device],
     on_progress: Callable[[int, int], None],
 ) -> WeightStore:
     quantize_on, device = devices
     packed: dict[str, PackedWeight] = {}
     plain: dict[str, Tensor] = {}
-    needed = _needed_names(config)
     # Outside inference mode, in which the host runs its nodes: see store._PackedLinear.
     with torch.inference_mode(False), torch.no_grad():
-        for done, name in enumerate(needed):
-            if len(names.shapes[name]) == 2:
-                is_block = is_block_matrix(name, names.shapes[name])
-                packed[name] = _pack(names, name, format if is_block else "bf16", quantize_on)
-                packed[name].to(device)
-            else:
+        for done, (name, format) in enumerate(formats.items()):
+            if format is None:
                 plain[name] = names.read(name, quantize_on).to(device)
-            on_progress(done + 1, len(needed))
+            else:
+                packed[name] = _pack(names, name, format, quantize_on)
+                packed[name].to(device)
+            on_progress(done + 1, len(formats))
     return WeightStore(packed, plain)
 
 

@@ -48,7 +48,7 @@ def resident_blocks(sizes: Sequence[int], room: float) -> frozenset[int]:
     if sum(sizes) <= room:
         return frozenset(range(len(sizes)))
     order = _spread(len(sizes))
-    kept = len(order) - 1
+    kept = max(0, len(order) - 1)
     while kept and _bytes_on_device(sizes, order[:kept]) > room:
         kept -= 1
     return frozenset(order[:kept])

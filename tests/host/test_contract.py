@@ -19,6 +19,13 @@ FROZEN = {
         ],
         ["MODEL MODEL", "CLIP CLIP", "VAE VAE"],
     ),
+    "AtelierLoadQuantizedTextEncoders": (
+        [
+            *("clip_l COMBO", "t5xxl COMBO", "format COMBO", "keep_copy? BOOLEAN"),
+            "quantize_on? COMBO",
+        ],
+        ["CLIP CLIP"],
+    ),
     "AtelierImageFolderDataset": (
         [
             *("folder COMBO", "width INT", "height INT", "mode COMBO", "repeats INT"),
