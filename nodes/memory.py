@@ -93,6 +93,11 @@ class EstimateMemory(io.ComfyNode):
                     tooltip="Compute each block a second time in the backward pass, as in Train "
                     "LoRA.",
                 ),
+                io.Boolean.Input(
+                    "activations_in_ram",
+                    default=False,
+                    tooltip="Keep what the backward pass needs in system memory, as in Train LoRA.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[

@@ -17,7 +17,13 @@ from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings
 from ..trainers.files import write_atomically
 from ..trainers.load import LoadedFlux
-from ..trainers.memory import estimate_training
+from ..trainers.memory import (
+    Workload,
+    describe,
+    estimate_training,
+    least_bytes,
+    what_would_fit,
+)
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
@@ -141,9 +147,11 @@ class Session:
 
     def _take_device(self) -> None:
         """Ask the host to have the base model on the device, and room for the training."""
-        workload = loop.workload(self._job, self._data, host.compute_device())
-        needed = estimate_training(self._base.config, self._base.format, workload)
+        needed = estimate_training(self._base.config, self._base.format, self._workload())
         to_training_device(self._model, needed.beside_weights)
+
+    def _workload(self) -> Workload:
+        return loop.workload(self._job, self._data, host.compute_device())
 
     def _on_start(self, step: int, num_steps: int) -> None:
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
@@ -151,9 +159,25 @@ class Session:
             lines.append(f"The run goes on from step {step}.")
         if not host.is_deterministic():
             lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
+        if step < num_steps:
+            lines += self._preflight()
         host.show_text("\n".join(lines), self._node_id)
         if step < num_steps:
             self._take_device()
+
+    def _preflight(self) -> list[str]:
+        """What the training will take, in sentences.
+
+        Raises:
+            ValueError: if the device has not enough memory for it.
+        """
+        facts = (self._base.config, self._base.format, self._workload())
+        free_bytes = host.free_memory()
+        if host.compute_device().type == "cpu":  # the weights are there already
+            free_bytes += self._base.store.num_bytes
+        if least_bytes(*facts) > free_bytes:
+            raise ValueError("\n".join(what_would_fit(*facts, free_bytes=free_bytes)))
+        return describe(*facts, free_bytes=free_bytes)
 
     def _on_step(self, step: loop.Step) -> None:
         minutes, seconds = divmod(round(step.seconds_left), 60)

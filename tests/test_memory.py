@@ -17,6 +17,7 @@ from atelier.trainers.memory import (
     choose_format,
     describe,
     estimate_training,
+    least_bytes,
     store_bytes,
 )
 from atelier.trainers.optimizers import make_adamw8bit
@@ -114,18 +115,33 @@ def test_activations_in_ram_leave_the_device() -> None:
     assert inputs <= estimates[0] - estimates[1] < estimates[0] * 0.9
 
 
+def test_streaming_leaves_two_blocks_and_what_is_outside_of_blocks() -> None:
+    shapes = flux_shapes(**SIZES)
+    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
+    in_blocks = {n for n, s in shapes.items() if "_blocks." in n and len(s) == 2}
+    largest = sum(sizes[name] for name in in_blocks if name.startswith("double_blocks.0."))
+    outside = sum(size for name, size in sizes.items() if name not in in_blocks)
+    needed = estimate_training(CONFIG, "bf16", workload())
+    least = least_bytes(CONFIG, "bf16", workload())
+    assert least == outside + 2 * largest + needed.beside_weights
+
+
 def test_what_does_not_fit_is_answered_by_what_does() -> None:
     work = workload(gradient_checkpointing=False)
-    smallest = estimate_training(CONFIG, "nf4", workload(batch_size=1)).total
-    with_checkpointing = estimate_training(CONFIG, "bf16", workload()).total
-    lines = describe(CONFIG, "bf16", work, free_bytes=with_checkpointing)
-    assert any(line.startswith("It does not fit: ") for line in lines)
-    assert any(line.startswith("Gradient checkpointing needs ") for line in lines)
-    assert not any(line.startswith("No single change") for line in lines)
-    lines = describe(CONFIG, "bf16", work, free_bytes=smallest // 2)
-    assert lines[-1].startswith("No single change")
-    lines = describe(CONFIG, "bf16", work, free_bytes=10 * with_checkpointing)
-    assert lines[-1].startswith("It fits: ")
+    whole = estimate_training(CONFIG, "bf16", work).total
+    streamed = least_bytes(CONFIG, "bf16", work)
+    with_checkpointing = least_bytes(CONFIG, "bf16", workload())
+    assert with_checkpointing < streamed < whole
+
+    def said(free_bytes: int) -> list[str]:
+        return describe(CONFIG, "bf16", work, free_bytes=free_bytes)
+
+    assert said(whole)[-1].startswith("It fits: ")
+    assert said(streamed)[-1].startswith("It fits when blocks are streamed")
+    lines = said(with_checkpointing)
+    assert any(line.startswith("This training does not fit: ") for line in lines)
+    assert any(line.startswith("With gradient_checkpointing ") for line in lines)
+    assert said(0)[-1].startswith("No single change is enough")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from .flux import (
     original_linears,
     velocity,
 )
-from .formats import FORMATS
 from .load import FluxFile
 from .store import PackedWeight, WeightStore
 
@@ -45,7 +45,7 @@ a larger error; below nf4 the error is so large that streaming nf4 is the better
 
 _NOTHING_FITS = (
     "No single change is enough: take smaller pictures, a batch size of 1, gradient_checkpointing "
-    "and the format nf4 together."
+    "and activations_in_ram together."
 )
 _SMALLEST_8BIT = 4096
 _OPTIMIZER_GROUP = 256
@@ -136,6 +136,14 @@ def choose_format(file: FluxFile, free_bytes: int) -> str:
     return next(fitting, AUTO_FORMATS[-1])
 
 
+def least_bytes(config: FluxConfig, format: str, workload: Workload) -> int:
+    """Bytes of the device that a training takes with every block streamed."""
+    needed = estimate_training(config, format, workload)
+    store = _shapes_only(config, format, FakeTensorMode())
+    store.streaming = "ram"
+    return store.wanted_bytes + needed.beside_weights
+
+
 def describe(config: FluxConfig, format: str, workload: Workload, *, free_bytes: int) -> list[str]:
     """Sentences for a user: what the training takes, whether it fits, and what would fit."""
     needed = estimate_training(config, format, workload)
@@ -148,25 +156,49 @@ def describe(config: FluxConfig, format: str, workload: Workload, *, free_bytes:
     ]
     if needed.total <= free_bytes:
         return [*lines, f"It fits: {_gb(free_bytes)} are free."]
-    lines.append(f"It does not fit: {_gb(free_bytes)} are free.")
+    least = least_bytes(config, format, workload)
+    if least > free_bytes:
+        return [*lines, *what_would_fit(config, format, workload, free_bytes=free_bytes)]
+    lines.append(
+        f"It fits when blocks are streamed from system memory, as block_streaming auto does: "
+        f"{_gb(free_bytes)} are free, and {_gb(least)} are needed at least."
+    )
+    return lines
+
+
+def what_would_fit(
+    config: FluxConfig, format: str, workload: Workload, *, free_bytes: int
+) -> list[str]:
+    """Sentences for a training that does not fit even with every block streamed."""
+    least = least_bytes(config, format, workload)
     fitting = [line for line, size in _smaller(config, format, workload) if size <= free_bytes]
-    return [*lines, *(fitting or [_NOTHING_FITS])]
+    return [
+        f"This training does not fit: {_gb(least)} of the device's memory are needed with every "
+        f"block streamed, and {_gb(free_bytes)} are free.",
+        *(fitting or [_NOTHING_FITS]),
+    ]
 
 
 def _smaller(config: FluxConfig, format: str, workload: Workload) -> Iterator[tuple[str, int]]:
-    """Single changes that take less memory, as sentences for when they fit, and the bytes."""
+    """Single changes that take less memory: a sentence for when it fits, and the bytes."""
+    replace = partial(dataclasses.replace, workload)
     if not workload.gradient_checkpointing:
-        other = dataclasses.replace(workload, gradient_checkpointing=True)
-        size = estimate_training(config, format, other).total
-        yield f"Gradient checkpointing needs {_gb(size)}, which fits.", size
+        size = least_bytes(config, format, replace(gradient_checkpointing=True))
+        yield f"With gradient_checkpointing {_gb(size)} are enough.", size
+    if not workload.activations_in_ram:
+        size = least_bytes(config, format, replace(activations_in_ram=True))
+        yield f"With activations_in_ram {_gb(size)} are enough.", size
     if workload.batch_size > 1:
-        other = dataclasses.replace(workload, batch_size=1)
-        size = estimate_training(config, format, other).total
-        yield f"A batch size of 1 needs {_gb(size)}, which fits.", size
-    names = list(FORMATS)
-    for name in names[names.index(format) + 1 :]:
-        size = estimate_training(config, name, workload).total
-        yield f"The format {name} needs {_gb(size)}, which fits.", size
+        size = least_bytes(config, format, replace(batch_size=1))
+        yield f"With a batch size of 1 {_gb(size)} are enough.", size
+    half = replace(width=_half(workload.width), height=_half(workload.height))
+    size = least_bytes(config, format, half)
+    yield f"With pictures of {half.width}x{half.height} {_gb(size)} are enough.", size
+
+
+def _half(pixels: int) -> int:
+    """Half of a side, a multiple of 16."""
+    return max(16, pixels // 32 * 16)
 
 
 def _gb(num_bytes: int) -> str:

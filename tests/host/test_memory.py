@@ -26,6 +26,7 @@ def estimate(**inputs: Any) -> Graph:
         "targets": "qlora",
         "compute_dtype": "bf16",
         "gradient_checkpointing": True,
+        "activations_in_ram": False,
     }
     return {"estimate": node("AtelierEstimateMemory", **{**settings, **inputs})}
 
@@ -54,7 +55,7 @@ def test_it_says_when_it_does_not_fit(server: ComfyServer) -> None:
     huge = {"width": 8192, "height": 8192, "batch_size": 256, "gradient_checkpointing": False}
     _, outputs = shown(server, estimate(**huge))
     (report,) = outputs["estimate"]["text"]
-    assert "It does not fit: " in report
+    assert "This training does not fit: " in report
 
 
 @pytest.mark.parametrize("format", RESERVE_GB)
