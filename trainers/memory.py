@@ -247,15 +247,15 @@ def _shapes_only(config: FluxConfig, format: str, shapes_only: FakeTensorMode) -
     plain: dict[str, Tensor] = {}
     with shapes_only:
         for name, parts in original_linears(config).items():
-            linears = [network.get_submodule(part) for part in parts]
+            linears: list[Any] = [network.get_submodule(part) for part in parts]
             rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
             matrix = torch.empty(rows, columns, dtype=torch.bfloat16)
             kept = format if is_block_matrix(f"{name}.weight", matrix.shape) else "bf16"
             packed[f"{name}.weight"] = PackedWeight.pack(matrix, kept)
             plain[f"{name}.bias"] = torch.empty(rows, dtype=torch.bfloat16)
         for ours, theirs in norm_sources(config).items():
-            size = network.get_submodule(ours).weight.shape
-            plain[f"{theirs}.scale"] = torch.empty(size, dtype=torch.bfloat16)
+            norm: Any = network.get_submodule(ours)
+            plain[f"{theirs}.scale"] = torch.empty(norm.weight.shape, dtype=torch.bfloat16)
         return WeightStore(packed, plain)
 
 
