@@ -25,6 +25,9 @@ ROOT = environment.ROOT
 # With the folder that we are in off sys.path: there our `nodes` would hide ComfyUI's.
 PYTEST = "import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.main())"
 
+# Two files at a time, each in a process with a ComfyUI of its own.
+WHOLE_SUITE = ["-n", "2", "--dist", "loadfile"]
+
 
 def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -93,7 +96,8 @@ def main() -> int:
     if prepared.is_own:
         variables["ATELIER_OWN_COMFYUI"] = "1"
     if options.command == "test":
-        return wait_for([prepared.python, "-c", PYTEST, *others], variables, cwd=ROOT)
+        arguments = others or WHOLE_SUITE
+        return wait_for([prepared.python, "-c", PYTEST, *arguments], variables, cwd=ROOT)
     if options.command == "demo":
         shutil.rmtree(options.home, ignore_errors=True)
     return wait_for([prepared.python, ROOT / "scripts" / "commands.py", *sys.argv[1:]], variables)
