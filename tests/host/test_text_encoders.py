@@ -40,6 +40,8 @@ MLP = "text_model_encoder_layers_1_mlp_fc1"
 """A LoRA's name of the MLP, [512, 128], of the second layer of CLIP-L."""
 EXTRAS = ("flux", "hooks", "model_merging")
 TOLERANCE = 2e-5
+SERVED = {"clip_l": "small_clip_l.safetensors", "t5xxl": "small_t5xxl.safetensors"}
+"""Files of the server, which other tests share: their graphs must not find these by true names."""
 
 Tensors = dict[str, Tensor]
 
@@ -440,7 +442,9 @@ def models(server: ComfyServer) -> Path:
     """Small text encoders that fit the nano FLUX, as single files and in diffusers' layout."""
     folder = server.base_directory / "models"
     clip = text_files.random_tensors(text_files.clip_shapes(width=64))
-    write_pair(folder / "text_encoders", clip, small_t5())
+    (folder / "text_encoders").mkdir(parents=True, exist_ok=True)
+    for tensors, name in zip((clip, small_t5()), SERVED.values(), strict=True):
+        save_file(tensors, folder / "text_encoders" / name)
     whole_folder = write_folder(folder / "diffusers" / "text", clip, small_t5())
     (whole_folder / "transformer").mkdir()
     flux = whole_folder / "transformer" / "flux.safetensors"
@@ -459,7 +463,7 @@ def picture_graph(clip: list) -> Graph:
         "nano": node(
             "AtelierLoadQuantizedFlux", model="nano (built in)", format="bf16", compute_dtype="fp32"
         ),
-        "clip": loader(format="bf16"),
+        "clip": loader(format="bf16", **SERVED),
         "text": node("CLIPTextEncode", clip=clip, text="a red circle"),
         "guided": node("FluxGuidance", conditioning=["text", 0], guidance=2.5),
         "empty": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
@@ -479,13 +483,16 @@ def test_a_server_paints_the_picture_of_its_own_text_encoders(
 
 def test_the_server_offers_the_files_of_text_encoders(server: ComfyServer, models: Path) -> None:
     info = server.object_info()["AtelierLoadQuantizedTextEncoders"]["input"]["required"]
-    for name in ("clip_l", "t5xxl"):
+    for name in SERVED:
         offered = info[name][1]["options"] if info[name][0] == "COMBO" else info[name][0]
-        assert {CLIP_L, T5XXL} <= {*offered}
+        assert {*SERVED.values()} <= {*offered}
 
 
 def test_a_wrong_file_is_one_sentence_in_the_error_box(server: ComfyServer, models: Path) -> None:
-    graph = {"load": loader(clip_l=T5XXL), "end": node("PreviewAny", source=["load", 0])}
+    graph = {
+        "load": loader(**{**SERVED, "clip_l": SERVED["t5xxl"]}),
+        "end": node("PreviewAny", source=["load", 0]),
+    }
     with pytest.raises(GraphError, match=r"is not a whole CLIP-L text encoder") as caught:
         server.run(graph)
     assert str(caught.value).startswith("AtelierLoadQuantizedTextEncoders (load): ")
@@ -494,13 +501,19 @@ def test_a_wrong_file_is_one_sentence_in_the_error_box(server: ComfyServer, mode
 
 def test_a_pickle_is_refused_before_the_graph_runs(server: ComfyServer, models: Path) -> None:
     torch.save({"shared.weight": torch.zeros(4, 4)}, models / "text_encoders" / "old.bin")
-    graph = {"load": loader(t5xxl="old.bin"), "end": node("PreviewAny", source=["load", 0])}
+    graph = {
+        "load": loader(**{**SERVED, "t5xxl": "old.bin"}),
+        "end": node("PreviewAny", source=["load", 0]),
+    }
     with pytest.raises(GraphError, match=re.escape("'old.bin' is a pickle")):
         server.run(graph)
 
 
 def test_a_gpu_that_is_not_there_is_one_sentence(server: ComfyServer, models: Path) -> None:
     assert host.compute_device().type == "cpu"
-    graph = {"load": loader(quantize_on="gpu"), "end": node("PreviewAny", source=["load", 0])}
+    graph = {
+        "load": loader(**SERVED, quantize_on="gpu"),
+        "end": node("PreviewAny", source=["load", 0]),
+    }
     with pytest.raises(GraphError, match=r"There is no GPU to quantize on"):
         server.run(graph)
