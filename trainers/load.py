@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import STREAMING, require
+from .devices import give_back_memory
 from .flux import (
     FINAL_MODULATION,
     FluxConfig,
@@ -290,6 +291,7 @@ def _pack_all(
             else:
                 packed[name] = _pack(names, name, format, quantize_on)
                 packed[name].to(device)
+                give_back_memory()
             on_progress(done + 1, len(formats))
     return WeightStore(packed, plain)
 
