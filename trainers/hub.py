@@ -72,6 +72,9 @@ def _downloaded(hub_id: str, on_progress: Callable[[int, int], None]) -> Path:
         RepositoryNotFoundError,
     )
 
+    # requests' errors are OSErrors, hf_xet's are RuntimeErrors; those of httpx, which the hub uses
+    # from 1.0 on, have only this base.
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         names = _flux_files(hub_id, HfApi().list_repo_files(hub_id))
         for done, name in enumerate(names):
@@ -93,9 +96,7 @@ def _downloaded(hub_id: str, on_progress: Callable[[int, int], None]) -> Path:
             f"There is no repository '{hub_id}' at {ENDPOINT}, or it is private. Check its name; "
             "for a private one log in with `hf auth login`, or start ComfyUI with HF_TOKEN set."
         ) from error
-    # requests' errors are OSErrors, those of httpx (hub 1 and newer) have a base of the hub's own,
-    # and hf_xet's are RuntimeErrors.
-    except (OSError, RuntimeError, *HfHubHTTPError.__bases__) as error:
+    except (OSError, RuntimeError, http_error) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise not_written(_repository(hub_id), error) from error
         is_answer = isinstance(error, HfHubHTTPError)
