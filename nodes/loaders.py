@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..trainers.config import COMPUTE_DTYPES, STREAMING
 from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.formats import FORMATS
+from ..trainers.hub import fetch_flux, require_hub_id
 from ..trainers.load import inspect_flux, load_flux
 from ..trainers.memory import choose_format, store_bytes
 from ..trainers.packed_copy import PackedCopies
@@ -120,6 +121,16 @@ class LoadQuantizedFlux(io.ComfyNode):
                     "in RAM, which needs the least memory of the GPU. disk: all in the quantized "
                     "copy in output/atelier/packed, which needs the least RAM too.",
                 ),
+                host.make_input(
+                    io.String,
+                    "hub_id",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="A Hugging Face repository that takes the place of model, such as "
+                    "black-forest-labs/FLUX.1-dev. It is downloaded once, into the hub's own "
+                    "cache. When this is empty, nothing is downloaded.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -130,18 +141,22 @@ class LoadQuantizedFlux(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None) -> bool | str:
-        if model is None:  # a linked input is not known yet
+    def validate_inputs(cls, model: str | None, hub_id: str | None = "") -> bool | str:
+        if model is None or hub_id is None:  # a linked input is not known yet
             return True
         try:
-            model_files(model_path(model))
+            if hub_id:
+                require_hub_id(hub_id)
+            else:
+                model_files(model_path(model))
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **_: Any) -> list[_FileState]:
-        return _file_states(model_files(model_path(model)))
+    def fingerprint_inputs(cls, model: str, hub_id: str | None = "", **_: Any) -> list[_FileState]:
+        # What is in the hub's cache stays: only its id tells one model from another.
+        return [] if hub_id else _file_states(model_files(model_path(model)))
 
     @classmethod
     def execute(
@@ -153,8 +168,10 @@ class LoadQuantizedFlux(io.ComfyNode):
         quantize_on: str = QUANTIZE_ON[0],
         reserve_gb: float = 2.0,
         block_streaming: str = STREAMING[0],
+        hub_id: str = "",
     ) -> io.NodeOutput:
-        path = model_path(model)
+        progress = host.Progress()
+        path = fetch_flux(hub_id, progress.update) if hub_id else model_path(model)
         if format == AUTO:
             format = _best_format(path, reserve_gb, cls.hidden.unique_id)
         loaded = load_flux(
@@ -164,10 +181,12 @@ class LoadQuantizedFlux(io.ComfyNode):
             quantize_on=_quantize_device(quantize_on),
             copies=_copies(keep_copy, block_streaming),
             streaming=block_streaming,
-            on_progress=host.Progress().update,
+            on_progress=progress.update,
         )
         dtype = resolve_dtype(compute_dtype, host.compute_device())
-        return io.NodeOutput(build_model(loaded, dtype), *_clip_and_vae(path, model))
+        return io.NodeOutput(
+            build_model(loaded, dtype), *_clip_and_vae(path, "" if hub_id else model)
+        )
 
 
 def model_names() -> list[str]:

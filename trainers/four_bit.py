@@ -45,10 +45,10 @@ class FourBit:
 
     @property
     def store_format(self) -> str | None:
-        """The format of the store with the same bytes: NF4, where no block crosses rows."""
-        group = FORMATS["nf4"].group
+        """The format of the store with the same bytes, where no block crosses rows."""
+        group = FORMATS["nf4"].group  # and that of fp4
         is_same = self.block_size == group and self.shape[-1] % group == 0
-        return "nf4" if self.kind == "nf4" and is_same else None
+        return self.kind if is_same and self.kind in ("nf4", "fp4") else None
 
     def load(self, tensors: dict[str, Tensor], device: torch.device):
         """bitsandbytes' own state of the matrix, from the tensors beside it.

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A running ComfyUI on the CPU with this pack: `server.run(graph)` returns what came out."""
+    with running(tmp_path_factory.mktemp("comfyui")) as server:
+        yield server
 
+
+@pytest.fixture
+def server_without_caches(tmp_path: Path) -> Iterator[ComfyServer]:
+    """One that forgets what nodes gave as soon as the nodes after them have it."""
+    with running(tmp_path, "--cache-none") as server:
+        yield server
+
+
+@contextmanager
+def running(base: Path, *arguments: str) -> Iterator[ComfyServer]:
     def end_tests(*_: object) -> None:
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, end_tests)
-    base = tmp_path_factory.mktemp("comfyui")
     try:
-        with ComfyServer(COMFYUI, base, arguments=("--cpu",)) as running:
-            yield running
+        with ComfyServer(COMFYUI, base, arguments=("--cpu", *arguments)) as server:
+            yield server
     finally:
         signal.signal(signal.SIGTERM, previous)

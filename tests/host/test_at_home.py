@@ -22,7 +22,7 @@ import torch
 from atelier.nodes.native import StorePatcher, build_model
 from atelier.trainers.load import load_flux
 from atelier.trainers.packed_copy import PackedCopies
-from core_flux import core_model
+from core_flux import core_controlnet, core_model
 from executor import Give, Keep, Runner
 from flux_files import write_flux
 from graphs import Graph, node
@@ -35,7 +35,7 @@ STEPS = 2
 CPU = torch.device("cpu")
 EXTRAS = [
     *("custom_sampler", "edit_model", "flux", "hooks"),
-    *("lora_extract", "model_advanced", "model_merging"),
+    *("lora_extract", "model_advanced", "model_merging", "torch_compile"),
 ]
 
 
@@ -172,6 +172,18 @@ GRAPHS: dict[str, Graph] = {
     "reference latents": {
         "told": node("ReferenceLatent", conditioning=["positive", 0], latent=["reference", 0])
     },
+    "controlnet": {
+        "told": node(
+            "ControlNetApplyAdvanced",
+            positive=["positive", 0],
+            negative=["negative", 0],
+            control_net=["controlnet", 0],
+            image=["image", 0],
+            strength=0.8,
+            start_percent=0.0,
+            end_percent=1.0,
+        )
+    },
     "lora hook on one prompt": {
         **hooked(0.8),
     },
@@ -189,7 +201,8 @@ GRAPHS: dict[str, Graph] = {
 
 def whole(graph: Graph) -> Graph:
     """The graph with its loaders, its sampler and the node that keeps the latents."""
-    given = ("model", "other model", "positive", "negative", "empty", "reference", "no clip")
+    given = ("model", "other model", "positive", "negative", "empty", "no clip")
+    given += ("reference", "controlnet", "image")
     sampler = node(
         "KSampler",
         model=["patched" if "patched" in graph else "model", 0],
@@ -259,6 +272,8 @@ def comfyui(tmp_path: Path, loras: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     values = {"positive": prompt(), "negative": prompt(), "no clip": None}
     values["empty"] = {"samples": torch.zeros(1, 16, 8, 8)}
     values["reference"] = {"samples": torch.randn(1, 16, 8, 6, generator=generator)}
+    values["image"] = torch.rand(1, 64, 64, 3, generator=generator)
+    values["controlnet"] = core_controlnet()
     monkeypatch.setattr(Give, "values", values)
 
 
@@ -305,7 +320,9 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StorePa
     comfy.model_management.unload_all_models()
 
 
-@pytest.mark.parametrize("name", ["lora lokr", "lora hook on one prompt", "merged models"])
+@pytest.mark.parametrize(
+    "name", ["lora lokr", "lora hook on one prompt", "merged models", "controlnet"]
+)
 def test_streamed_models_give_what_whole_ones_give(
     ours: tuple[StorePatcher, StorePatcher], streamed: tuple[StorePatcher, ...], name: str
 ) -> None:
@@ -325,6 +342,30 @@ def test_a_streamed_model_is_saved_whole(
         saved.append(written(tmp_path))
         shutil.rmtree(tmp_path)
     assert all(torch.equal(saved[1][name], tensor) for name, tensor in saved[0].items())
+
+
+@pytest.mark.usefixtures("bytes_stay")
+@pytest.mark.parametrize("kind", ["ours", "streamed"])
+def test_a_compiled_model_gives_what_it_gives_otherwise(
+    ours: tuple[StorePatcher, ...],
+    streamed: tuple[StorePatcher, ...],
+    kind: str,
+) -> None:
+    """Also after the LoRAs have changed on what was compiled."""
+    models = {"ours": ours, "streamed": streamed}[kind]
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for name in ("ksampler", "lora plain", "ksampler"):
+        graph = GRAPHS[name]
+        source = "patched" if "patched" in graph else "model"
+        # As inductor, which the node's users choose, but for the C++ compiler that it needs.
+        compiled = node("TorchCompileModel", model=[source, 0], backend="aot_eager")
+        sampler = whole({})["out"]
+        sampler["inputs"]["model"] = ["compiled", 0]
+        result = run({**graph, "compiled": compiled, "out": sampler}, models)
+        assert relative_difference(result, run(graph, models)) <= 1e-4
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.usefixtures("bytes_stay")

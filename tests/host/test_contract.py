@@ -16,6 +16,7 @@ FROZEN = {
         [
             *("model COMBO", "format COMBO", "compute_dtype COMBO", "keep_copy? BOOLEAN"),
             *("quantize_on? COMBO", "reserve_gb? FLOAT", "block_streaming? COMBO"),
+            "hub_id? STRING",
         ],
         ["MODEL MODEL", "CLIP CLIP", "VAE VAE"],
     ),

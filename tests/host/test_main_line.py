@@ -85,6 +85,26 @@ def test_the_same_graph_queued_again_trains_nothing(server: ComfyServer, picture
     assert metrics.read_text() == first
 
 
+def test_a_comfyui_that_keeps_no_outputs_trains_once_and_samples_twice(
+    server_without_caches: ComfyServer,
+) -> None:
+    server = server_without_caches
+    write_base(server.base_directory / "models")
+    write_pictures(server.base_directory / "input" / "circles")
+    graph = train_graph("circles", name="forgotten", sample_every=2)
+    entries, metrics = [], []
+    for _ in range(2):
+        entries.append(server.run(graph))
+        name = entries[-1]["outputs"]["name"]["text"][0]
+        metrics.append((run_folder(server, name) / "metrics.jsonl").read_text())
+    assert metrics[0] == metrics[1]
+    first, second = (pixels(server, entry, "after.save")[0] for entry in entries)
+    samples = pixels(server, entries[0], "samples")
+    assert np.array_equal(first, samples[-1])
+    assert not np.array_equal(first, samples[0])
+    assert np.array_equal(second, first)
+
+
 def test_a_cancelled_run_goes_on_and_ends_as_an_uninterrupted_one(
     server: ComfyServer, pictures: str
 ) -> None:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import comfy.controlnet
 import comfy.model_patcher
+import comfy.ops
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.controlnet import ControlNetFlux
 from comfy.ldm.flux.model import FluxParams
 from dense import num_blocks, stored_tensors
+from flux_files import flux_tensors
 from torch import Tensor
 
 
@@ -25,6 +29,20 @@ def core_model(format: str, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
         model.load_model_weights(dict(tensors))
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def core_controlnet() -> comfy.controlnet.ControlNet:
+    """A random ControlNet of XLabs' kind for it, as ComfyUI's loader makes one of a file."""
+    cpu = torch.device("cpu")
+    generator = torch.Generator().manual_seed(9)
+    with torch.inference_mode(False), torch.no_grad():
+        operations = comfy.ops.disable_weight_init
+        sizes = _sizes(flux_tensors())
+        network = ControlNetFlux(dtype=torch.float32, device=cpu, operations=operations, **sizes)
+        for parameter in network.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+    conditions = ["y", "guidance"]
+    return comfy.controlnet.ControlNet(network, load_device=cpu, extra_conds=conditions)
 
 
 def _sizes(tensors: dict[str, Tensor]) -> dict:

@@ -1,0 +1,149 @@
+"""A FLUX of a Hugging Face repository, in the hub's own cache.
+
+Nothing else here uses the network, and this only for a repository that the user named. Token,
+mirror and offline mode are the hub's own: `hf auth login` or HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from .config import require
+from .files import not_written
+from .load import inspect_flux
+
+_FOLDER = "transformer/"
+_PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}", re.ASCII)
+"""The hub's rules for names, and always with an owner."""
+
+
+def require_hub_id(hub_id: str) -> None:
+    """Raises ValueError unless it is the `owner/name` of a repository. Uses no network."""
+    require(
+        _HUB_ID.fullmatch(hub_id) is not None,
+        "A Hugging Face repository is named by its owner and its name, such as "
+        f"black-forest-labs/FLUX.1-dev, got {hub_id!r}. Leave hub_id empty to use model.",
+    )
+
+
+def fetch_flux(
+    hub_id: str, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Path:
+    """The FLUX of a repository: its folder `transformer` in diffusers' layout, else the only
+    safetensors file beside its README.
+
+    What is whole in the hub's cache is taken without network; else files are downloaded into it
+    one after the other.
+
+    Args:
+        on_progress: called before each file; what it raises ends the download.
+
+    Raises:
+        ValueError: if the id is none, the repository is not there, is gated or holds no FLUX, or
+            the hub or the disk refuses.
+    """
+    require_hub_id(hub_id)
+    return _cached(hub_id) or _downloaded(hub_id, on_progress)
+
+
+def _cached(hub_id: str) -> Path | None:
+    """Where the model is in the cache with every tensor of a FLUX, else None."""
+    try:
+        snapshot = _snapshot(hub_id)
+        files = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*")]
+        path = _flux_path(snapshot, _flux_files(hub_id, files))
+        inspect_flux(path)
+    except (OSError, ValueError):
+        return None
+    return path
+
+
+def _downloaded(hub_id: str, on_progress: Callable[[int, int], None]) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    # requests' errors are OSErrors, hf_xet's are RuntimeErrors; those of httpx, which the hub uses
+    # from 1.0 on, have only this base.
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    try:
+        names = _flux_files(hub_id, HfApi().list_repo_files(hub_id))
+        for done, name in enumerate(names):
+            on_progress(done, len(names))
+            hf_hub_download(hub_id, name)
+        return _flux_path(_snapshot(hub_id), names)
+    except OfflineModeIsEnabled as error:
+        raise ValueError(
+            f"'{hub_id}' is not in the cache of the Hugging Face Hub, and HF_HUB_OFFLINE forbids "
+            "its download. Unset the variable, or leave hub_id empty and choose a model."
+        ) from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"The repository '{hub_id}' is gated. Accept its licence on {ENDPOINT}/{hub_id}, then "
+            "log in with `hf auth login`, or start ComfyUI with HF_TOKEN set."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"There is no repository '{hub_id}' at {ENDPOINT}, or it is private. Check its name; "
+            "for a private one log in with `hf auth login`, or start ComfyUI with HF_TOKEN set."
+        ) from error
+    except (OSError, RuntimeError, http_error) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise not_written(_repository(hub_id), error) from error
+        is_answer = isinstance(error, HfHubHTTPError)
+        reason = str(error).partition("\n")[0] if is_answer else type(error).__name__
+        raise ValueError(
+            f"'{hub_id}' could not be downloaded from {ENDPOINT} ({reason}). Check the connection "
+            "and queue again: what has arrived is kept."
+        ) from error
+
+
+def _repository(hub_id: str) -> Path:
+    """The repository's folder in the cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+
+
+def _snapshot(hub_id: str) -> Path:
+    """Its main branch in the cache, by the cache's documented layout.
+
+    The hub's own look-ups do not say whether a part of a repository is there, or want all of it.
+    """
+    repository = _repository(hub_id)
+    return repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8")
+
+
+def _flux_files(hub_id: str, files: list[str]) -> list[str]:
+    """Those of a repository's files that make its FLUX.
+
+    Raises:
+        ValueError: if that cannot be told.
+    """
+    folder = [
+        name
+        for name in sorted(files)
+        if name.startswith(_FOLDER) and name.endswith((".safetensors", ".json"))
+    ]
+    if any(name.endswith(".safetensors") for name in folder):
+        return folder
+    single = [name for name in files if "/" not in name and name.endswith(".safetensors")]
+    require(
+        len(single) == 1,
+        f"The repository '{hub_id}' has no folder transformer, and {len(single)} .safetensors "
+        "files instead of one. Download the one you want into models/diffusion_models.",
+    )
+    return single
+
+
+def _flux_path(snapshot: Path, names: list[str]) -> Path:
+    return snapshot / (_FOLDER if names[0].startswith(_FOLDER) else names[0])
