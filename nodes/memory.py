@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..trainers.config import COMPUTE_DTYPES, LORA_TARGETS, LoraSettings
 from ..trainers.devices import compute_dtype as resolve_dtype
+from ..trainers.devices import describe_device
 from ..trainers.formats import FORMATS
 from ..trainers.load import inspect_flux
 from ..trainers.memory import Workload, describe, estimate_training
@@ -117,7 +118,8 @@ class EstimateMemory(io.ComfyNode):
         config = inspect_flux(model_path(model)).config
         workload = _workload(accumulates=gradient_accumulation > 1, **settings)
         needed = estimate_training(config, format, workload)
-        report = "\n".join(describe(config, format, workload, free_bytes=host.free_memory()))
+        lines = describe(config, format, workload, free_bytes=host.free_memory())
+        report = "\n".join([*lines, describe_device(host.compute_device())])
         host.show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(report, needed.beside_weights / 1e9, ui=ui.PreviewText(report))
 

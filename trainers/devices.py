@@ -1,4 +1,4 @@
-"""What the hardware can do: which device, and which dtype to compute in."""
+"""What the hardware can do: which device, which dtype to compute in, what a user may expect."""
 
 from __future__ import annotations
 
@@ -34,6 +34,33 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16 if _cpu_has_bf16() else torch.float32
     return torch.bfloat16
+
+
+def describe_device(device: torch.device) -> str:
+    """What runs on a device, in one sentence; bitsandbytes' part after the table of its 0.50."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "On AMD cards every format and the training should run; it was not tried."
+    if device.type == "cuda" and _has_bf16(device):
+        return "This NVIDIA card runs every format and the training, computing in bf16."
+    if device.type == "cuda":
+        return (
+            "This NVIDIA card, from before the RTX 30 series, runs every format and the training, "
+            "computing in fp16 with scaled gradients."
+        )
+    if device.type == "xpu":
+        return "On Intel cards every format and the training should run; it was not tried."
+    if device.type == "mps":
+        return "On Apple's GPUs pictures are made in every format but fp8; training needs --cpu."
+    return "On a CPU everything runs; a step of FLUX.1-dev takes minutes, so take the nano model."
+
+
+def require_trainable_on(device: torch.device) -> None:
+    """Raises ValueError where the optimizer does not run."""
+    if device.type == "mps":
+        raise ValueError(
+            "The AdamW8bit optimizer does not run on Apple's GPUs: bitsandbytes has it for NVIDIA, "
+            "AMD and Intel cards and for CPUs. Start ComfyUI with --cpu to train the nano model."
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

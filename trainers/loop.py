@@ -17,7 +17,7 @@ from .adapters import Lora, attach_lora, file_tensors, lora_metadata, save_lora
 from .batches import BatchOrder
 from .caches import LatentCache, LatentEntry, PromptCache
 from .config import JobSettings, TrainSettings, to_json
-from .devices import compute_dtype, dtype_name
+from .devices import compute_dtype, dtype_name, require_trainable_on
 from .flow import add_noise, flow_loss, sample_sigmas, seeded
 from .flux import LATENT_CHANNELS, FluxConfig, build_transformer, require_trainable, velocity
 from .load import LoadedFlux
@@ -245,6 +245,7 @@ class TrainState:
         self.settings = job.train
         self.activations_in_ram = job.activations_in_ram
         self.device = base.store.device
+        require_trainable_on(self.device)
         # A run keeps the dtype it began with, wherever "auto" would lead now.
         name = saved.values["compute_dtype"] if saved else job.train.compute_dtype
         self.dtype = compute_dtype(name, self.device)

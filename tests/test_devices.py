@@ -1,0 +1,30 @@
+"""What a device is said to do; none but the CPU is needed to ask."""
+
+import pytest
+import torch
+from atelier.trainers.devices import describe_device, require_trainable_on
+
+
+@pytest.mark.parametrize(("device", "named"), [("cpu", "CPU"), ("mps", "Apple"), ("xpu", "Intel")])
+def test_every_kind_of_device_has_its_sentence(device: str, named: str) -> None:
+    sentence = describe_device(torch.device(device))
+    assert named in sentence
+    assert sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "named"),
+    [((8, 6), None, "bf16"), ((7, 5), None, "fp16"), ((11, 0), "6.4", "AMD")],
+)
+def test_cuda_devices_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, named: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert named in describe_device(torch.device("cuda"))
+
+
+def test_apples_gpus_are_refused_for_training() -> None:
+    require_trainable_on(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"Start ComfyUI with --cpu"):
+        require_trainable_on(torch.device("mps"))
