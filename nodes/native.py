@@ -346,7 +346,7 @@ def base_flux(model: Any) -> BaseFlux:
         )
     if isinstance(model, StorePatcher):
         return model.model.atelier
-    if getattr(model, "is_dynamic", bool)():  # newer hosts on NVIDIA cards
+    if hasattr(model, "is_dynamic") and model.is_dynamic():  # newer hosts on NVIDIA cards
         raise ValueError(
             "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), so it cannot be "
             "trained. Load it by Load Quantized FLUX, or start ComfyUI with --disable-dynamic-vram."

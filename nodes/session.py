@@ -27,7 +27,7 @@ from ..trainers.memory import (
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
-from .native import add_lora, draw_latents, base_flux, to_training_device
+from .native import add_lora, base_flux, draw_latents, to_training_device
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "

@@ -24,7 +24,6 @@ from .packed_copy import CopyKey, PackedCopies
 from .store import PackedWeight, Weights, WeightStore
 from .tensor_files import TensorFiles, model_files
 
-
 ESSENTIAL_NAMES = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight")
 """The tensors that tell the sizes of a FLUX.1."""
 
