@@ -45,6 +45,7 @@ class ParameterMatrix(Matrix):
                 "FLUX."
             )
 
+    @torch.inference_mode()  # else rows cannot be cut of what the host has moved in this mode
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         module = self._module
         if not self._is_dense:
@@ -79,14 +80,16 @@ class ParameterMatrix(Matrix):
 
 
 class PlainParameters(Mapping[str, Tensor]):
-    """Biases and norm scales of the host's network by original names, on `device`."""
+    """Biases and norm scales of the host's network by original names: small copies on `device`."""
 
     def __init__(self, network: nn.Module, names: Mapping[str, str], device: torch.device) -> None:
         """`names` are those of the host by original ones."""
         self._network, self._names, self._device = network, names, device
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._network.get_parameter(self._names[name]).detach().to(self._device)
+        parameter = self._network.get_parameter(self._names[name])
+        with torch.inference_mode(False):
+            return parameter.detach().to(self._device, copy=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
