@@ -45,17 +45,17 @@ class ParameterMatrix(Matrix):
                 "FLUX."
             )
 
-    @torch.inference_mode()  # else rows cannot be cut of what the host has moved in this mode
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         module = self._module
         if not self._is_dense:
             weight = module.weight.to(self._device)
             return module.convert_weight(weight)[rows].to(dtype)
-        weight = module.weight.detach()[rows].to(self._device)
+        # Not detach(): what the host moved in inference mode shares no version counter with a view.
+        weight = module.weight.data[rows].to(self._device)
         scale = getattr(module, "scale_weight", None)
         if scale is None:
             return weight.to(dtype)
-        of_rows = scale.detach().to(self._device).expand(len(weight), 1)
+        of_rows = scale.data.to(self._device).expand(len(weight), 1)
         return FORMATS["fp8"].unpack(weight, of_rows, dtype)
 
     def slices(self, dtype: torch.dtype, rows: slice = slice(None)) -> list[slice]:
@@ -80,16 +80,14 @@ class ParameterMatrix(Matrix):
 
 
 class PlainParameters(Mapping[str, Tensor]):
-    """Biases and norm scales of the host's network by original names: small copies on `device`."""
+    """Biases and norm scales of the host's network by original names, on `device`."""
 
     def __init__(self, network: nn.Module, names: Mapping[str, str], device: torch.device) -> None:
         """`names` are those of the host by original ones."""
         self._network, self._names, self._device = network, names, device
 
     def __getitem__(self, name: str) -> Tensor:
-        parameter = self._network.get_parameter(self._names[name])
-        with torch.inference_mode(False):
-            return parameter.detach().to(self._device, copy=True)
+        return self._network.get_parameter(self._names[name]).data.to(self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
