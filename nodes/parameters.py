@@ -151,7 +151,7 @@ def _identity(patcher: Any, names: Mapping[str, str]) -> str:
         backup = patcher.backup.get(key)
         tensor = backup.weight if backup else patcher.model.get_parameter(key)
         digest.update(f"{name} {[*tensor.shape]} ".encode())
-        digest.update(_sample(getattr(tensor, "_qdata", tensor).detach()).numpy().tobytes())
+        digest.update(_sample(getattr(tensor, "_qdata", tensor).data).numpy().tobytes())
     return digest.hexdigest()
 
 
