@@ -389,8 +389,9 @@ def test_a_model_with_a_lora_is_refused(models: Path) -> None:
 
 def test_a_model_whose_weights_are_paged_is_refused(models: Path) -> None:
     model = load(models, "tiny")
-    model.is_dynamic = lambda: True
-    assert "Load Quantized FLUX" in refusal(model)
+    model.is_dynamic = lambda: True  # as newer hosts say on NVIDIA cards, which a CPU has none of
+    with pytest.raises(ValueError, match="Load it by Load Quantized FLUX"):
+        base_flux(model)
 
 
 def test_weights_in_an_unknown_packing_are_refused(models: Path) -> None:
