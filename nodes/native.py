@@ -25,10 +25,11 @@ from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
 from ..trainers.flux import AXES, LATENT_CHANNELS, FluxConfig, norm_sources
-from ..trainers.load import LoadedFlux
+from ..trainers.load import BaseFlux, LoadedFlux
 from ..trainers.store import WeightStore
 from ..trainers.text_encoders import ClipSizes, LoadedTextEncoders, T5Sizes
 from .linear import StoreModule, StoreOps
+from .parameters import flux_of_parameters
 
 
 class _Original(NamedTuple):
@@ -332,23 +333,25 @@ def _t5xxl_config(sizes: T5Sizes) -> dict[str, int]:
     }
 
 
-def loaded_flux(model: Any) -> LoadedFlux:
-    """The FLUX behind a MODEL of ours.
+def base_flux(model: Any) -> BaseFlux:
+    """The FLUX behind a MODEL, ours or the core's.
 
     Raises:
-        ValueError: if the MODEL comes from another loader, or carries LoRAs.
+        ValueError: if it is no FLUX.1, carries LoRAs, or has no weights that stay where they are.
     """
-    if not isinstance(model, StorePatcher):
-        raise ValueError(
-            "This MODEL was not loaded by Load Quantized FLUX, and only its models can be trained. "
-            "Replace the loader of the model by Load Quantized FLUX."
-        )
     if model.patches:
         raise ValueError(
             "This MODEL carries a LoRA, and training starts from a model without one. Connect "
             "Train LoRA to Load Quantized FLUX directly."
         )
-    return model.model.atelier
+    if isinstance(model, StorePatcher):
+        return model.model.atelier
+    if hasattr(model, "is_dynamic") and model.is_dynamic():  # newer hosts on NVIDIA cards
+        raise ValueError(
+            "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), so it cannot be "
+            "trained. Load it by Load Quantized FLUX, or start ComfyUI with --disable-dynamic-vram."
+        )
+    return flux_of_parameters(model)
 
 
 def add_lora(model: Any, tensors: dict[str, Tensor], strength: float) -> Any:
@@ -370,8 +373,11 @@ def _num_patches(model: Any) -> int:
     return sum(len(patches) for patches in model.patches.values())
 
 
-def to_training_device(model: StorePatcher, memory_required: int) -> None:
-    """Bring the store to the compute device, with `memory_required` bytes free beside it."""
+def to_training_device(model: Any, memory_required: int) -> None:
+    """Bring a MODEL without patches to the compute device, `memory_required` bytes free beside it.
+
+    Core takes off what another clone has merged into the weights.
+    """
     comfy.model_management.load_models_gpu([model], memory_required=memory_required)
 
 

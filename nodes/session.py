@@ -16,7 +16,7 @@ from ..trainers import loop
 from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings
 from ..trainers.files import write_atomically
-from ..trainers.load import LoadedFlux
+from ..trainers.load import BaseFlux
 from ..trainers.memory import (
     Workload,
     describe,
@@ -27,7 +27,7 @@ from ..trainers.memory import (
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
-from .native import add_lora, draw_latents, loaded_flux, to_training_device
+from .native import add_lora, base_flux, draw_latents, to_training_device
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "
@@ -61,7 +61,7 @@ class Sampling:
     def is_on(self) -> bool:
         return self.vae is not None
 
-    def check_fits(self, base: LoadedFlux) -> None:
+    def check_fits(self, base: BaseFlux) -> None:
         """Raises ValueError if one of the two inputs is missing or belongs to another model."""
         if (self.vae is None) != (self.positive is None):
             raise ValueError(
@@ -103,7 +103,7 @@ class Session:
     ) -> None:
         self._model, self._data, self._job, self._sampling = model, data, job, sampling
         self._node_id = node_id
-        self._base = loaded_flux(model)
+        self._base = base_flux(model)
         sampling.check_fits(self._base)
         self._progress = host.Progress()
         self._run: Run = loop.open_run(host.atelier_output(), job, self._base, data)

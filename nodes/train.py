@@ -83,7 +83,11 @@ class TrainLora(io.ComfyNode):
 
 def _inputs() -> list[Any]:
     return [
-        io.Model.Input("model", tooltip="The base model, from Load Quantized FLUX."),
+        io.Model.Input(
+            "model",
+            tooltip="The base model, from Load Quantized FLUX, or from ComfyUI's own loaders in "
+            "bf16 or fp8.",
+        ),
         AtelierLatentCache.Input("latents", tooltip="The encoded pictures, from Cache Latents."),
         AtelierPromptCache.Input("prompts", tooltip="The encoded captions, from Encode Prompts."),
         io.String.Input(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import LORA_TARGETS, LoraSettings
 from .files import read_safetensors, write_safetensors
 from .flow import seeded
-from .load import LoadedFlux
+from .load import BaseFlux
 from .packages import importing
 
 _ADAPTER = "default"
@@ -135,7 +135,7 @@ def load_lora_state(path: Path) -> dict[str, Tensor]:
 
 
 def lora_metadata(
-    *, name: str, settings: LoraSettings, base: LoadedFlux, steps: int, run: dict[str, Any]
+    *, name: str, settings: LoraSettings, base: BaseFlux, steps: int, run: dict[str, Any]
 ) -> dict[str, str]:
     """Safetensors metadata of a LoRA file: the modelspec convention and our own settings."""
     variant = "dev" if base.config.guidance else "schnell"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .packages import importing
-from .store import PackedWeight, WeightStore
+from .store import PackedWeight, Weights, WeightStore
 
 HEAD_SIZE = 128
 AXES = (16, 56, 56)
@@ -156,7 +156,7 @@ class LinearView(nn.Linear):
     The rows are cut at forward time, so the store may move its bytes at any moment.
     """
 
-    def __init__(self, store: WeightStore, source: Source) -> None:
+    def __init__(self, store: Weights, source: Source) -> None:
         nn.Module.__init__(self)
         self.store, self.source = store, source
         packed = store.packed[f"{source.name}.weight"]
@@ -189,18 +189,19 @@ def require_trainable(config: FluxConfig) -> None:
         )
 
 
-def build_transformer(store: WeightStore, config: FluxConfig, dtype: torch.dtype):
+def build_transformer(store: Weights, config: FluxConfig, dtype: torch.dtype):
     """diffusers' `FluxTransformer2DModel` whose Linears are views into `store`; it holds no matrix
     of its own but the final modulation, a copy with diffusers' order of scale and shift.
 
     Args:
         config: of a network that `require_trainable` accepts.
-        dtype: what the network will compute in; only the QK-norm scales are kept in it.
+        dtype: what the network will compute in; the QK-norm scales and the final modulation are
+            kept in it.
     """
     transformer = empty_transformer(config)
     for name, source in linear_sources(config).items():
         transformer.set_submodule(name, LinearView(store, source))
-    transformer.set_submodule(FINAL_MODULATION[0], LinearView(*_final_modulation(store)))
+    transformer.set_submodule(FINAL_MODULATION[0], LinearView(*_final_modulation(store, dtype)))
     for ours, theirs in norm_sources(config).items():
         # A clone: autograd keeps norm scales for backward, which a host's tensor may not allow.
         with torch.inference_mode(False):
@@ -226,13 +227,13 @@ def empty_transformer(config: FluxConfig):
         )
 
 
-def _final_modulation(store: WeightStore) -> tuple[WeightStore, Source]:
+def _final_modulation(store: Weights, dtype: torch.dtype) -> tuple[WeightStore, Source]:
     theirs = FINAL_MODULATION[1]
     weight = store.packed[f"{theirs}.weight"]
     with torch.inference_mode(False):
-        swapped = swap_halves(weight.data)
+        swapped = swap_halves(weight.dequantize(dtype))
         bias = swap_halves(store.plain[f"{theirs}.bias"])
-    packed = PackedWeight(weight.format, swapped, None, weight.shape[1])
+    packed = PackedWeight("bf16", swapped, None, weight.shape[1])
     return WeightStore({f"{theirs}.weight": packed}, {f"{theirs}.bias": bias}), Source(theirs)
 
 

@@ -11,7 +11,7 @@ import torch
 from .caches import LatentCache, PromptCache
 from .config import JobSettings, job_from_json
 from .devices import default_device, free_bytes
-from .load import LoadedFlux, load_flux
+from .load import BaseFlux, load_flux
 from .loop import Hooks, TrainingData, open_run, save_trained, train, workload
 from .memory import estimate_training
 from .packed_copy import PackedCopies
@@ -36,7 +36,7 @@ def read_job(path: Path) -> Job:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Job(
+        job = Job(
             model=values["model"],
             format=values["format"],
             block_streaming=values.get("block_streaming", "auto"),
@@ -50,6 +50,12 @@ def read_job(path: Path) -> Job:
         raise ValueError(f"The job file '{path}' does not exist.") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"'{path.name}' is not a job file: {error!r}.") from None
+    if not job.model:
+        raise ValueError(
+            f"The run of '{path}' was trained on a MODEL of ComfyUI's own loader, whose file is "
+            'not known here. Write the path of that file behind "model" in the job file.'
+        )
+    return job
 
 
 def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
@@ -73,7 +79,7 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
     return save_trained(output, trained, run, base)
 
 
-def _room(job: Job, base: LoadedFlux, device: torch.device) -> int | None:
+def _room(job: Job, base: BaseFlux, device: torch.device) -> int | None:
     """Bytes of the device that training leaves for the weights, where they are known."""
     free = free_bytes(device)
     if free is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,19 +22,31 @@ from .flux import (
 )
 from .formats import FORMATS
 from .packed_copy import CopyKey, PackedCopies
-from .store import PackedWeight, WeightStore
+from .store import PackedWeight, Weights, WeightStore
 from .tensor_files import TensorFiles, model_files
+
+ESSENTIAL_NAMES = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight")
+"""The tensors that tell the sizes of a FLUX.1."""
 
 
 @dataclass(frozen=True)
-class LoadedFlux:
-    """A FLUX in memory."""
+class BaseFlux:
+    """A FLUX in memory that LoRAs are trained on."""
 
-    store: WeightStore
+    store: Weights
     config: FluxConfig
     identity: str
     path: str
+    """Of its file or folder; empty where that is not known."""
     format: str
+    """What its block matrices are kept in, a name of `formats.FORMATS`."""
+
+
+@dataclass(frozen=True)
+class LoadedFlux(BaseFlux):
+    """A FLUX in a store of its own."""
+
+    store: WeightStore
 
 
 def load_flux(
@@ -200,25 +212,25 @@ def _checked_shapes(names: _Names, files: TensorFiles, path: Path):
     shapes = names.shapes
     if "double_stream_modulation_img.lin.weight" in files:
         raise ValueError(f"'{path.name}' is a FLUX.2 model. This node loads FLUX.1 models.")
-    essential = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight")
-    absent = _first_missing(essential, shapes)
+    absent = first_missing(ESSENTIAL_NAMES, shapes)
     if absent is not None:
         raise ValueError(
             f"'{path.name}' is not a FLUX.1 model: it has no '{absent}'. "
             "Choose a FLUX.1 file such as flux1-dev.safetensors."
         )
     config = FluxConfig.from_shapes(shapes)
-    missing = _first_missing(_needed_names(config), shapes)
+    missing = first_missing(needed_names(config), shapes)
     if missing is not None:
         raise ValueError(f"'{path.name}' is an incomplete FLUX.1 model: '{missing}' is missing.")
     return shapes
 
 
-def _first_missing(needed, shapes) -> str | None:
+def first_missing(needed: Iterable[str], shapes: Container[str]) -> str | None:
     return next((name for name in needed if name not in shapes), None)
 
 
-def _needed_names(config: FluxConfig) -> list[str]:
+def needed_names(config: FluxConfig) -> list[str]:
+    """The tensors of a whole network, by their original names."""
     linears = original_linears(config)
     weights = [f"{name}.{end}" for name in linears for end in ("weight", "bias")]
     return weights + [f"{name}.scale" for name in norm_sources(config).values()]
@@ -227,7 +239,7 @@ def _needed_names(config: FluxConfig) -> list[str]:
 def _tensor_formats(names: _Names, config: FluxConfig, format: str) -> dict[str, str | None]:
     """What each tensor is kept in: the block matrices in `format`, other matrices in bf16."""
     formats: dict[str, str | None] = {}
-    for name in _needed_names(config):
+    for name in needed_names(config):
         shape = names.shapes[name]
         formats[name] = format if is_block_matrix(name, shape) else "bf16"
         if len(shape) != 2:
@@ -283,7 +295,7 @@ def _pack_all(
     quantize_on, device = devices
     packed: dict[str, PackedWeight] = {}
     plain: dict[str, Tensor] = {}
-    # Outside inference mode, in which the host runs its nodes: see store._PackedLinear.
+    # Outside inference mode, in which the host runs its nodes: see store._FrozenLinear.
     with torch.inference_mode(False), torch.no_grad():
         for done, (name, format) in enumerate(formats.items()):
             if format is None:

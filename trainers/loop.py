@@ -20,7 +20,7 @@ from .config import JobSettings, TrainSettings, to_json
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
 from .flow import add_noise, flow_loss, sample_sigmas, seeded
 from .flux import LATENT_CHANNELS, FluxConfig, build_transformer, require_trainable, velocity
-from .load import LoadedFlux
+from .load import BaseFlux
 from .memory import Workload
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
 from .run import Checkpoint, Run, RunIdentity
@@ -110,7 +110,7 @@ class TrainingData:
         return latents.to(device), prompt_embeds.to(device), pooled.to(device)
 
 
-def open_run(root: Path, job: JobSettings, base: LoadedFlux, data: TrainingData) -> Run:
+def open_run(root: Path, job: JobSettings, base: BaseFlux, data: TrainingData) -> Run:
     """The run folder that this job, model and data belong to."""
     identity = RunIdentity(
         base=base.identity,
@@ -157,7 +157,7 @@ def _order(job: JobSettings, data: TrainingData) -> BatchOrder:
 
 
 def train(
-    run: Run, base: LoadedFlux, data: TrainingData, job: JobSettings, hooks: Hooks = Hooks()
+    run: Run, base: BaseFlux, data: TrainingData, job: JobSettings, hooks: Hooks = Hooks()
 ) -> Trained:
     """Train a LoRA on the store's device until the job's length, from where the run stands.
 
@@ -219,7 +219,7 @@ def _trained(run: Run, step: int, lora: dict[str, Tensor]) -> Trained:
     return Trained(lora=lora, losses=losses, step=step)
 
 
-def save_trained(folder: Path, trained: Trained, run: Run, base: LoadedFlux) -> Path:
+def save_trained(folder: Path, trained: Trained, run: Run, base: BaseFlux) -> Path:
     """Write the LoRA file of a run, named after the run and its steps; returns its path.
 
     Raises:
@@ -241,7 +241,7 @@ def save_trained(folder: Path, trained: Trained, run: Run, base: LoadedFlux) -> 
 class TrainState:
     """All that changes while training: the LoRA, the optimizer, the gradient scaler."""
 
-    def __init__(self, base: LoadedFlux, job: JobSettings, saved: Checkpoint | None = None) -> None:
+    def __init__(self, base: BaseFlux, job: JobSettings, saved: Checkpoint | None = None) -> None:
         self.settings = job.train
         self.activations_in_ram = job.activations_in_ram
         self.device = base.store.device

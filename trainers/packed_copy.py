@@ -174,7 +174,7 @@ def _read(
     blocks = blocks_of(_tensor_names(weights, entries)) if blocks_stay else []
     staying = {name for names in blocks for name in names}
     checksums: dict[str, bytes] = {}
-    # Outside inference mode, in which the host runs its nodes: see store._PackedLinear.
+    # Outside inference mode, in which the host runs its nodes: see store._FrozenLinear.
     with torch.inference_mode(False), path.open("rb") as file:
         for done, (name, entry) in enumerate(entries.items()):
             data = _read_bytes(file, entry)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +34,25 @@ from .offload import (
 logger = logging.getLogger("atelier")
 
 
-class PackedWeight:
+class Matrix(ABC):
+    """One frozen matrix [out, in] that a product is computed with."""
+
+    shape: torch.Size
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Rows of the matrix [rows, in] in `dtype`, on the device that computes."""
+
+    @abstractmethod
+    def slices(self, dtype: torch.dtype, rows: slice = slice(None)) -> list[slice]:
+        """`rows` in the parts that `linear` unpacks to `dtype` one after the other."""
+
+    def linear(self, x: Tensor, bias: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """`x` [..., in] by the transposed rows, plus `bias` [rows]; differentiable in `x` only."""
+        return _FrozenLinear.apply(x, self, bias, rows)
+
+
+class PackedWeight(Matrix):
     """One matrix [out, in] in packed form. Scales never cross rows, so any row range is exact.
 
     While its block is streamed, `data` and `scale` are what lies in RAM, and tensors of zeros
@@ -87,18 +107,13 @@ class PackedWeight:
         return self.streamed.fetch() if self.streamed else (self.data, self.scale)
 
     def slices(self, dtype: torch.dtype, rows: slice = slice(None)) -> list[slice]:
-        """`rows` in the parts that `linear` unpacks to `dtype` one after the other."""
         start, stop, _ = rows.indices(self.shape[0])
         if self.data.dtype == dtype:  # nothing is unpacked
             return [slice(start, stop)]
         return row_slices(range(start, stop), self.shape[1], dtype)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
-        """`x` [..., in] by the transposed rows, plus `bias` [rows]; differentiable in `x` only."""
-        return _PackedLinear.apply(x, self, bias, rows)
 
-
-class _PackedLinear(torch.autograd.Function):
+class _FrozenLinear(torch.autograd.Function):
     """A product with a frozen matrix that autograd never sees.
 
     The host may move modules inside inference mode, after which their tensors cannot be saved for
@@ -107,7 +122,7 @@ class _PackedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: PackedWeight, bias: Tensor | None, rows: slice) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Matrix, bias: Tensor | None, rows: slice) -> Tensor:
         ctx.weight, ctx.rows = weight, rows
         bias = bias.to(x.dtype) if bias is not None else None
         slices = weight.slices(x.dtype, rows)
@@ -133,6 +148,33 @@ class _PackedLinear(torch.autograd.Function):
             outputs = slice(part.start - slices[0].start, part.stop - slices[0].start)
             grad += grad_output[..., outputs] @ weight.dequantize(dtype, part)
         return grad.to(dtype), None, None, None
+
+
+class Weights(Protocol):
+    """The tensors of one network by their original names, as the training network asks for them."""
+
+    @property
+    def packed(self) -> Mapping[str, Matrix]:
+        """Every `….weight` of a Linear."""
+        ...
+
+    @property
+    def plain(self) -> Mapping[str, Tensor]:
+        """Biases and norm scales, on `device`."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def streaming(self) -> str:
+        """A value of config.STREAMING."""
+        ...
 
 
 class WeightStore:
@@ -270,7 +312,7 @@ class WeightStore:
         before, self._resident = self._resident, resident
         moved = self._moved_bytes(device, before)
         self._end_stream()
-        # Outside inference mode, in which the host runs its nodes: see _PackedLinear.
+        # Outside inference mode, in which the host runs its nodes: see _FrozenLinear.
         with torch.inference_mode(False), torch.no_grad():
             streamed = self._streamed()
             if not self._on_disk:

@@ -64,7 +64,7 @@ class TensorFiles:
         for path in paths:
             entries, header = read_header(path)
             digest.update(json.dumps(header, sort_keys=True).encode())
-            self._entries |= {_original_name(name): entry for name, entry in entries.items()}
+            self._entries |= {original_name(name): entry for name, entry in entries.items()}
         self._header_digest = digest
         self.num_bytes = sum(entry.num_bytes for entry in self._entries.values())
         self._four_bit = self._find_four_bit()
@@ -157,7 +157,8 @@ class TensorFiles:
         return data, state.load(tensors, device)
 
 
-def _original_name(name: str) -> str:
+def original_name(name: str) -> str:
+    """The name in black-forest-labs' file of a tensor that ComfyUI calls `name`."""
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             name = name[len(prefix) :]

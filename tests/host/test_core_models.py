@@ -1,0 +1,413 @@
+"""Train LoRA on the MODELs of ComfyUI's own loaders: on its parameters, without a copy (I1, I2)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.cli_args
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import executor
+import folder_paths
+import pytest
+import torch
+from atelier.nodes.native import add_lora, base_flux, build_model
+from atelier.nodes.train import TrainLora
+from atelier.trainers.flux import build_transformer, velocity
+from atelier.trainers.job import read_job
+from atelier.trainers.load import load_flux
+from dense import dense_transformer
+from executor import Give, Keep, Runner
+from flux_files import flux_tensors, write_flux
+from graphs import Graph, node
+from safetensors.torch import save_file
+from torch import Tensor
+from training import CONTEXT, VECTOR, training_data
+
+CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def every_width_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions before 2026 take the number of heads of the true FLUX for granted."""
+    detect = comfy.model_detection.detect_unet_config
+
+    def detected(*args: Any, **options: Any) -> dict | None:
+        config = detect(*args, **options)
+        if config is not None and config.get("image_model") == "flux":
+            config["num_heads"] = config["hidden_size"] // 128
+        return config
+
+    monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detected)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models with tiny FLUX files."""
+    folder = tmp_path_factory.mktemp("models")
+    write_flux(folder / "tiny.safetensors")
+    write_flux(folder / "fill.safetensors", channels=384)
+    write_flux(folder / "checkpoint.safetensors", prefix="model.diffusion_model.")
+    save_file(fp8_values(), folder / "fp8_values.safetensors")
+    write_scaled(folder / "scaled.safetensors")
+    return folder
+
+
+def fp8_values() -> dict[str, Tensor]:
+    """The tensors of the tiny FLUX, rounded to fp8."""
+    return {name: value.to(FP8).to(torch.bfloat16) for name, value in flux_tensors().items()}
+
+
+def is_matrix(name: str, tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and name.startswith(("double_blocks.", "single_blocks."))
+
+
+SCALE = 0.37
+
+
+def write_scaled(path: Path) -> None:
+    """The matrices of the blocks as fp8 with a factor, as ComfyUI's `float8_e4m3fn` layers."""
+    tensors, layers = {}, {}
+    for name, value in fp8_values().items():
+        tensors[name] = value
+        if is_matrix(name, value):
+            tensors[name] = value.to(FP8)
+            tensors[name.replace(".weight", ".weight_scale")] = torch.tensor(SCALE)
+            layers[name.removesuffix(".weight")] = {"format": "float8_e4m3fn"}
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    save_file(tensors, path, metadata)
+
+
+def write_old_scaled(path: Path) -> None:
+    """All Linears as fp8 with a factor, as in the `scaled_fp8` files of 2025."""
+    tensors = {"scaled_fp8": torch.zeros(2, dtype=FP8)}
+    for name, value in fp8_values().items():
+        tensors[name] = value
+        if value.ndim == 2:
+            tensors[name] = value.to(FP8)
+            tensors[name.replace(".weight", ".scale_weight")] = torch.tensor(SCALE)
+    save_file(tensors, path)
+
+
+@pytest.fixture(autouse=True)
+def comfyui(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """ComfyUI's nodes and ours in this process, with folders of their own."""
+    import nodes
+
+    for kind, name in {Give: "Give", Keep: "Keep", TrainLora: "AtelierTrainLoRA"}.items():
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, kind)
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    for kind in ("diffusion_models", "checkpoints"):
+        entry = ([str(models)], {".safetensors"})
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, entry)
+    data = training_data(tmp_path / "caches")
+    generator = torch.Generator().manual_seed(3)
+    embeds = torch.randn(1, 20, CONTEXT, generator=generator)
+    pooled = torch.randn(1, VECTOR, generator=generator)
+    values = {"latents": data.latents, "prompts": data.prompts, "vae": executor.nano_vae()}
+    values["positive"] = [[embeds, {"pooled_output": pooled, "guidance": 2.5}]]
+    values["empty"] = {"samples": torch.zeros(1, 16, 8, 8)}
+    monkeypatch.setattr(Give, "values", values)
+    yield
+    comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks_are_forgotten() -> Iterator[None]:
+    yield
+    executor.forget_networks()
+
+
+def unet(name: str, weight_dtype: str = "default") -> dict:
+    return node("UNETLoader", unet_name=f"{name}.safetensors", weight_dtype=weight_dtype)
+
+
+def given(model: Any) -> dict:
+    Give.values["model"] = model
+    return node("Give", name="model")
+
+
+def ours(models: Path, name: str) -> dict:
+    loaded = load_flux(models / f"{name}.safetensors", format="bf16")
+    return given(build_model(loaded, torch.float32))
+
+
+def train_graph(loader: dict, *, sampling: bool = False, **train: Any) -> Graph:
+    settings = {"name": "test", "length": 3, "unit": "steps", "rank": 4, "targets": "all+ffs"}
+    settings |= {"learning_rate": 1e-2, "batch_size": 2, "gradient_accumulation": 1, "seed": 0}
+    settings |= {"guidance": 1.0, "compute_dtype": "fp32", "gradient_checkpointing": True}
+    settings |= {"checkpoint_every": 250, "sample_every": 1, "sample_steps": 2, "sample_seed": 7}
+    caches = {name: [name, 0] for name in ("latents", "prompts")}
+    graph = {name: node("Give", name=name) for name in ("latents", "prompts", "vae", "positive")}
+    if sampling:
+        caches |= {name: [name, 0] for name in ("vae", "positive")}
+    trained = node("AtelierTrainLoRA", model=["load", 0], **caches, **{**settings, **train})
+    return {**graph, "load": loader, "train": trained, "keep": node("Keep", value=["train", 0])}
+
+
+def trained(loader: dict, **train: Any) -> dict[str, Tensor]:
+    """The tensors of the LoRA that is trained on what the loader gives."""
+    return Runner().run(train_graph(loader, **train))
+
+
+def run_folders(tmp_path: Path) -> list[Path]:
+    return sorted(path.parent for path in (tmp_path / "output").rglob("metrics.jsonl"))
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def content(model: Any) -> str:
+    """A hash of the network's bytes when the host has taken all patches off."""
+    comfy.model_management.load_models_gpu([model])
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.model.diffusion_model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load(models: Path, name: str, **options: Any) -> Any:
+    with torch.inference_mode():  # as a node
+        return comfy.sd.load_diffusion_model(
+            str(models / f"{name}.safetensors"), model_options=options
+        )
+
+
+LOADERS: dict[str, Callable[[Path], tuple[dict, str]]] = {
+    "as the host chooses": lambda models: (unet("tiny"), "tiny"),
+    "bf16": lambda models: (given(load(models, "tiny", dtype=torch.bfloat16)), "tiny"),
+    "fp8": lambda models: (unet("tiny", "fp8_e4m3fn"), "fp8_values"),
+    "checkpoint": lambda models: (
+        node("CheckpointLoaderSimple", ckpt_name="checkpoint.safetensors"),
+        "tiny",
+    ),
+}
+"""A loader of ComfyUI's, and the file of the weights that it holds."""
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_the_lora_is_the_one_that_our_loader_leads_to(models: Path, kind: str) -> None:
+    loader, file = LOADERS[kind](models)
+    assert_same(trained(loader), trained(ours(models, file)))
+
+
+def training_velocity(transformer: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return velocity(
+            transformer,
+            torch.randn(2, 16, 12, 8, generator=generator),
+            sigma=torch.tensor([0.7, 0.2]),
+            prompt_embeds=torch.randn(2, 20, CONTEXT, generator=generator),
+            pooled=torch.randn(2, VECTOR, generator=generator),
+            guidance=2.5,
+        )
+
+
+def assert_computes(model: Any, tensors: dict[str, Tensor]) -> None:
+    """The training network over a core MODEL is diffusers' dense one with these weights."""
+    base = base_flux(model)
+    ours = training_velocity(build_transformer(base.store, base.config, torch.float32))
+    expected = training_velocity(dense_transformer(tensors))
+    assert torch.max(torch.abs(ours - expected)) <= 1e-5
+
+
+def test_fp8_weights_compute_as_the_numbers_that_they_are(models: Path) -> None:
+    model = load(models, "tiny", dtype=FP8)
+    assert model.model.diffusion_model.img_in.weight.dtype == FP8
+    assert_computes(model, {name: value.float() for name, value in fp8_values().items()})
+
+
+def test_fp8_layers_with_a_factor_are_multiplied_by_it(models: Path) -> None:
+    model = load(models, "scaled")
+    weight = model.model.diffusion_model.double_blocks[0].img_mlp[0].weight
+    assert type(weight) not in (Tensor, torch.nn.Parameter)
+    scaled = {
+        name: value.float() * (SCALE if is_matrix(name, value) else 1.0)
+        for name, value in fp8_values().items()
+    }
+    assert_computes(model, scaled)
+
+
+def test_scaled_fp8_files_are_multiplied_by_their_factors(models: Path, tmp_path: Path) -> None:
+    write_old_scaled(tmp_path / "old.safetensors")
+    model = load(tmp_path, "old")
+    scaled = {
+        name: value.float() * (SCALE if value.ndim == 2 else 1.0)
+        for name, value in fp8_values().items()
+    }
+    assert_computes(model, scaled)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
+def test_pictures_in_the_middle_change_neither_the_lora_nor_the_model(
+    models: Path, dtype: torch.dtype
+) -> None:
+    model = load(models, "tiny", dtype=dtype)
+    before = content(model)
+    sampled = trained(given(model), sampling=True, name="sampled")
+    after = content(model)
+    assert_same(sampled, trained(given(load(models, "tiny", dtype=dtype)), name="plain"))
+    assert after == before
+
+
+def test_a_run_goes_on_after_its_lora_was_merged_for_sampling(models: Path, tmp_path: Path) -> None:
+    model = load(models, "tiny", dtype=torch.bfloat16)
+    before = content(model)
+    graph = train_graph(given(model))
+    sampler = node(
+        "KSampler",
+        model=["train", 1],
+        positive=["positive", 0],
+        negative=["positive", 0],
+        latent_image=["empty", 0],
+        seed=5,
+        steps=2,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    graph |= {"empty": node("Give", name="empty"), "sampler": sampler}
+    graph["keep"] = node("Keep", value=["sampler", 0])
+    Runner().run(graph)
+    assert model.backup  # the LoRA is in the weights
+    longer = trained(given(model), length=5)
+    assert len(run_folders(tmp_path)) == 1
+    assert content(model) == before
+    assert_same(
+        longer, trained(given(load(models, "tiny", dtype=torch.float32)), length=5, name="o")
+    )
+
+
+def test_a_cancelled_run_goes_on_on_the_same_weights(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(models, "tiny", dtype=torch.bfloat16)
+    before = content(model)
+
+    def cancel(done: int, total: int, *_: Any, **__: Any) -> None:
+        if (done, total) == (2, 3):
+            comfy.model_management.interrupt_current_processing()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comfy.utils, "PROGRESS_BAR_HOOK", cancel)
+        with pytest.raises(RuntimeError):
+            trained(given(model), sampling=True)
+    assert content(model) == before
+    resumed = trained(given(model))
+    assert content(model) == before
+    assert_same(resumed, trained(ours(models, "tiny")))
+
+
+def test_a_run_is_answered_from_disk_after_a_restart(models: Path, tmp_path: Path) -> None:
+    first = trained(given(load(models, "tiny", dtype=torch.bfloat16)))
+    (folder,) = run_folders(tmp_path)
+    metrics = (folder / "metrics.jsonl").read_text()
+    for dtype in (torch.bfloat16, torch.float32):  # the same numbers
+        assert_same(trained(given(load(models, "tiny", dtype=dtype))), first)
+    assert run_folders(tmp_path) == [folder]
+    assert (folder / "metrics.jsonl").read_text() == metrics
+    trained(given(load(models, "tiny", dtype=FP8)))
+    assert len(run_folders(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("part", [0.1, 0.6])
+def test_a_partially_loaded_model_trains_the_same(
+    models: Path, monkeypatch: pytest.MonkeyPatch, part: float
+) -> None:
+    expected = trained(given(load(models, "tiny", dtype=torch.bfloat16)), name="whole")
+    model = load(models, "tiny", dtype=torch.bfloat16)
+    model.offload_device = torch.device("cpu", 0)  # not the load device, as on a GPU
+    load_model = comfy.model_management.LoadedModel.model_load
+    parts = []
+
+    def limited(self, lowvram_model_memory=0, force_patch_weights=False):
+        if self.model.model is not model.model:
+            return load_model(self, lowvram_model_memory, force_patch_weights)
+        room = part * model.model_size() - self.model_loaded_memory()
+        loaded = load_model(self, room, force_patch_weights)
+        parts.append(self.model_loaded_memory() / model.model_size())
+        return loaded
+
+    monkeypatch.setattr(comfy.model_management.LoadedModel, "model_load", limited)
+    trained(given(model), sampling=True, length=2)
+    assert_same(trained(given(model), sampling=True), expected)
+    assert max(parts) < 1
+
+
+def test_no_matrix_is_copied(models: Path) -> None:
+    model = load(models, "tiny", dtype=torch.float32)
+    network, store = model.model.diffusion_model, base_flux(model).store
+    assert len(store.packed) == 23
+    for name, matrix in store.packed.items():
+        parameter = network.get_parameter(name)
+        assert matrix.dequantize(torch.float32).data_ptr() == parameter.data_ptr()
+
+
+def refusal(model: Any) -> str:
+    with pytest.raises(RuntimeError) as error:
+        trained(given(model))
+    return str(error.value)
+
+
+def test_a_model_that_is_no_flux_is_refused(models: Path) -> None:
+    sizes = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320}
+    sizes |= {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "num_heads": 8}
+    sizes |= {"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_middle": 1}
+    sizes |= {"transformer_depth_output": [1] * 9 + [0] * 3, "context_dim": 768}
+    sizes |= {"use_spatial_transformer": True, "use_linear_in_transformer": False}
+    sizes |= {"adm_in_channels": None, "legacy": False, "use_temporal_attention": False}
+    config = comfy.supported_models.SD15(sizes)
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, device=torch.device("meta"))
+    patcher = comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+    assert "is not a FLUX.1: it has no 'img_in.weight'" in refusal(patcher)
+
+
+def test_a_fill_model_is_refused(models: Path) -> None:
+    assert "takes 96 latent channels" in refusal(load(models, "fill"))
+
+
+def test_a_model_with_a_lora_is_refused(models: Path) -> None:
+    lora = trained(unet("tiny"))
+    patched = add_lora(load(models, "tiny"), lora, 1.0)
+    assert "carries a LoRA" in refusal(patched)
+
+
+def test_a_model_whose_weights_are_paged_is_refused(models: Path) -> None:
+    model = load(models, "tiny")
+    model.is_dynamic = lambda: True  # as newer hosts say on NVIDIA cards, which a CPU has none of
+    with pytest.raises(ValueError, match="Load it by Load Quantized FLUX"):
+        base_flux(model)
+
+
+def test_weights_in_an_unknown_packing_are_refused(models: Path) -> None:
+    model = load(models, "tiny")
+    linear = model.model.diffusion_model.double_blocks[0].img_mlp[0]
+    packed = torch.zeros(linear.weight.shape, dtype=torch.uint8)
+    linear.weight = torch.nn.Parameter(packed, requires_grad=False)
+    assert "'double_blocks.0.img_mlp.0.weight' as Tensor in torch.uint8" in refusal(model)
+
+
+def test_the_job_file_asks_for_the_models_file(models: Path, tmp_path: Path) -> None:
+    trained(unet("tiny"))
+    (folder,) = run_folders(tmp_path)
+    path = folder / "job.json"
+    with pytest.raises(ValueError, match="whose file is not known"):
+        read_job(path)
+    values = {**json.loads(path.read_text()), "model": str(models / "tiny.safetensors")}
+    path.write_text(json.dumps(values))
+    assert read_job(path).format == "bf16"
