@@ -242,7 +242,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("write", "message"), WRONG, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("write", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
 def test_a_wrong_file_is_one_sentence(
     tmp_path: Path, clip: Tensors, t5: Tensors, write: Callable, message: str
 ) -> None:
