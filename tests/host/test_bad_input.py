@@ -107,10 +107,10 @@ def test_a_clip_of_another_model_is_one_sentence(server: ComfyServer, base: Path
     (base / "models" / "text_encoders").mkdir(parents=True, exist_ok=True)
     save_file(
         {"text_model.encoder.layers.0.mlp.fc1.weight": weight},
-        base / "models" / "text_encoders" / "clip_l.safetensors",
+        base / "models" / "text_encoders" / "only_clip_l.safetensors",
     )
     graph = prompts_graph("circles")
-    graph["clip"] = node("CLIPLoader", clip_name="clip_l.safetensors", type="stable_diffusion")
+    graph["clip"] = node("CLIPLoader", clip_name="only_clip_l.safetensors", type="stable_diffusion")
     graph["prompts"]["inputs"]["clip"] = ["clip", 0]
     message = r"This CLIP is not FLUX's, .*\. Load both with DualCLIPLoader and type flux\.$"
     refused(server, graph, message)

@@ -16,6 +16,8 @@ from graphs import train_graph, write_base, write_pictures
 def test_a_server_that_exits_saves_the_run_first(
     server: ComfyServer, tmp_path: Path, number: signal.Signals
 ) -> None:
+    # Shells start what runs in the background with SIGINT ignored, and a child inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     write_base(tmp_path / "models")
     write_pictures(tmp_path / "input" / "circles")
     graph = train_graph("circles", sampling=False, length=100_000)

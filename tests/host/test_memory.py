@@ -48,7 +48,8 @@ def test_the_report_is_shown_and_given(server: ComfyServer) -> None:
     assert texts == [report]
     lines = report.splitlines()
     assert lines[0].startswith("The training takes 0.")
-    assert lines[-1].startswith("It fits: ")
+    assert lines[-2].startswith("It fits: ")
+    assert lines[-1].startswith("On a CPU ")
 
 
 def test_it_says_when_it_does_not_fit(server: ComfyServer) -> None:
