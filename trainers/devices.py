@@ -66,7 +66,7 @@ def describe_device(device: torch.device) -> str:
         return "On Intel cards every format and the training should run; it was not tried."
     if device.type == "mps":
         return "On Apple's GPUs pictures are made in every format but fp8; training needs --cpu."
-    return "On a CPU everything runs; a step of FLUX.1-dev takes minutes, so take the nano model."
+    return "On a CPU everything runs, FLUX.1-dev slowly: take the nano model."
 
 
 def require_trainable_on(device: torch.device) -> None:
