@@ -31,7 +31,7 @@ load_pack()
 from atelier.trainers.adapters import attach_lora  # noqa: E402
 from atelier.trainers.config import LoraSettings  # noqa: E402
 from atelier.trainers.devices import compute_dtype, default_device  # noqa: E402
-from atelier.trainers.flux import build_transformer, velocity  # noqa: E402
+from atelier.trainers.flux import build_transformer, recompute_blocks, velocity  # noqa: E402
 from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
 from atelier.trainers.packed_copy import PackedCopies  # noqa: E402
 from flux_files import write_flux  # noqa: E402
@@ -46,7 +46,7 @@ def passes(base: LoadedFlux, pixels: int) -> dict[str, Callable[[], object]]:
     config, size = base.config, pixels // 8
     transformer = build_transformer(base.store, config, DTYPE)
     attach_lora(transformer, LoraSettings(), seed=0)
-    transformer.train().to(DEVICE).enable_gradient_checkpointing()
+    recompute_blocks(transformer.train().to(DEVICE))
     inputs = {
         "sigma": torch.tensor([0.5], device=DEVICE),
         "prompt_embeds": torch.ones(1, TEXT_TOKENS, config.context_dim, device=DEVICE),

@@ -4,9 +4,12 @@
 
 The plain loop is a diffusers FLUX whose block Linears are `bitsandbytes.nn.Linear4bit`, with peft's
 `add_adapter` and bitsandbytes' AdamW8bit, its batch lying in memory. Ours is the loop's own step,
-and reads the caches. Both hold the same weights in NF4, compute in the same dtype on the same
-batch, with gradient checkpointing. Runs alternate, so that a busy machine slows both; the ratio is
-the median over the pairs. Memory is the process's, and the two share it: it is not measured.
+and reads the caches. Both hold the same weights in NF4 and float32 adapters, compute in the same
+dtype on the same batch, with gradient checkpointing. (peft makes the adapters of a bfloat16 network
+bfloat16 as well, which is less work: that plain loop is the second row of each network.)
+
+Runs alternate, so that a busy machine slows both; the ratio is the median over the pairs. Memory is
+the process's, and the two share it: it is not measured.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from atelier.trainers.caches import (  # noqa: E402
     PromptEntry,
 )
 from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings  # noqa: E402
-from atelier.trainers.devices import compute_dtype, default_device  # noqa: E402
+from atelier.trainers.devices import compute_dtype, default_device, dtype_name  # noqa: E402
 from atelier.trainers.entries import EntryFiles  # noqa: E402
 from atelier.trainers.flow import add_noise, flow_loss, sample_sigmas, seeded  # noqa: E402
 from atelier.trainers.flux import image_ids, pack_latents, unpack_latents  # noqa: E402
@@ -79,15 +82,19 @@ def our_step(base: LoadedFlux, data: loop.TrainingData, job: JobSettings) -> Cal
     return lambda: loop.optimizer_step(state, 0, order, data, loop.Hooks())[0]
 
 
-def plain_step(base: LoadedFlux, data: loop.TrainingData, job: JobSettings) -> Callable[[], float]:
+def plain_step(
+    base: LoadedFlux, data: loop.TrainingData, job: JobSettings, adapter_dtype: torch.dtype
+) -> Callable[[], float]:
     """The loop of the Hugging Face script, down to what one step needs."""
     from bitsandbytes.optim import AdamW8bit
+    from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
     device = base.store.device
     dtype = compute_dtype(job.train.compute_dtype, device)
     transformer = plain_transformer(base, dtype).to(device)
     transformer.add_adapter(LoraConfig(r=job.lora.rank, target_modules=list(TARGETS)))
+    cast_training_params(transformer, dtype=adapter_dtype)
     transformer.enable_gradient_checkpointing()
     transformer.train()
     parameters = [p for p in transformer.parameters() if p.requires_grad]
@@ -174,11 +181,13 @@ def seconds(step: Callable[[], float], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def compare(base: LoadedFlux, folder: Path, runs: int) -> dict[str, float]:
+def compare(
+    base: LoadedFlux, folder: Path, adapter_dtype: torch.dtype, runs: int
+) -> dict[str, float]:
     """Median seconds of both, and the median of ours / plain over alternating pairs."""
     data = make_data(folder, base)
     job = JobSettings(lora=LoraSettings(rank=4), train=TrainSettings())
-    ours, plain = our_step(base, data, job), plain_step(base, data, job)
+    ours, plain = our_step(base, data, job), plain_step(base, data, job, adapter_dtype)
     losses = [(ours(), plain()) for _ in range(2)]  # warm-up
     pairs = []
     for index in range(runs):
@@ -213,8 +222,10 @@ def main() -> None:
         }
         for title, file in files.items():
             base = load_flux(file, format="nf4", device=device, quantize_on=device)
-            rows[title] = compare(base, folder / "cache", arguments.runs)
-            sys.stdout.write(f"{title}: {json.dumps(rows[title], indent=1)}\n")
+            for dtype in (torch.float32, torch.bfloat16):
+                row = f"{title}, plain adapters in {dtype_name(dtype)}"
+                rows[row] = compare(base, folder / "cache", dtype, arguments.runs)
+                sys.stdout.write(f"{row}: {json.dumps(rows[row], indent=1)}\n")
     result = {"device": str(device), "torch": torch.__version__, "machine": platform.machine()}
     result |= {"threads": torch.get_num_threads(), "runs": arguments.runs, "networks": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ def test_the_network_holds_no_matrix_of_its_own(tmp_path: Path) -> None:
     loaded = load_flux(write_flux(tmp_path / "flux.safetensors"), format="nf4")
     transformer = build_transformer(loaded.store, loaded.config, torch.float32)
     tensors = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
-    assert {tuple(tensor.shape) for tensor in tensors.values()} == {(128,)}  # QK-norm scales
+    assert {tensor.ndim for tensor in tensors.values()} == {1}  # biases and QK-norm scales
 
 
 def flux_dev_on_meta() -> tuple[WeightStore, FluxConfig]:

@@ -8,7 +8,7 @@ import torch
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.config import LoraSettings
 from atelier.trainers.flow import flow_loss
-from atelier.trainers.flux import FluxConfig, build_transformer, velocity
+from atelier.trainers.flux import FluxConfig, build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import FluxFile, load_flux
 from atelier.trainers.memory import (
@@ -81,7 +81,7 @@ def test_the_peak_is_that_of_the_allocator(
     transformer = build_transformer(base.store, base.config, work.dtype).train()
     lora = attach_lora(transformer, work.lora, seed=0)
     if work.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        recompute_blocks(transformer)
 
     def step() -> None:
         latents = torch.randn(work.batch_size, 16, work.height // 8, work.width // 8)

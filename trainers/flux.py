@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .packages import importing
 from .store import PackedWeight, Weights, WeightStore
@@ -151,17 +153,23 @@ def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 class LinearView(nn.Linear):
-    """A Linear of the diffusers network: some rows of a matrix that the store owns.
+    """A Linear of the diffusers network: some rows of a matrix that the store owns, and a copy of
+    their bias in the dtype that computes.
 
     The rows are cut at forward time, so the store may move its bytes at any moment.
     """
 
-    def __init__(self, store: Weights, source: Source) -> None:
+    def __init__(self, store: Weights, source: Source, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.store, self.source = store, source
-        packed = store.packed[f"{source.name}.weight"]
+        packed, bias = store.packed[self._name], store.plain.get(f"{source.name}.bias")
+        self.bias = _frozen_copy(bias[source.rows], dtype) if bias is not None else None
         self.in_features = packed.shape[1]
         self.out_features = len(range(*source.rows.indices(packed.shape[0])))
+
+    @property
+    def _name(self) -> str:
+        return f"{self.source.name}.weight"
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -169,15 +177,11 @@ class LinearView(nn.Linear):
         return torch.empty(0, dtype=torch.float32, device=self.store.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        name, rows = self.source.name, self.source.rows
-        bias = self.store.plain.get(f"{name}.bias")
-        packed = self.store.packed[f"{name}.weight"]
-        return packed.linear(x, bias[rows] if bias is not None else None, rows)
+        return self.store.packed[self._name].linear(x, self.bias, self.source.rows)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The rows [out, in] in `dtype`."""
-        packed = self.store.packed[f"{self.source.name}.weight"]
-        return packed.dequantize(dtype, self.source.rows)
+        return self.store.packed[self._name].dequantize(dtype, self.source.rows)
 
 
 def require_trainable(config: FluxConfig) -> None:
@@ -195,19 +199,35 @@ def build_transformer(store: Weights, config: FluxConfig, dtype: torch.dtype):
 
     Args:
         config: of a network that `require_trainable` accepts.
-        dtype: what the network will compute in; the QK-norm scales and the final modulation are
-            kept in it.
+        dtype: what the network will compute in; the biases, the QK-norm scales and the final
+            modulation are kept in it.
     """
     transformer = empty_transformer(config)
     for name, source in linear_sources(config).items():
-        transformer.set_submodule(name, LinearView(store, source))
-    transformer.set_submodule(FINAL_MODULATION[0], LinearView(*_final_modulation(store, dtype)))
+        transformer.set_submodule(name, LinearView(store, source, dtype))
+    final = LinearView(*_final_modulation(store, dtype), dtype)
+    transformer.set_submodule(FINAL_MODULATION[0], final)
     for ours, theirs in norm_sources(config).items():
-        # A clone: autograd keeps norm scales for backward, which a host's tensor may not allow.
-        with torch.inference_mode(False):
-            scale = store.plain[f"{theirs}.scale"].to(dtype, copy=True)
-        transformer.get_submodule(ours).weight = nn.Parameter(scale, requires_grad=False)
+        scale = _frozen_copy(store.plain[f"{theirs}.scale"], dtype)
+        transformer.get_submodule(ours).weight = scale
     return transformer.requires_grad_(False)
+
+
+def _frozen_copy(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    # Autograd keeps some of them for backward, which a host's own tensor may not allow.
+    with torch.inference_mode(False):
+        return nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False)
+
+
+def recompute_blocks(transformer) -> None:
+    """Gradient checkpointing: blocks keep their inputs only, and run once more in backward.
+
+    Nothing in them is random, so torch need not keep the state of its generators for them.
+    """
+    rerun = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
+    transformer.enable_gradient_checkpointing(rerun)
 
 
 def empty_transformer(config: FluxConfig):

@@ -102,16 +102,11 @@ def _pack_bnb(matrix: Tensor, *, kind: str, group: int) -> tuple[Tensor, Tensor]
 def _unpack_bnb(
     data: Tensor, scale: Tensor | None, dtype: torch.dtype, *, kind: str, group: int
 ) -> Tensor:
-    functional = bitsandbytes_functional()
+    bitsandbytes_functional()  # registers the kernel
     assert scale is not None
-    state = functional.QuantState(
-        absmax=scale.flatten().float(),  # the kernels accept no other dtype
-        shape=torch.Size((data.shape[0], data.shape[1] * 2)),
-        dtype=dtype,
-        blocksize=group,
-        quant_type=kind,
-    )
-    return functional.dequantize_4bit(data.reshape(-1, 1), state)
+    absmax = scale.flatten().float()  # the kernels accept no other dtype
+    shape = (data.shape[0], data.shape[1] * 2)
+    return torch.ops.bitsandbytes.dequantize_4bit(data, absmax, group, kind, shape, dtype)
 
 
 @_slice_by_slice
@@ -179,6 +174,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def bitsandbytes_functional():
+    """The module, or ValueError where it cannot be imported."""
     with importing("bitsandbytes"):
         import bitsandbytes.functional as functional
     return functional

@@ -19,7 +19,14 @@ from .caches import LatentCache, LatentEntry, PromptCache
 from .config import JobSettings, TrainSettings, to_json
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
 from .flow import add_noise, flow_loss, sample_sigmas, seeded
-from .flux import LATENT_CHANNELS, FluxConfig, build_transformer, require_trainable, velocity
+from .flux import (
+    LATENT_CHANNELS,
+    FluxConfig,
+    build_transformer,
+    recompute_blocks,
+    require_trainable,
+    velocity,
+)
 from .load import BaseFlux
 from .memory import Workload
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
@@ -258,7 +265,7 @@ class TrainState:
         self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
         self.transformer.train()
         if job.train.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+            recompute_blocks(self.transformer)
         self.parameters = list(self.lora.parameters.values())
         self.optimizer = make_adamw8bit(self.parameters, job.train.learning_rate)
         # float16 gradients underflow without a scale; for other dtypes the scaler does nothing.

@@ -34,6 +34,7 @@ from .flux import (
     is_block_matrix,
     norm_sources,
     original_linears,
+    recompute_blocks,
     velocity,
 )
 from .load import FluxFile
@@ -211,7 +212,7 @@ def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimat
     transformer = build_transformer(store, config, workload.dtype).train()
     attach_lora(transformer, workload.lora, seed=0)
     if workload.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        recompute_blocks(transformer)
     # A host may ask from inside its inference mode.
     with shapes_only, torch.inference_mode(False), torch.enable_grad():
         parameters = _without_bytes(transformer)

@@ -12,7 +12,7 @@ from importlib.metadata import version
 _NEEDED = {
     "diffusers": "diffusers>=0.33.0",
     "peft": "peft>=0.15.0",
-    "bitsandbytes": "bitsandbytes>=0.45.3",
+    "bitsandbytes": "bitsandbytes>=0.46.0",
 }
 _HELD = ("torch", "transformers", "huggingface_hub", "safetensors")
 """What the host itself needs in its version; pip would replace them for the newest of ours."""

@@ -99,8 +99,9 @@ class PackedWeight(Matrix):
         """Rows of the matrix [rows, in] in `dtype`; it may alias the store when nothing changes,
         and then lasts only until a weight of another block is asked for."""
         data, scale = self.fetch()
-        scale = scale[rows] if scale is not None else None
-        return FORMATS[self.format].unpack(data[rows], scale, dtype)
+        if rows != slice(None):
+            data, scale = data[rows], scale[rows] if scale is not None else None
+        return FORMATS[self.format].unpack(data, scale, dtype)
 
     def fetch(self) -> tuple[Tensor, Tensor | None]:
         """The bytes and scales that compute, on the store's device."""
