@@ -13,8 +13,9 @@ from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.formats import FORMATS
 from ..trainers.hub import fetch_flux, require_hub_id
 from ..trainers.load import inspect_flux, load_flux
-from ..trainers.memory import choose_format, store_bytes
+from ..trainers.memory import store_bytes
 from ..trainers.packed_copy import PackedCopies
+from ..trainers.preflight import choose_format
 from ..trainers.tensor_files import model_files
 from ..trainers.text_encoders import load_text_encoders
 from . import host

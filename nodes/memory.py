@@ -9,7 +9,8 @@ from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.devices import describe_device
 from ..trainers.formats import FORMATS
 from ..trainers.load import inspect_flux
-from ..trainers.memory import Workload, describe, estimate_training
+from ..trainers.memory import Workload, store_bytes
+from ..trainers.preflight import Plan, describe
 from . import host
 from .loaders import model_names, model_path
 
@@ -116,12 +117,18 @@ class EstimateMemory(io.ComfyNode):
         cls, model: str, format: str, gradient_accumulation: int, **settings
     ) -> io.NodeOutput:
         config = inspect_flux(model_path(model)).config
-        workload = _workload(accumulates=gradient_accumulation > 1, **settings)
-        needed = estimate_training(config, format, workload)
-        lines = describe(config, format, workload, free_bytes=host.free_memory())
-        report = "\n".join([*lines, describe_device(host.compute_device())])
+        plan = Plan(
+            config=config,
+            format=format,
+            weights=store_bytes(config, format),
+            workload=_workload(accumulates=gradient_accumulation > 1, **settings),
+            device=host.compute_device(),
+            streaming="auto",
+        )
+        lines = describe(plan, host.free_memory())
+        report = "\n".join([*lines, describe_device(plan.device)])
         host.show_text(report, cls.hidden.unique_id)
-        return io.NodeOutput(report, needed.beside_weights / 1e9, ui=ui.PreviewText(report))
+        return io.NodeOutput(report, plan.needed.beside_weights / 1e9, ui=ui.PreviewText(report))
 
 
 def _workload(*, rank: int, targets: str, compute_dtype: str, **others) -> Workload:

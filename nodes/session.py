@@ -17,13 +17,7 @@ from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings
 from ..trainers.files import write_atomically
 from ..trainers.load import BaseFlux
-from ..trainers.memory import (
-    Workload,
-    describe,
-    estimate_training,
-    least_bytes,
-    what_would_fit,
-)
+from ..trainers.preflight import Plan, describe, what_would_fit
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
@@ -147,11 +141,18 @@ class Session:
 
     def _take_device(self) -> None:
         """Ask the host to have the base model on the device, and room for the training."""
-        needed = estimate_training(self._base.config, self._base.format, self._workload())
-        to_training_device(self._model, needed.beside_weights)
+        to_training_device(self._model, self._plan().needed.beside_weights)
 
-    def _workload(self) -> Workload:
-        return loop.workload(self._job, self._data, host.compute_device())
+    def _plan(self) -> Plan:
+        device = host.compute_device()
+        return Plan(
+            config=self._base.config,
+            format=self._base.format,
+            weights=self._base.store.num_bytes,
+            workload=loop.workload(self._job, self._data, device),
+            device=device,
+            streaming=self._base.store.streaming,
+        )
 
     def _on_start(self, step: int, num_steps: int) -> None:
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
@@ -171,13 +172,12 @@ class Session:
         Raises:
             ValueError: if the device has not enough memory for it.
         """
-        facts = (self._base.config, self._base.format, self._workload())
-        free_bytes = host.free_memory()
-        if host.compute_device().type == "cpu":  # the weights are there already
-            free_bytes += self._base.store.num_bytes
-        if least_bytes(*facts) > free_bytes:
-            raise ValueError("\n".join(what_would_fit(*facts, free_bytes=free_bytes)))
-        return describe(*facts, free_bytes=free_bytes)
+        plan, free_bytes = self._plan(), host.free_memory()
+        if plan.device.type == "cpu" and plan.streaming != "disk":
+            free_bytes += plan.weights  # they are there already
+        if plan.least_bytes > free_bytes:
+            raise ValueError("\n".join(what_would_fit(plan, free_bytes)))
+        return describe(plan, free_bytes)
 
     def _on_step(self, step: loop.Step) -> None:
         minutes, seconds = divmod(round(step.seconds_left), 60)

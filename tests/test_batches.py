@@ -100,3 +100,14 @@ def test_sizes_are_shuffled_among_each_other() -> None:
     widths = [order.batch(step)[0].width for step in range(order.batches_per_epoch)]
     changes = sum(a != b for a, b in itertools.pairwise(widths))
     assert changes > len(set(SIZES))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_the_largest_batch_has_the_most_pixels(batch_size: int) -> None:
+    """A size with few pictures never fills a large batch."""
+    order = BatchOrder(make_entries(), batch_size=batch_size, seed=0)
+    batches = [order.batch(step) for step in range(order.batches_per_epoch)]
+    pixels = [sum(entry.width * entry.height for entry in batch) for batch in batches]
+    width, height, count = order.largest_batch()
+    assert width * height * count == max(pixels)
+    assert any(len(b) == count and (b[0].width, b[0].height) == (width, height) for b in batches)

@@ -10,15 +10,13 @@ from atelier.trainers.config import LoraSettings
 from atelier.trainers.flow import flow_loss
 from atelier.trainers.flux import FluxConfig, build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
-from atelier.trainers.load import FluxFile, load_flux
+from atelier.trainers.load import load_flux
 from atelier.trainers.memory import (
     Workload,
     adamw8bit_bytes,
-    choose_format,
-    describe,
     estimate_training,
-    least_bytes,
     store_bytes,
+    streamed_bytes,
 )
 from atelier.trainers.optimizers import make_adamw8bit
 from flux_files import flux_shapes, write_flux
@@ -121,40 +119,7 @@ def test_streaming_leaves_two_blocks_and_what_is_outside_of_blocks() -> None:
     in_blocks = {n for n, s in shapes.items() if "_blocks." in n and len(s) == 2}
     largest = sum(sizes[name] for name in in_blocks if name.startswith("double_blocks.0."))
     outside = sum(size for name, size in sizes.items() if name not in in_blocks)
-    needed = estimate_training(CONFIG, "bf16", workload())
-    least = least_bytes(CONFIG, "bf16", workload())
-    assert least == outside + 2 * largest + needed.beside_weights
-
-
-def test_what_does_not_fit_is_answered_by_what_does() -> None:
-    work = workload(gradient_checkpointing=False)
-    whole = estimate_training(CONFIG, "bf16", work).total
-    streamed = least_bytes(CONFIG, "bf16", work)
-    with_checkpointing = least_bytes(CONFIG, "bf16", workload())
-    assert with_checkpointing < streamed < whole
-
-    def said(free_bytes: int) -> list[str]:
-        return describe(CONFIG, "bf16", work, free_bytes=free_bytes)
-
-    assert said(whole)[-1].startswith("It fits: ")
-    assert said(streamed)[-1].startswith("It fits when blocks are streamed")
-    lines = said(with_checkpointing)
-    assert any(line.startswith("This training does not fit: ") for line in lines)
-    assert any(line.startswith("With gradient_checkpointing ") for line in lines)
-    assert said(0)[-1].startswith("No single change is enough")
-
-
-@pytest.mark.parametrize(
-    ("file", "share", "chosen"),
-    [
-        (FluxFile(CONFIG, None), 1.0, "bf16"),
-        (FluxFile(CONFIG, None), 0.6, "int8"),
-        (FluxFile(CONFIG, None), 0.0, "nf4"),
-        (FluxFile(CONFIG, "fp4"), 1.0, "fp4"),
-    ],
-)
-def test_auto_takes_the_most_exact_that_fits(file: FluxFile, share: float, chosen: str) -> None:
-    assert choose_format(file, int(share * store_bytes(CONFIG, "bf16"))) == chosen
+    assert streamed_bytes(CONFIG, "bf16") == outside + 2 * largest
 
 
 def allocated_peak(step, path: Path) -> int:

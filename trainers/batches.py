@@ -35,6 +35,11 @@ class BatchOrder:
         epoch, index = divmod(micro_step, self.batches_per_epoch)
         return self._epoch(epoch)[index]
 
+    def largest_batch(self) -> tuple[int, int, int]:
+        """Width, height and count of the pictures of the batch with the most pixels."""
+        batches = ((*size, min(len(g), self._batch_size)) for size, g in self._groups.items())
+        return max(batches, key=math.prod)
+
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
     def _epoch(self, epoch: int) -> list[list[LatentEntry]]:
         generator = seeded(self._seed, "order", epoch)

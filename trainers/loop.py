@@ -56,7 +56,8 @@ class Hooks:
     check_stop: Callable[[], None] = lambda: None
     """Called before every micro-step; it raises to stop. The run is saved and the error goes on."""
     on_start: Callable[[int, int], None] = lambda step, num_steps: None
-    """Called once with the step the run starts from and its length."""
+    """Called once with the step the run starts from and its length, before anything is written; it
+    may raise."""
     on_step: Callable[[Step], None] = lambda step: None
     sample: Callable[[int, dict[str, Tensor]], None] | None = None
     """Called with the step and the LoRA's tensors, to draw pictures with them before that step."""
@@ -146,12 +147,12 @@ def steps_per_epoch(job: JobSettings, data: TrainingData) -> float:
 
 def workload(job: JobSettings, data: TrainingData, device: torch.device) -> Workload:
     """What the largest micro-step of a job computes, to estimate its memory."""
-    largest = max(data.latents.entries, key=lambda entry: entry.width * entry.height)
+    width, height, count = _order(job, data).largest_batch()
     return Workload(
-        width=largest.width,
-        height=largest.height,
+        width=width,
+        height=height,
         prompt_length=data.prompts.length,
-        batch_size=job.train.batch_size,
+        batch_size=count,
         lora=job.lora,
         dtype=compute_dtype(job.train.compute_dtype, device),
         gradient_checkpointing=job.train.gradient_checkpointing,
@@ -184,10 +185,10 @@ def train(
         return _trained(run, length, run.load(length).adapter)
 
     data.check_fits(base.config)
+    hooks.on_start(start, length)
     with run.locked():
         run.create()
         run.forget_metrics_after(start)
-        hooks.on_start(start, length)
         state = TrainState(base, job, run.load(start) if start else None)
         order = _order(job, data)
         step = start

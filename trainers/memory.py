@@ -1,4 +1,4 @@
-"""How much memory a training takes, before it starts.
+"""How much memory a training takes.
 
 Nothing is added up by hand: the network itself, its adapters and its loss are run once forward and
 backward on tensors that have a shape and no bytes, and the bytes that would be alive are counted.
@@ -10,10 +10,8 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,17 +35,8 @@ from .flux import (
     recompute_blocks,
     velocity,
 )
-from .load import FluxFile
 from .store import PackedWeight, WeightStore
 
-AUTO_FORMATS = ("bf16", "int8", "nf4")
-"""What `auto` chooses from, the most exact first (docs/formats.md). fp8 takes as much as int8 with
-a larger error; below nf4 the error is so large that streaming nf4 is the better choice."""
-
-_NOTHING_FITS = (
-    "No single change is enough: take smaller pictures, a batch size of 1, gradient_checkpointing "
-    "and activations_in_ram together."
-)
 _SMALLEST_8BIT = 4096
 _OPTIMIZER_GROUP = 256
 """bitsandbytes keeps two float32 moments of a parameter with fewer elements than the first; of
@@ -126,84 +115,11 @@ def store_bytes(config: FluxConfig, format: str) -> int:
     return _shapes_only(config, format, FakeTensorMode()).num_bytes
 
 
-def choose_format(file: FluxFile, free_bytes: int) -> str:
-    """The most exact of AUTO_FORMATS whose weights fit into `free_bytes`, else the last of them.
-
-    A file that is packed already stays as it is: nothing would be won.
-    """
-    if file.format is not None:
-        return file.format
-    fitting = (name for name in AUTO_FORMATS if store_bytes(file.config, name) <= free_bytes)
-    return next(fitting, AUTO_FORMATS[-1])
-
-
-def least_bytes(config: FluxConfig, format: str, workload: Workload) -> int:
-    """Bytes of the device that a training takes with every block streamed."""
-    needed = estimate_training(config, format, workload)
+def streamed_bytes(config: FluxConfig, format: str) -> int:
+    """Bytes of the weights that are on the device at once when every block is streamed."""
     store = _shapes_only(config, format, FakeTensorMode())
     store.streaming = "ram"
-    return store.wanted_bytes + needed.beside_weights
-
-
-def describe(config: FluxConfig, format: str, workload: Workload, *, free_bytes: int) -> list[str]:
-    """Sentences for a user: what the training takes, whether it fits, and what would fit."""
-    needed = estimate_training(config, format, workload)
-    lines = [
-        f"The training takes {_gb(needed.total)} on the device: {_gb(needed.weights)} for the "
-        f"weights in {format}, {_gb(needed.activations)} for activations, {_gb(needed.adapters)} "
-        f"for the LoRA and its gradients, {_gb(needed.optimizer)} for the optimizer, "
-        f"{_gb(needed.batch)} for a batch.",
-        f"Off the device, the weights take {_gb(needed.weights)} of system memory.",
-    ]
-    if needed.total <= free_bytes:
-        return [*lines, f"It fits: {_gb(free_bytes)} are free."]
-    least = least_bytes(config, format, workload)
-    if least > free_bytes:
-        return [*lines, *what_would_fit(config, format, workload, free_bytes=free_bytes)]
-    lines.append(
-        f"It fits when blocks are streamed from system memory, as block_streaming auto does: "
-        f"{_gb(free_bytes)} are free, and {_gb(least)} are needed at least."
-    )
-    return lines
-
-
-def what_would_fit(
-    config: FluxConfig, format: str, workload: Workload, *, free_bytes: int
-) -> list[str]:
-    """Sentences for a training that does not fit even with every block streamed."""
-    least = least_bytes(config, format, workload)
-    fitting = [line for line, size in _smaller(config, format, workload) if size <= free_bytes]
-    return [
-        f"This training does not fit: {_gb(least)} of the device's memory are needed with every "
-        f"block streamed, and {_gb(free_bytes)} are free.",
-        *(fitting or [_NOTHING_FITS]),
-    ]
-
-
-def _smaller(config: FluxConfig, format: str, workload: Workload) -> Iterator[tuple[str, int]]:
-    """Single changes that take less memory: a sentence for when it fits, and the bytes."""
-    replace = partial(dataclasses.replace, workload)
-    if not workload.gradient_checkpointing:
-        size = least_bytes(config, format, replace(gradient_checkpointing=True))
-        yield f"With gradient_checkpointing {_gb(size)} are enough.", size
-    if not workload.activations_in_ram:
-        size = least_bytes(config, format, replace(activations_in_ram=True))
-        yield f"With activations_in_ram {_gb(size)} are enough.", size
-    if workload.batch_size > 1:
-        size = least_bytes(config, format, replace(batch_size=1))
-        yield f"With a batch size of 1 {_gb(size)} are enough.", size
-    half = replace(width=_half(workload.width), height=_half(workload.height))
-    size = least_bytes(config, format, half)
-    yield f"With pictures of {half.width}x{half.height} {_gb(size)} are enough.", size
-
-
-def _half(pixels: int) -> int:
-    """Half of a side, a multiple of 16."""
-    return max(16, pixels // 32 * 16)
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+    return store.wanted_bytes
 
 
 def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimate:

@@ -126,6 +126,25 @@ def test_a_model_that_is_not_trained_is_one_sentence(server: ComfyServer, base: 
     assert not list((base / "output" / "atelier").glob("fill-*"))
 
 
+def test_a_training_that_cannot_fit_is_refused_before_it_begins(
+    server: ComfyServer, base: Path
+) -> None:
+    """Hundreds of GB, on any machine; what would fit is named."""
+    settings = {"batch_size": 256, "gradient_checkpointing": False}
+    graph = train_graph("circles", sampling=False, name="huge", **settings)
+    graph["train"]["inputs"]["model"] = ["nano", 0]
+    graph["data"]["inputs"] |= {"width": 1024, "height": 1024, "repeats": 64}
+    message = (
+        r": This training does not fit: \d{3,}\.\d\d GB of the device's memory are needed, and "
+        r"[\d.]+ GB are free\.\nWith a batch size of 1 [\d.]+ GB are enough\.$"
+    )
+    with pytest.raises(GraphError, match=message):
+        server.run(graph)
+    assert not list((base / "output" / "atelier").glob("huge-*"))
+    graph["train"]["inputs"] |= {"batch_size": 1, "length": 1}
+    assert server.run(graph)["outputs"]["name"]["text"]
+
+
 @pytest.mark.parametrize("place", ["atelier/cache/latents", "checkpoints", "loras"])
 def test_a_full_disk_is_one_sentence_and_space_is_all_that_is_needed(
     server: ComfyServer, base: Path, place: str

@@ -1,0 +1,147 @@
+"""What is said before a training starts: whether it fits into the memory, and what would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .flux import FluxConfig
+from .load import FluxFile
+from .memory import MemoryEstimate, Workload, estimate_training, store_bytes, streamed_bytes
+
+AUTO_FORMATS = ("bf16", "int8", "nf4")
+"""What `auto` chooses from, the most exact first (docs/formats.md). fp8 takes as much as int8 with
+a larger error; below nf4 the error is so large that streaming nf4 is the better choice."""
+
+_NOTHING_FITS = (
+    "No single change is enough: take smaller pictures, a batch size of 1 and "
+    "gradient_checkpointing together."
+)
+
+
+def choose_format(file: FluxFile, free_bytes: int) -> str:
+    """The most exact of AUTO_FORMATS whose weights fit into `free_bytes`, else the last of them.
+
+    A file that is packed already stays as it is: nothing would be won.
+    """
+    if file.format is not None:
+        return file.format
+    fitting = (name for name in AUTO_FORMATS if store_bytes(file.config, name) <= free_bytes)
+    return next(fitting, AUTO_FORMATS[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A training that has not started, and where it would run."""
+
+    config: FluxConfig
+    format: str
+    weights: int
+    """Bytes that the weights take when none is streamed."""
+    workload: Workload
+    device: torch.device
+    streaming: str
+    """A value of config.STREAMING."""
+
+    @property
+    def needed(self) -> MemoryEstimate:
+        """With all weights on the device. On a CPU nothing can leave it for system memory."""
+        keeps = self.workload.activations_in_ram and self.device.type == "cpu"
+        workload = self._workload(activations_in_ram=False) if keeps else self.workload
+        estimate = estimate_training(self.config, self.format, workload)
+        return dataclasses.replace(estimate, weights=self.weights)
+
+    @property
+    def least_bytes(self) -> int:
+        """What is needed on the device with every block streamed, if blocks can be."""
+        if not self.can_stream:
+            return self.needed.total
+        return streamed_bytes(self.config, self.format) + self.needed.beside_weights
+
+    @property
+    def can_stream(self) -> bool:
+        if self.device.type == "cpu":  # blocks in its RAM are on it
+            return self.streaming == "disk"
+        return self.streaming != "off"
+
+    def with_workload(self, **changes: int) -> Plan:
+        return dataclasses.replace(self, workload=self._workload(**changes))
+
+    def _workload(self, **changes: int) -> Workload:
+        return dataclasses.replace(self.workload, **changes)
+
+
+def describe(plan: Plan, free_bytes: int) -> list[str]:
+    """Sentences for a user: what the training takes, whether it fits, and what would fit."""
+    needed = plan.needed
+    lines = [
+        f"The training takes {_gb(needed.total)} on the device: {_gb(needed.weights)} for the "
+        f"weights in {plan.format}, {_gb(needed.activations)} for activations, "
+        f"{_gb(needed.adapters)} for the LoRA and its gradients, {_gb(needed.optimizer)} for the "
+        f"optimizer, {_gb(needed.batch)} for a batch."
+    ]
+    if plan.device.type != "cpu" and plan.streaming != "disk":
+        lines.append(f"Off the device, the weights take {_gb(needed.weights)} of system memory.")
+    if needed.total <= free_bytes:
+        return [*lines, f"It fits: {_gb(free_bytes)} are free."]
+    least = plan.least_bytes
+    if least > free_bytes:
+        return [*lines, *what_would_fit(plan, free_bytes)]
+    lines.append(
+        f"It fits when blocks are streamed, as block_streaming {plan.streaming} does: "
+        f"{_gb(free_bytes)} are free, and {_gb(least)} are needed at least."
+    )
+    return lines
+
+
+def what_would_fit(plan: Plan, free_bytes: int) -> list[str]:
+    """Sentences for a training that does not fit even with every block streamed."""
+    least, free = _gb(plan.least_bytes), _gb(free_bytes)
+    if plan.can_stream:
+        first = (
+            f"This training does not fit: {least} of the device's memory are needed with every "
+            f"block streamed, and {free} are free."
+        )
+    else:
+        first = (
+            f"This training does not fit: {least} of the device's memory are needed, and {free} "
+            "are free."
+        )
+    fitting = [sentence for size, sentence in _smaller(plan) if size <= free_bytes]
+    return [first, *(fitting or [_NOTHING_FITS])]
+
+
+def _smaller(plan: Plan) -> Iterator[tuple[int, str]]:
+    """Single changes that take less memory: the bytes, and a sentence for when they fit."""
+    is_on_cpu, workload = plan.device.type == "cpu", plan.workload
+    if not plan.can_stream:
+        streaming = "disk" if is_on_cpu else "auto"
+        size = dataclasses.replace(plan, streaming=streaming).least_bytes
+        yield (
+            size,
+            f"With block_streaming {streaming} of Load Quantized FLUX {_gb(size)} are enough.",
+        )
+    if not workload.gradient_checkpointing:
+        size = plan.with_workload(gradient_checkpointing=True).least_bytes
+        yield size, f"With gradient_checkpointing {_gb(size)} are enough."
+    if not workload.activations_in_ram and not is_on_cpu:
+        size = plan.with_workload(activations_in_ram=True).least_bytes
+        yield size, f"With activations_in_ram {_gb(size)} are enough."
+    if workload.batch_size > 1:
+        size = plan.with_workload(batch_size=1).least_bytes
+        yield size, f"With a batch size of 1 {_gb(size)} are enough."
+    width, height = _half(workload.width), _half(workload.height)
+    size = plan.with_workload(width=width, height=height).least_bytes
+    yield size, f"With pictures of {width}x{height} {_gb(size)} are enough."
+
+
+def _half(pixels: int) -> int:
+    """Half of a side, a multiple of 16."""
+    return max(16, pixels // 32 * 16)
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
