@@ -20,17 +20,17 @@ from ..trainers.tensor_files import model_files
 from ..trainers.text_encoders import load_text_encoders
 from . import host
 from .encoders import build_clip, build_vae, checkpoint_parts
+from .inputs import QUANTIZE_ON, shared_input
 from .native import build_model, build_text_encoders
 
 NANO = "nano (built in)"
 AUTO = "auto"
-QUANTIZE_ON = ("auto", "cpu", "gpu")
 _FileState = tuple[str, int, int]
 """Path, size and time of change."""
 _NANO_FOLDER = Path(__file__).parent.parent / "assets" / "nano"
 _NO_CLIP = (
-    "This model file holds no text encoders. Add the node DualCLIPLoader with type flux and "
-    "connect its CLIP instead."
+    "This model file holds no text encoders. Add the node Load Quantized Text Encoders, or "
+    "DualCLIPLoader with type flux, and connect its CLIP instead."
 )
 _NO_VAE = (
     "This model file holds no autoencoder. Add the node Load VAE with ae.safetensors and connect "
@@ -76,27 +76,8 @@ class LoadQuantizedFlux(io.ComfyNode):
                     tooltip="Type of the arithmetic when pictures are made. auto: bf16 where the "
                     "device is fast in it, else fp16 or fp32. fp32 is exact and slow.",
                 ),
-                host.make_input(
-                    io.Boolean,
-                    "keep_copy",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Keep the quantized weights in output/atelier/packed (6.5 GB for "
-                    "FLUX.1-dev in nf4), so that the next load reads only them and quantizes "
-                    "nothing.",
-                ),
-                host.make_input(
-                    io.Combo,
-                    "quantize_on",
-                    options=list(QUANTIZE_ON),
-                    default=QUANTIZE_ON[0],
-                    optional=True,
-                    advanced=True,
-                    tooltip="Where the weights are quantized, one matrix after the other. auto: "
-                    "where ComfyUI computes. cpu takes some minutes for FLUX.1-dev, and no memory "
-                    "of the card.",
-                ),
+                shared_input("keep_copy", optional=True, advanced=True),
+                shared_input("quantize_on", optional=True, advanced=True),
                 host.make_input(
                     io.Float,
                     "reserve_gb",
@@ -263,25 +244,8 @@ class LoadQuantizedTextEncoders(io.ComfyNode):
                     "bitsandbytes. int8, fp8: 5.1 GB. int2: 2.2 GB, with three times nf4's error. "
                     "bf16: as in the file.",
                 ),
-                host.make_input(
-                    io.Boolean,
-                    "keep_copy",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Keep the quantized T5-XXL in output/atelier/packed (2.7 GB in nf4), "
-                    "so that the next load reads only that and quantizes nothing.",
-                ),
-                host.make_input(
-                    io.Combo,
-                    "quantize_on",
-                    options=list(QUANTIZE_ON),
-                    default=QUANTIZE_ON[0],
-                    optional=True,
-                    advanced=True,
-                    tooltip="Where the weights are quantized, one matrix after the other. auto: "
-                    "where ComfyUI computes. cpu is slower, and takes no memory of the card.",
-                ),
+                shared_input("keep_copy", optional=True, advanced=True),
+                shared_input("quantize_on", optional=True, advanced=True),
             ],
             outputs=[io.Clip.Output(tooltip="For CLIP Text Encode and Encode Prompts.")],
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..trainers.config import COMPUTE_DTYPES, LORA_TARGETS, LoraSettings
+from ..trainers.config import LoraSettings
 from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.devices import describe_device
 from ..trainers.formats import FORMATS
@@ -12,6 +12,7 @@ from ..trainers.load import inspect_flux
 from ..trainers.memory import Workload, store_bytes
 from ..trainers.preflight import Plan, describe
 from . import host
+from .inputs import shared_input
 from .loaders import model_names, model_path
 
 
@@ -61,45 +62,13 @@ class EstimateMemory(io.ComfyNode):
                     max=512,
                     tooltip="Tokens of a caption, as in Encode Prompts.",
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=256,
-                    tooltip="Pictures computed at once, as in Train LoRA.",
-                ),
-                io.Int.Input(
-                    "gradient_accumulation",
-                    default=4,
-                    min=1,
-                    max=256,
-                    tooltip="Batches per step, as in Train LoRA. Above 1 the gradients stay in "
-                    "memory between batches.",
-                ),
-                io.Int.Input("rank", default=4, min=1, max=1024, tooltip="Size of the LoRA."),
-                io.Combo.Input(
-                    "targets",
-                    options=list(LORA_TARGETS),
-                    default="qlora",
-                    tooltip="Which layers learn, as in Train LoRA.",
-                ),
-                io.Combo.Input(
-                    "compute_dtype",
-                    options=list(COMPUTE_DTYPES),
-                    default="auto",
-                    tooltip="Type of the arithmetic, as in Train LoRA.",
-                ),
-                io.Boolean.Input(
-                    "gradient_checkpointing",
-                    default=True,
-                    tooltip="Compute each block a second time in the backward pass, as in Train "
-                    "LoRA.",
-                ),
-                io.Boolean.Input(
-                    "activations_in_ram",
-                    default=False,
-                    tooltip="Keep what the backward pass needs in system memory, as in Train LoRA.",
-                ),
+                shared_input("batch_size"),
+                shared_input("gradient_accumulation"),
+                shared_input("rank"),
+                shared_input("targets"),
+                shared_input("compute_dtype"),
+                shared_input("gradient_checkpointing"),
+                shared_input("activations_in_ram"),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[

@@ -7,15 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers import loop
-from ..trainers.config import (
-    COMPUTE_DTYPES,
-    LORA_TARGETS,
-    JobSettings,
-    Length,
-    LoraSettings,
-    TrainSettings,
-)
+from ..trainers.config import JobSettings, Length, LoraSettings, TrainSettings
 from . import host
+from .inputs import shared_input
 from .native import add_lora
 from .session import Sampling, Session
 from .wires import AtelierLatentCache, AtelierPromptCache
@@ -110,21 +104,8 @@ def _inputs() -> list[Any]:
             tooltip="steps: updates of the LoRA. epochs: passes over all pictures. The node shows "
             "the other one while it trains.",
         ),
-        io.Int.Input(
-            "rank",
-            default=4,
-            min=1,
-            max=1024,
-            tooltip="Size of the LoRA; its alpha is the same, so the scale is 1. 4 to 16 is usual "
-            "for a style or a subject. More learns more detail and makes a larger file.",
-        ),
-        io.Combo.Input(
-            "targets",
-            options=list(LORA_TARGETS),
-            default="qlora",
-            tooltip="Which layers learn. qlora: the image's attention, as the recipe does. all: "
-            "the text's attention too. all+ffs: every layer of the blocks but the modulation.",
-        ),
+        shared_input("rank"),
+        shared_input("targets"),
         io.Float.Input(
             "learning_rate",
             default=1e-4,
@@ -134,21 +115,8 @@ def _inputs() -> list[Any]:
             round=False,
             tooltip="Size of a step of AdamW8bit. 1e-4 is the recipe's; 1e-3 is fast and rough.",
         ),
-        io.Int.Input(
-            "batch_size",
-            default=1,
-            min=1,
-            max=256,
-            tooltip="Pictures computed at once, all of one size. Costs memory in proportion.",
-        ),
-        io.Int.Input(
-            "gradient_accumulation",
-            default=4,
-            min=1,
-            max=256,
-            tooltip="Batches per step. Smooths the training like a larger batch, for time instead "
-            "of memory.",
-        ),
+        shared_input("batch_size"),
+        shared_input("gradient_accumulation"),
         io.Int.Input(
             "seed",
             default=0,
@@ -165,16 +133,7 @@ def _inputs() -> list[Any]:
             optional=True,
             tooltip="The prompt of the sample pictures, from CLIP Text Encode and FluxGuidance.",
         ),
-        host.make_input(
-            io.Boolean,
-            "activations_in_ram",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Keep in RAM what the backward pass needs of the forward pass: less memory of "
-            "the GPU, somewhat slower. Use it with gradient_checkpointing. Does not change the "
-            "result.",
-        ),
+        shared_input("activations_in_ram", optional=True, advanced=True),
     ]
 
 
@@ -190,23 +149,8 @@ def _advanced_inputs() -> list[Any]:
             advanced=True,
             tooltip="Guidance given to the model while training. 1 keeps its distillation intact.",
         ),
-        host.make_input(
-            io.Combo,
-            "compute_dtype",
-            options=list(COMPUTE_DTYPES),
-            default="auto",
-            advanced=True,
-            tooltip="Type of the arithmetic. auto: bf16 where the device is fast in it, fp16 with "
-            "scaled gradients on older cards, fp32 on old CPUs. The LoRA itself is always fp32.",
-        ),
-        host.make_input(
-            io.Boolean,
-            "gradient_checkpointing",
-            default=True,
-            advanced=True,
-            tooltip="Compute each block a second time in the backward pass: far less memory, about "
-            "a third more time.",
-        ),
+        shared_input("compute_dtype", advanced=True),
+        shared_input("gradient_checkpointing", advanced=True),
         host.make_input(
             io.Int,
             "checkpoint_every",

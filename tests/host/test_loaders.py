@@ -138,7 +138,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(server: ComfyServer, models: Pa
 
 
 ABSENT = {
-    "clip": "Add the node DualCLIPLoader with type flux",
+    "clip": "Add the node Load Quantized Text Encoders, or DualCLIPLoader",
     "vae": "Add the node Load VAE with ae.safetensors",
 }
 
