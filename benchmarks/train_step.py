@@ -48,11 +48,11 @@ from atelier.trainers.caches import (  # noqa: E402
 )
 from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings  # noqa: E402
 from atelier.trainers.devices import compute_dtype, default_device, dtype_name  # noqa: E402
-from atelier.trainers.entries import EntryFiles  # noqa: E402
 from atelier.trainers.flow import add_noise, flow_loss, sample_sigmas, seeded  # noqa: E402
 from atelier.trainers.flux import image_ids, pack_latents, unpack_latents  # noqa: E402
 from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
 from flux_files import write_flux  # noqa: E402
+from training import write_entries  # noqa: E402
 
 
 def make_data(folder: Path, base: LoadedFlux) -> loop.TrainingData:
@@ -60,10 +60,11 @@ def make_data(folder: Path, base: LoadedFlux) -> loop.TrainingData:
     size, config = PIXELS // 8, base.config
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(16, size, size, generator=generator)
-    EntryFiles(folder).write("a" * 64, {"mean": latents, "std": torch.zeros_like(latents)})
     embeds = torch.randn(TEXT_TOKENS, config.context_dim, generator=generator)
     pooled = torch.randn(config.vector_dim, generator=generator)
-    EntryFiles(folder).write("b" * 64, {"prompt_embeds": embeds, "pooled": pooled})
+    picture = {"mean": latents, "std": torch.zeros_like(latents)}
+    text = {"prompt_embeds": embeds, "pooled": pooled}
+    write_entries(folder, {"a" * 64: picture, "b" * 64: text})
     entry = LatentEntry(record="a", key="a" * 64, caption="a", width=PIXELS, height=PIXELS)
     return loop.TrainingData(
         latents=LatentCache(folder=str(folder), encoder="", entries=(entry,)),

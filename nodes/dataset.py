@@ -11,7 +11,7 @@ from ..trainers import caching
 from ..trainers.buckets import STEP, Resolution
 from ..trainers.caches import LatentCache, PromptCache
 from ..trainers.dataset import MISSING_CAPTIONS, Dataset, image_folder, picture_files
-from ..trainers.entries import EntryFiles
+from ..trainers.shards import Shards
 from . import host
 from .encoders import cut_texts, latent_encoder, prompt_encoder
 from .loader_memory import LoaderMemory
@@ -163,7 +163,7 @@ class CacheLatents(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
-        return EntryFiles(host.cache_folder("latents")).generation()
+        return Shards(host.cache_folder("latents")).generation()
 
     @classmethod
     def check_lazy_status(cls, dataset: Dataset, **_: Any) -> list[str]:
@@ -233,7 +233,7 @@ class EncodePrompts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
-        return EntryFiles(host.cache_folder("prompts")).generation()
+        return Shards(host.cache_folder("prompts")).generation()
 
     @classmethod
     def check_lazy_status(cls, dataset: Dataset, length: int, **_: Any) -> list[str]:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from atelier.trainers import buckets
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caches import LatentCache
 from atelier.trainers.caching import cache_latents
 from atelier.trainers.dataset import Dataset, image_folder
-from atelier.trainers.entries import EntryFiles
 from PIL import Image
 
 COLOURS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
@@ -187,28 +185,20 @@ def test_progress_counts_what_was_there_already(pictures: Path, folder: Path) ->
     assert seen == [(2, 3), (3, 3)]
 
 
-def damage(path: Path, how: str) -> None:
-    data = bytearray(path.read_bytes())
-    if how == "flipped bit":
-        data[-5] ^= 1
-    kept = {"cut": data[:-7], "empty": b"", "flipped bit": data, "text": b"x" * 50}[how]
-    path.write_bytes(kept)
-
-
-@pytest.mark.parametrize("how", ["cut", "empty", "flipped bit", "text"])
-def test_a_damaged_entry_is_refused_and_encoded_anew(
-    pictures: Path, folder: Path, how: str
-) -> None:
+def test_a_damaged_entry_is_refused_and_encoded_anew(pictures: Path, folder: Path) -> None:
     cache = cache_latents(read(pictures), Encoder(), "vae", folder)
-    path = EntryFiles(folder).path(cache.entries[1].key)
-    expected = path.read_bytes()
-    damage(path, how)
-    with pytest.raises(ValueError, match=rf"{path.name} is missing or damaged. Queue the graph"):
+    expected = cache.load(cache.entries[1]).mean
+    (shard,) = folder.glob("*.safetensors")
+    start = shard.read_bytes().index(expected.numpy().tobytes())
+    with shard.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff")
+    with pytest.raises(ValueError, match=r"is missing or damaged\. Queue the graph"):
         cache.load(cache.entries[1])
     encoder = Encoder()
-    cache_latents(read(pictures), encoder, "vae", folder)
+    again = cache_latents(read(pictures), encoder, "vae", folder)
     assert encoder.num_pictures == 1
-    assert path.read_bytes() == expected
+    assert torch.equal(again.load(again.entries[1]).mean, expected)
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name(pictures: Path, folder: Path) -> None:
@@ -217,19 +207,9 @@ def test_numbers_that_are_not_finite_are_refused_by_name(pictures: Path, folder:
     assert not list(folder.rglob("*.safetensors"))
 
 
-def test_files_are_plain_safetensors(pictures: Path, folder: Path) -> None:
+def test_the_size_is_that_of_the_tensors(pictures: Path, folder: Path) -> None:
     cache = cache_latents(read(pictures), Encoder(), "vae", folder)
-    key = cache.entries[0].key
-    tensors = safetensors.torch.load_file(folder / key[:2] / f"{key}.safetensors")
-    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
-        "mean": (torch.float32, (3, 8, 8)),
-        "std": (torch.float32, (3, 8, 8)),
-    }
-
-
-def test_the_size_is_that_of_the_files(pictures: Path, folder: Path) -> None:
-    cache = cache_latents(read(pictures), Encoder(), "vae", folder)
-    assert cache.total_bytes == sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
+    assert cache.total_bytes == len(cache.entries) * 2 * (3 * 8 * 8) * 4
 
 
 def test_latents_survive_their_manifest(pictures: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import require
-from .entries import EntryFiles
+from .shards import Shards
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class LatentCache:
 
     def load(self, entry: LatentEntry, device: str | torch.device = "cpu") -> LatentDistribution:
         """Read one entry. Raises ValueError when its file is missing or damaged."""
-        tensors = EntryFiles(self.folder).read(entry.key)
+        tensors = self._shards.read(entry.key)
         return LatentDistribution(
             mean=tensors["mean"].to(device, torch.float32),
             std=tensors["std"].to(device, torch.float32),
@@ -83,7 +83,11 @@ class LatentCache:
     @property
     def total_bytes(self) -> int:
         """Size on disk."""
-        return EntryFiles(self.folder).num_bytes(entry.key for entry in self.entries)
+        return self._shards.num_bytes(entry.key for entry in self.entries)
+
+    @cached_property
+    def _shards(self) -> Shards:
+        return Shards(self.folder)
 
     def to_json(self) -> dict[str, Any]:
         return _to_json("latents", self)
@@ -117,7 +121,7 @@ class PromptCache:
             f"The caption {text[:80]!r} is not in the prompt cache. Connect Encode Prompts to the "
             "same dataset as Cache Latents and queue again.",
         )
-        tensors = EntryFiles(self.folder).read(self._keys[text])
+        tensors = self._shards.read(self._keys[text])
         return PromptEmbeds(
             prompt_embeds=tensors["prompt_embeds"].to(device), pooled=tensors["pooled"].to(device)
         )
@@ -129,7 +133,7 @@ class PromptCache:
     @property
     def total_bytes(self) -> int:
         """Size on disk."""
-        return EntryFiles(self.folder).num_bytes(entry.key for entry in self.entries)
+        return self._shards.num_bytes(entry.key for entry in self.entries)
 
     def to_json(self) -> dict[str, Any]:
         return _to_json("prompts", self)
@@ -138,6 +142,10 @@ class PromptCache:
     def from_json(cls, values: dict[str, Any]) -> PromptCache:
         """Raises ValueError when `values` are not a manifest of prompts."""
         return cls(**_from_json("prompts", values, PromptEntry))
+
+    @cached_property
+    def _shards(self) -> Shards:
+        return Shards(self.folder)
 
     @cached_property
     def _keys(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from .buckets import Transform, transform
 from .caches import LatentCache, LatentEntry, PromptCache, PromptEntry, digest
 from .config import require
 from .dataset import Dataset, Record, open_picture
-from .entries import EntryFiles
+from .shards import Shards
 
 EncodePictures = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Pixels [B, 3, H, W] in -1..1 to the mean and the deviation of the latents, each [B, C, h, w]."""
@@ -51,7 +51,7 @@ def prompt_cache(
 
 def num_missing(cache: LatentCache | PromptCache) -> int:
     """How many entries have no file yet."""
-    return len(EntryFiles(cache.folder).missing(entry.key for entry in cache.entries))
+    return len(Shards(cache.folder).missing(entry.key for entry in cache.entries))
 
 
 def cache_latents(
@@ -82,7 +82,7 @@ def cache_latents(
             yield {"mean": mean[index], "std": std[index]}
 
     sizes = {entry.key: (entry.width, entry.height) for entry in cache.entries}
-    _encode_missing(EntryFiles(folder), sizes, batch_size, encode_batch, on_progress)
+    _encode_missing(Shards(folder), sizes, batch_size, encode_batch, on_progress)
     return cache
 
 
@@ -114,12 +114,12 @@ def cache_prompts(
             yield {"prompt_embeds": embeds[index], "pooled": pooled[index]}
 
     groups = dict.fromkeys(texts_by_key)  # all have one length, so any of them share a batch
-    _encode_missing(EntryFiles(folder), groups, batch_size, encode_batch, on_progress)
+    _encode_missing(Shards(folder), groups, batch_size, encode_batch, on_progress)
     return cache
 
 
 def _encode_missing(
-    files: EntryFiles,
+    shards: Shards,
     groups: Mapping[str, Hashable],
     batch_size: int,
     encode_batch: Callable[[list[str]], Iterable[dict[str, Tensor]]],
@@ -128,14 +128,15 @@ def _encode_missing(
     """Write what `encode_batch` gives for the keys without a file, a batch from one group each."""
     require(batch_size >= 1, f"The batch size must be 1 or more, got {batch_size}.")
     report = on_progress or (lambda done, total: None)
-    missing = files.missing(groups)
+    missing = shards.missing(groups)
     done = len(groups) - len(missing)
     report(done, len(groups))
-    for keys in _batches(missing, groups, batch_size):
-        for key, tensors in zip(keys, encode_batch(keys), strict=True):
-            files.write(key, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-            done += 1
-            report(done, len(groups))
+    with shards.writing() as write:
+        for keys in _batches(missing, groups, batch_size):
+            for key, tensors in zip(keys, encode_batch(keys), strict=True):
+                write(key, {name: tensor.cpu() for name, tensor in tensors.items()})
+                done += 1
+                report(done, len(groups))
 
 
 def _batches(

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from io import BufferedReader, BufferedWriter
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from .files import write_atomically
 from .offload import Layout, blocks_of
 from .store import PackedWeight, WeightStore
-from .tensor_files import DTYPES, Entry, read_header
+from .tensor_files import DTYPES, Entry, checksum, read_bytes, read_header
 
 LAYOUT_VERSION = 1
 """Raise it when the bytes of a format change, so that no older copy is read."""
@@ -145,11 +145,11 @@ class BlockInCopy:
         """
         try:
             with self.path.open("rb") as file:
-                for name, (entry, checksum) in self.parts.items():
+                for name, (entry, wanted) in self.parts.items():
                     data = layout.pieces[name].bytes_of(target)
                     file.seek(entry.start)
                     is_whole = file.readinto(data.numpy().data) == entry.num_bytes
-                    if not is_whole or _checksum(data) != checksum:
+                    if not is_whole or checksum(data) != wanted:
                         raise ValueError("changed")
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -177,8 +177,8 @@ def _read(
     # Outside inference mode, in which the host runs its nodes: see store._FrozenLinear.
     with torch.inference_mode(False), path.open("rb") as file:
         for done, (name, entry) in enumerate(entries.items()):
-            data = _read_bytes(file, entry)
-            checksums[name] = _checksum(data)
+            data = read_bytes(file, entry)
+            checksums[name] = checksum(data)
             digest.update(checksums[name])
             data = data.view(DTYPES[entry.dtype])
             if name in staying:
@@ -205,15 +205,6 @@ def _tensor_names(weights: dict[str, Any], entries: dict[str, Entry]) -> list[st
     return [f"{name}{end}" for name in weights for end in ends if f"{name}{end}" in entries]
 
 
-def _read_bytes(file: BufferedReader, entry: Entry) -> Tensor:
-    """Straight into the tensor that stays: a mapped file would count beside it."""
-    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    file.seek(entry.start)
-    if file.readinto(data.numpy().data) != entry.num_bytes:
-        raise ValueError("cut short")
-    return data
-
-
 def _write(file: BufferedWriter, key: CopyKey, store: WeightStore, on_progress: OnProgress) -> None:
     """One pass over the store, one tensor in host memory at a time."""
     tensors = _tensors(store)
@@ -224,7 +215,7 @@ def _write(file: BufferedWriter, key: CopyKey, store: WeightStore, on_progress: 
     _write_header(file, header, {**record, "content": digest.hexdigest()})
     for done, (_, tensor) in enumerate(tensors):
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(_checksum(data))
+        digest.update(checksum(data))
         file.write(data.numpy().data)
         on_progress(done + 1, len(tensors))
     # The hash of the content is known now, and as long as the one that held its place.
@@ -262,11 +253,3 @@ def _write_header(file: BufferedWriter, header: dict[str, Any], record: dict[str
 
 def _header_hash(header: dict[str, Any], weights: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([header, weights]).encode()).hexdigest()
-
-
-def _checksum(data: Tensor) -> bytes:
-    """The sum of all 8-byte words, and the bytes after them: every byte counts, at the speed of
-    memory. A cryptographic hash of all would take longer than the disk."""
-    size = data.numel() // 8 * 8
-    words = int(data[:size].view(torch.int64).sum())
-    return words.to_bytes(8, "little", signed=True) + bytes(data[size:].tolist())

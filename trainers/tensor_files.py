@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -168,11 +169,12 @@ def original_name(name: str) -> str:
     return name
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict]:
+def read_header(path: Path, *, whole: bool = True) -> tuple[dict[str, Entry], dict]:
     """The tensors of a safetensors file by name, and its whole JSON header.
 
     Raises:
-        ValueError: if it is another kind of file, or shorter than its header says.
+        ValueError: if it is another kind of file or, where it must be `whole`, shorter than its
+            header says.
     """
     wrong = ValueError(
         f"'{path.name}' is not a whole safetensors file. "
@@ -194,9 +196,31 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict]:
     except (struct.error, ValueError, AttributeError, LookupError, TypeError):
         raise wrong from None
     ends = (entry.start + entry.num_bytes for entry in entries.values())
-    if size < max(ends, default=data_start):
+    if whole and size < max(ends, default=data_start):
         raise _cut_short(path)
     return entries, header
+
+
+def read_bytes(file: BufferedReader, entry: Entry) -> Tensor:
+    """The bytes of a tensor [num_bytes], read straight into the memory that stays: a mapped file
+    would count beside it.
+
+    Raises:
+        ValueError: if the file ends before.
+    """
+    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    file.seek(entry.start)
+    if file.readinto(data.numpy().data) != entry.num_bytes:
+        raise _cut_short(entry.path)
+    return data
+
+
+def checksum(data: Tensor) -> bytes:
+    """The sum of all 8-byte words of bytes [n], and the bytes after them: every byte counts, at the
+    speed of memory. A cryptographic hash of a model would take longer than the disk."""
+    size = data.numel() // 8 * 8
+    words = int(data[:size].view(torch.int64).sum())
+    return words.to_bytes(8, "little", signed=True) + bytes(data[size:].tolist())
 
 
 def _entry(path: Path, info: dict, data_start: int) -> Entry:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from atelier.trainers.caches import LatentCache, LatentEntry, PromptCache, PromptEntry
-from atelier.trainers.entries import EntryFiles
 from atelier.trainers.loop import TrainingData
+from atelier.trainers.shards import Shards
 
 CONTEXT, VECTOR, TEXT_TOKENS = 128, 64, 8
 
@@ -27,7 +27,7 @@ def training_data(
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    files, pictures, texts = EntryFiles(folder), [], []
+    pictures, texts, stored = [], [], {}
     for index, (width, height) in enumerate(sizes):
         shape, caption = (16, height // 8, width // 8), f"caption {index}"
         picture = LatentEntry(
@@ -38,17 +38,25 @@ def training_data(
             height=height,
         )
         text = PromptEntry(text=caption, key=_key(caption))
-        files.write(picture.key, {"mean": draw(*shape), "std": torch.full(shape, std)})
+        stored[picture.key] = {"mean": draw(*shape), "std": torch.full(shape, std)}
         embeds = {"prompt_embeds": draw(text_tokens, widths[0]), "pooled": draw(widths[1])}
-        files.write(text.key, embeds)
+        stored[text.key] = embeds
         pictures.append(picture)
         texts.append(text)
+    write_entries(folder, stored)
     return TrainingData(
         latents=LatentCache(folder=str(folder), encoder="vae", entries=tuple(pictures)),
         prompts=PromptCache(
             folder=str(folder), encoder="clip", length=text_tokens, entries=tuple(texts)
         ),
     )
+
+
+def write_entries(folder: Path, entries: dict[str, dict[str, torch.Tensor]]) -> None:
+    """One shard of these entries."""
+    with Shards(folder).writing() as write:
+        for key, tensors in entries.items():
+            write(key, tensors)
 
 
 def _key(text: str) -> str:
