@@ -64,6 +64,11 @@ def test_a_tensor_that_is_not_contiguous_comes_back(tmp_path: Path) -> None:
     assert torch.equal(Shards(tmp_path).read(KEY)["x"], TENSORS["mean"].T)
 
 
+def test_entries_may_be_views_of_one_tensor(tmp_path: Path) -> None:
+    write_entries(tmp_path, {KEY: {"x": TENSORS["mean"]}, OTHER: {"x": TENSORS["mean"]}})
+    assert torch.equal(Shards(tmp_path).read(OTHER)["x"], TENSORS["mean"])
+
+
 def test_other_programs_read_a_shard(folder: Path) -> None:
     (path,) = shard_files(folder)
     tensors = safetensors.torch.load_file(path)

@@ -6,12 +6,13 @@ Only this file knows the layout; the caches speak of keys.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +57,9 @@ class Shards:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(os.path.abspath(folder))
-        self._shards: dict[str, dict[str, dict[str, _Stored]]] = {}
-        """File name to key to name of a tensor."""
-        self._index: dict[str, dict[str, _Stored]] = {}
+        self._shards: dict[Path, list[str]] = {}
+        """The keys in each file."""
+        self._index: dict[str, Path] = {}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The distinct keys without an entry, in order. Contents are checked by `read`."""
@@ -68,8 +69,15 @@ class Shards:
     def num_bytes(self, keys: Iterable[str]) -> int:
         """Bytes on disk of the entries that are there."""
         self._refresh()
-        found = (self._index.get(key, {}) for key in set(keys))
-        return sum(stored.entry.num_bytes for tensors in found for stored in tensors.values())
+        wanted: dict[Path, list[str]] = {}
+        for key in set(keys) & self._index.keys():
+            wanted.setdefault(self._index[key], []).append(key)
+        return sum(
+            stored.entry.num_bytes
+            for path, some in wanted.items()
+            for key in some
+            for stored in _contents(path)[key].values()
+        )
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[str, Tensors], None]]:
@@ -92,7 +100,8 @@ class Shards:
         def add(key: str, tensors: Tensors) -> None:
             nonlocal size
             for name, tensor in tensors.items():
-                pending[f"{key}.{name}"] = tensor
+                # A copy: a batch's tensors are views of one, and a file may not hold them twice.
+                pending[f"{key}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
                 size += tensor.nbytes
             if size >= SHARD_BYTES or time.monotonic() - began >= SHARD_SECONDS:
                 flush()
@@ -111,12 +120,10 @@ class Shards:
         """
         if key not in self._index:
             self._refresh()
-        stored = self._index.get(key)
         try:
-            if stored is None:
-                raise FileNotFoundError
+            stored = _contents(self._index[key])[key]
             return {name: tensor.read() for name, tensor in stored.items()}
-        except (FileNotFoundError, ValueError) as error:
+        except (LookupError, FileNotFoundError, ValueError) as error:
             self._remove(key)
             self._advance_generation()
             raise ValueError(
@@ -151,14 +158,11 @@ class Shards:
 
     def _refresh(self) -> None:
         """Read the headers of shards that are new, and forget those that are gone."""
-        files = self._files()
-        if {path.name for path in files} == self._shards.keys():
+        paths = self._files()
+        if self._shards.keys() == set(paths):
             return
-        self._shards = {
-            path.name: self._shards[path.name] if path.name in self._shards else _contents(path)
-            for path in files
-        }
-        self._index = {key: t for shard in self._shards.values() for key, t in shard.items()}
+        self._shards = {path: self._shards.get(path) or _whole_keys(path) for path in paths}
+        self._index = {key: path for path, keys in self._shards.items() for key in keys}
 
     def _write(self, tensors: Tensors) -> None:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -167,21 +171,19 @@ class Shards:
             for name, tensor in whole.items()
         }
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        write_safetensors(path, whole, {_MARK: json.dumps(sums, sort_keys=True)})
+        write_safetensors(path, tensors, {_MARK: json.dumps(sums, sort_keys=True)})
 
     def _remove(self, key: str) -> None:
         """Write the shard of an entry again, without it and without others that are damaged."""
-        stored = self._index.pop(key, None)
-        if stored is None:
+        path = self._index.pop(key, None)
+        if path is None:
             return
-        path = next(iter(stored.values())).entry.path
         sound: Tensors = {}
-        for other, tensors in self._shards.pop(path.name, {}).items():
+        for other in self._shards.pop(path):
             if other != key:
-                try:
-                    sound |= {f"{other}.{name}": t.read() for name, t in tensors.items()}
-                except (OSError, ValueError):
-                    continue
+                with suppress(OSError, ValueError, LookupError):
+                    stored = _contents(path)[other]
+                    sound |= {f"{other}.{name}": tensor.read() for name, tensor in stored.items()}
         if sound:
             self._write(sound)
         path.unlink(missing_ok=True)
@@ -195,19 +197,33 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _contents(path: Path) -> dict[str, dict[str, _Stored]]:
-    """The whole entries of a shard by key; none of a file that is no shard."""
+def _whole_keys(path: Path) -> list[str]:
+    """The keys of a shard whose tensors all lie within the file; none if it is no shard."""
     try:
-        entries, header = read_header(path, whole=False)
-        sums = json.loads(header["__metadata__"][_MARK])
+        entries, _ = read_header(path, whole=False)
         size = path.stat().st_size
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
+    except (OSError, ValueError):
+        return []
+    ends = {name: entry.start + entry.num_bytes for name, entry in entries.items()}
+    cut = {_key(name) for name, end in ends.items() if end > size}
+    return [key for key in dict.fromkeys(map(_key, ends)) if key not in cut]
+
+
+@functools.lru_cache(maxsize=256)  # shards never change; entries are read in random order
+def _contents(path: Path) -> dict[str, dict[str, _Stored]]:
+    """Every tensor of a shard by key and name.
+
+    Raises:
+        ValueError, LookupError, OSError: if it is no shard.
+    """
+    entries, header = read_header(path, whole=False)
+    sums = json.loads(header["__metadata__"][_MARK])
     found: dict[str, dict[str, _Stored]] = {}
-    cut = set()
     for full_name, entry in entries.items():
-        key, _, name = full_name.rpartition(".")
-        found.setdefault(key, {})[name] = _Stored(entry, sums.get(full_name, ""))
-        if entry.start + entry.num_bytes > size:
-            cut.add(key)
-    return {key: tensors for key, tensors in found.items() if key not in cut}
+        name = full_name.rpartition(".")[2]
+        found.setdefault(_key(full_name), {})[name] = _Stored(entry, sums[full_name])
+    return found
+
+
+def _key(full_name: str) -> str:
+    return full_name.rpartition(".")[0]
