@@ -187,7 +187,7 @@ class LinearView(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = self.store.packed[self._name].linear(x, self.bias, self.source.rows)
         for down, up in self._loras:
-            y += up.linear(down.linear(x))
+            y = y + up.linear(down.linear(x))
         return y
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
