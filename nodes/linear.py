@@ -9,7 +9,9 @@ from typing import Any
 
 import comfy.lora
 import comfy.ops
+import comfy.utils
 import torch
+from comfy.weight_adapter.base import WeightAdapterBase
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,9 +28,14 @@ class RuntimeLora:
     scale: float
     rows: slice
 
-    def fits(self, in_features: int, out_features: int) -> bool:
+    def require_fits(self, name: str, out_features: int, in_features: int) -> None:
+        """Raises ValueError if the Linear `name` has other widths: it is another model's LoRA."""
         rows = len(range(*self.rows.indices(out_features)))
-        return self.down.shape[1] == in_features and self.up.shape[0] == rows
+        if (self.down.shape[1], self.up.shape[0]) != (in_features, rows):
+            raise ValueError(
+                f"A LoRA on this model was made for another one: its '{name}' has other widths. "
+                "Choose a LoRA of this FLUX."
+            )
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add the LoRA's part to `y` [..., out], in place, for the input `x` [..., in]."""
@@ -101,12 +108,10 @@ class StoreLinear(_InStore, nn.Linear):
             ValueError: if a LoRA has the widths of another model.
         """
         device = self._store.device
-        loras = [_runtime_lora(patch, device) for patch in weight]
-        if not all(lora.fits(self.in_features, self.out_features) for lora in loras if lora):
-            raise ValueError(
-                f"A LoRA on this model was made for another one: its '{self._name}' has other "
-                "widths. Choose a LoRA of this FLUX."
-            )
+        loras = [runtime_lora(patch, device) for patch in weight]
+        for lora in loras:
+            if lora is not None:
+                lora.require_fits(self._name, self.out_features, self.in_features)
         self._patches = weight
         as_dense = any(lora is None for lora in loras)
         self._loras = [] if as_dense else [lora for lora in loras if lora is not None]
@@ -205,16 +210,32 @@ class StoreOps(comfy.ops.manual_cast):
     Embedding = StoreEmbedding
 
 
-def _runtime_lora(patch: tuple, device: torch.device) -> RuntimeLora | None:
+def runtime_lora(patch: tuple, device: torch.device) -> RuntimeLora | None:
     """A patch of ComfyUI as a RuntimeLora, or None if it is not a plain LoRA on whole rows."""
     strength, adapter, strength_model, offset, function = patch
-    if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0 or function is not None:
+    if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0:
+        return None
+    if function not in (None, comfy.utils.swap_scale_shift):
         return None
     up, down, alpha, middle, dora_scale, reshape = adapter.weights
     if middle is not None or dora_scale is not None or reshape is not None:
         return None
     if offset is not None and offset[0] != 0:
         return None
+    if function is not None:  # it only changes the order of rows
+        up = function(up)
     rows = slice(None) if offset is None else slice(offset[1], offset[1] + offset[2])
     scale = strength * (alpha / down.shape[0] if alpha is not None else 1.0)
     return RuntimeLora(down.to(device), up.to(device), scale, rows)
+
+
+def kind_of_patch(patch: tuple) -> str:
+    """What a patch that is no plain LoRA is called."""
+    _, value, strength_model, _, _ = patch
+    if isinstance(value, list) or strength_model != 1.0:
+        return "model merge"
+    if isinstance(value, LoRAAdapter):
+        return "LoRA of another shape" if value.weights[4] is None else "DoRA"
+    if isinstance(value, WeightAdapterBase):
+        return value.name
+    return value[0] if len(value) == 2 else "diff"

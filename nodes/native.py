@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import uuid
 from typing import Any, NamedTuple
 
 import comfy.lora
@@ -25,10 +26,12 @@ from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
 from ..trainers.flux import AXES, LATENT_CHANNELS, FluxConfig, norm_sources
+from ..trainers.frozen import FrozenLora
 from ..trainers.load import BaseFlux, LoadedFlux
-from ..trainers.store import WeightStore
+from ..trainers.store import Weights, WeightStore
+from ..trainers.tensor_files import original_name
 from ..trainers.text_encoders import ClipSizes, LoadedTextEncoders, T5Sizes
-from .linear import StoreModule, StoreOps
+from .linear import StoreModule, StoreOps, kind_of_patch, runtime_lora
 from .parameters import flux_of_parameters
 
 
@@ -337,13 +340,14 @@ def base_flux(model: Any) -> BaseFlux:
     """The FLUX behind a MODEL, ours or the core's.
 
     Raises:
-        ValueError: if it is no FLUX.1, carries LoRAs, or has no weights that stay where they are.
+        ValueError: if it is no FLUX.1, has no weights that stay where they are, or carries patches
+            that are no plain LoRAs.
     """
-    if model.patches:
-        raise ValueError(
-            "This MODEL carries a LoRA, and training starts from a model without one. Connect "
-            "Train LoRA to Load Quantized FLUX directly."
-        )
+    base = _base_without_patches(model)
+    return dataclasses.replace(base, frozen=_frozen_loras(model, base.store))
+
+
+def _base_without_patches(model: Any) -> BaseFlux:
     if isinstance(model, StorePatcher):
         return model.model.atelier
     if hasattr(model, "is_dynamic") and model.is_dynamic():  # newer hosts on NVIDIA cards
@@ -352,6 +356,45 @@ def base_flux(model: Any) -> BaseFlux:
             "trained. Load it by Load Quantized FLUX, or start ComfyUI with --disable-dynamic-vram."
         )
     return flux_of_parameters(model)
+
+
+def _frozen_loras(model: Any, store: Weights) -> tuple[FrozenLora, ...]:
+    """The LoRAs on a MODEL, those of a strength of 0 left out."""
+    if "bypass_lora" in model.injections:  # newer hosts' loader that patches nothing
+        raise ValueError(
+            "This MODEL carries a LoRA in bypass mode, which training cannot see. Put it on with "
+            "Apply LoRA or Load LoRA instead."
+        )
+    found = [
+        _frozen_lora(key, patch, store)
+        for key, patches in sorted(model.patches.items())
+        for patch in patches
+    ]
+    return tuple(lora for lora in found if lora.scale)
+
+
+def _frozen_lora(key: str, patch: tuple, store: Weights) -> FrozenLora:
+    matrix = store.packed.get(original_name(key))
+    lora = runtime_lora(patch, torch.device("cpu")) if matrix is not None else None
+    if lora is None or matrix is None:
+        raise ValueError(
+            f"This MODEL carries a patch of the kind '{kind_of_patch(patch)}' on '{key}', and only "
+            "plain LoRAs can be trained on top of. Take it off, or save the MODEL with it by "
+            "ModelSave, load that file with Load Quantized FLUX and train on it."
+        )
+    name = original_name(key).removesuffix(".weight")
+    lora.require_fits(name, *matrix.shape)
+    start = lora.rows.start or 0
+    return FrozenLora(name=name, start=start, down=lora.down, up=lora.up, scale=lora.scale)
+
+
+def without_patches(model: Any) -> Any:
+    """The MODEL, or a clone of it without its patches."""
+    if not model.patches:
+        return model
+    clone = model.clone()
+    clone.patches, clone.patches_uuid = {}, uuid.uuid4()
+    return clone
 
 
 def add_lora(model: Any, tensors: dict[str, Tensor], strength: float) -> Any:

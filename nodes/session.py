@@ -21,7 +21,7 @@ from ..trainers.preflight import Plan, describe, what_would_fit
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
-from .native import add_lora, base_flux, draw_latents, to_training_device
+from .native import add_lora, base_flux, draw_latents, to_training_device, without_patches
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "
@@ -97,7 +97,7 @@ class Session:
     ) -> None:
         self._model, self._data, self._job, self._sampling = model, data, job, sampling
         self._node_id = node_id
-        self._base = base_flux(model)
+        self._base, self._unpatched = base_flux(model), without_patches(model)
         sampling.check_fits(self._base)
         self._progress = host.Progress()
         self._run: Run = loop.open_run(host.atelier_output(), job, self._base, data)
@@ -141,7 +141,7 @@ class Session:
 
     def _take_device(self) -> None:
         """Ask the host to have the base model on the device, and room for the training."""
-        to_training_device(self._model, self._plan().needed.beside_weights)
+        to_training_device(self._unpatched, self._plan().needed.beside_weights)
 
     def _plan(self) -> Plan:
         device = host.compute_device()
@@ -149,7 +149,7 @@ class Session:
             config=self._base.config,
             format=self._base.format,
             weights=self._base.store.num_bytes,
-            workload=loop.workload(self._job, self._data, device),
+            workload=loop.workload(self._job, self._base, self._data, device),
             device=device,
             streaming=self._base.store.streaming,
         )
@@ -158,6 +158,8 @@ class Session:
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
         if 0 < step < num_steps:
             lines.append(f"The run goes on from step {step}.")
+        if self._base.frozen:
+            lines.append("The LoRAs on this MODEL stay as they are: the new one learns on top.")
         if not host.is_deterministic():
             lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
         if step < num_steps:

@@ -80,7 +80,7 @@ def _inputs() -> list[Any]:
         io.Model.Input(
             "model",
             tooltip="The base model, from Load Quantized FLUX, or from ComfyUI's own loaders in "
-            "bf16 or fp8.",
+            "bf16 or fp8. LoRAs that it carries stay as they are, and the new one learns on top.",
         ),
         AtelierLatentCache.Input("latents", tooltip="The encoded pictures, from Cache Latents."),
         AtelierPromptCache.Input("prompts", tooltip="The encoded captions, from Encode Prompts."),

@@ -61,6 +61,11 @@ def saved(tmp_path: Path) -> Run:
     return made
 
 
+def test_runs_of_older_versions_are_found_again() -> None:
+    assert IDENTITY.hash8() == "39f8c118"  # what it was before a base model could have LoRAs
+    assert dataclasses.replace(IDENTITY, frozen="a").hash8() != IDENTITY.hash8()
+
+
 def test_a_checkpoint_comes_back(saved: Run) -> None:
     assert_same(saved.load(1), checkpoint(1))
 

@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels (16), H W latent size, L image tokens (H/2 * 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .frozen import FrozenLora
 from .packages import importing
-from .store import PackedWeight, Weights, WeightStore
+from .store import Matrix, PackedWeight, Weights, WeightStore
 
 HEAD_SIZE = 128
 AXES = (16, 56, 56)
@@ -153,15 +154,22 @@ def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 class LinearView(nn.Linear):
-    """A Linear of the diffusers network: some rows of a matrix that the store owns, and a copy of
-    their bias in the dtype that computes.
+    """A Linear of the diffusers network: some rows of a matrix that the store owns, a copy of
+    their bias in the dtype that computes, and frozen LoRAs.
 
     The rows are cut at forward time, so the store may move its bytes at any moment.
     """
 
-    def __init__(self, store: Weights, source: Source, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        store: Weights,
+        source: Source,
+        dtype: torch.dtype,
+        loras: Sequence[tuple[Matrix, Matrix]] = (),
+    ) -> None:
+        """`loras` are pairs of `down` [rank, in] and `up` [out, rank]."""
         nn.Module.__init__(self)
-        self.store, self.source = store, source
+        self.store, self.source, self._loras = store, source, loras
         packed, bias = store.packed[self._name], store.plain.get(f"{source.name}.bias")
         self.bias = _frozen_copy(bias[source.rows], dtype) if bias is not None else None
         self.in_features = packed.shape[1]
@@ -177,10 +185,13 @@ class LinearView(nn.Linear):
         return torch.empty(0, dtype=torch.float32, device=self.store.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.store.packed[self._name].linear(x, self.bias, self.source.rows)
+        y = self.store.packed[self._name].linear(x, self.bias, self.source.rows)
+        for down, up in self._loras:
+            y = y + up.linear(down.linear(x))
+        return y
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The rows [out, in] in `dtype`."""
+        """The rows [out, in] in `dtype`, without LoRAs."""
         return self.store.packed[self._name].dequantize(dtype, self.source.rows)
 
 
@@ -193,7 +204,9 @@ def require_trainable(config: FluxConfig) -> None:
         )
 
 
-def build_transformer(store: Weights, config: FluxConfig, dtype: torch.dtype):
+def build_transformer(
+    store: Weights, config: FluxConfig, dtype: torch.dtype, frozen: Sequence[FrozenLora] = ()
+):
     """diffusers' `FluxTransformer2DModel` whose Linears are views into `store`; it holds no matrix
     of its own but the final modulation, a copy with diffusers' order of scale and shift.
 
@@ -201,16 +214,38 @@ def build_transformer(store: Weights, config: FluxConfig, dtype: torch.dtype):
         config: of a network that `require_trainable` accepts.
         dtype: what the network will compute in; the biases, the QK-norm scales and the final
             modulation are kept in it.
+        frozen: LoRAs that it computes with; they are copied to the store's device.
     """
     transformer = empty_transformer(config)
+    frozen = [lora.ready(store.device, dtype) for lora in frozen]
     for name, source in linear_sources(config).items():
-        transformer.set_submodule(name, LinearView(store, source, dtype))
-    final = LinearView(*_final_modulation(store, dtype), dtype)
+        rows = range(*source.rows.indices(store.packed[f"{source.name}.weight"].shape[0]))
+        loras = [(down, _matrix(up)) for down, up in _loras_on(frozen, source.name, rows)]
+        transformer.set_submodule(name, LinearView(store, source, dtype, loras))
+    swapped, source = _final_modulation(store, dtype)
+    rows = range(2 * config.hidden_size)
+    loras = [(down, _matrix(swap_halves(up))) for down, up in _loras_on(frozen, source.name, rows)]
+    final = LinearView(swapped, source, dtype, loras)
     transformer.set_submodule(FINAL_MODULATION[0], final)
     for ours, theirs in norm_sources(config).items():
         scale = _frozen_copy(store.plain[f"{theirs}.scale"], dtype)
         transformer.get_submodule(ours).weight = scale
     return transformer.requires_grad_(False)
+
+
+def _loras_on(
+    loras: Sequence[FrozenLora], name: str, rows: range
+) -> Iterator[tuple[Matrix, Tensor]]:
+    """`down` and `up` of those that reach some of these rows of an original Linear."""
+    for lora in loras:
+        up = lora.up_for(rows) if lora.name == name else None
+        if up is not None:
+            yield _matrix(lora.down), up
+
+
+def _matrix(tensor: Tensor) -> Matrix:
+    """A matrix that autograd never sees: nothing of it is kept for backward."""
+    return PackedWeight("bf16", tensor, None, tensor.shape[1])
 
 
 def _frozen_copy(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from .caches import LatentCache, PromptCache
 from .config import JobSettings, job_from_json
 from .devices import default_device, free_bytes
+from .frozen import FrozenLora, load_frozen
 from .load import BaseFlux, load_flux
 from .loop import Hooks, TrainingData, open_run, save_trained, train, workload
 from .memory import estimate_training
@@ -26,6 +28,8 @@ class Job:
     block_streaming: str
     data: TrainingData
     settings: JobSettings
+    frozen: tuple[FrozenLora, ...] = ()
+    """The LoRAs that the base model had, from the file beside the job file."""
 
 
 def read_job(path: Path) -> Job:
@@ -45,6 +49,9 @@ def read_job(path: Path) -> Job:
                 prompts=PromptCache.from_json(values["prompts"]),
             ),
             settings=job_from_json(values["settings"]),
+            frozen=load_frozen(path.parent / values["frozen_loras"])
+            if "frozen_loras" in values
+            else (),
         )
     except FileNotFoundError:
         raise ValueError(f"The job file '{path}' does not exist.") from None
@@ -73,6 +80,7 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
             copies=PackedCopies(output / "packed") if streaming == "disk" else None,
             streaming=streaming,
         )
+        base = dataclasses.replace(base, frozen=job.frozen)
         base.store.prepare(device, _room(job, base, device))
     run = open_run(output, job.settings, base, job.data)
     trained = train(run, base, job.data, job.settings, hooks)
@@ -84,5 +92,5 @@ def _room(job: Job, base: BaseFlux, device: torch.device) -> int | None:
     free = free_bytes(device)
     if free is None:
         return None
-    needed = estimate_training(base.config, base.format, workload(job.settings, job.data, device))
-    return free - needed.beside_weights
+    work = workload(job.settings, base, job.data, device)
+    return free - estimate_training(base.config, base.format, work).beside_weights

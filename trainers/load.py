@@ -21,6 +21,7 @@ from .flux import (
     swap_halves,
 )
 from .formats import FORMATS
+from .frozen import FrozenLora
 from .packed_copy import CopyKey, PackedCopies
 from .store import PackedWeight, Weights, WeightStore
 from .tensor_files import TensorFiles, model_files
@@ -40,6 +41,8 @@ class BaseFlux:
     """Of its file or folder; empty where that is not known."""
     format: str
     """What its block matrices are kept in, a name of `formats.FORMATS`."""
+    frozen: tuple[FrozenLora, ...] = ()
+    """LoRAs that it computes with, and that a new one is trained on top of."""
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ from .flux import (
     require_trainable,
     velocity,
 )
+from .frozen import fingerprint, frozen_bytes
 from .load import BaseFlux
 from .memory import Workload
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
-from .run import Checkpoint, Run, RunIdentity
+from .run import FROZEN_FILE, Checkpoint, Run, RunIdentity
 
 _LARGE_BYTES = 1 << 30
 
@@ -128,6 +129,7 @@ def open_run(root: Path, job: JobSettings, base: BaseFlux, data: TrainingData) -
         latents=data.latents.fingerprint(),
         prompts=data.prompts.fingerprint(),
         job=job,
+        frozen=fingerprint(base.frozen),
     )
     manifest = {
         "model": base.path,
@@ -137,7 +139,9 @@ def open_run(root: Path, job: JobSettings, base: BaseFlux, data: TrainingData) -
         "prompts": data.prompts.to_json(),
         "settings": to_json(job),
     }
-    return Run(root, identity, manifest)
+    if base.frozen:
+        manifest["frozen_loras"] = FROZEN_FILE
+    return Run(root, identity, manifest, base.frozen)
 
 
 def steps_per_epoch(job: JobSettings, data: TrainingData) -> float:
@@ -145,19 +149,23 @@ def steps_per_epoch(job: JobSettings, data: TrainingData) -> float:
     return _order(job, data).batches_per_epoch / job.train.gradient_accumulation
 
 
-def workload(job: JobSettings, data: TrainingData, device: torch.device) -> Workload:
+def workload(
+    job: JobSettings, base: BaseFlux, data: TrainingData, device: torch.device
+) -> Workload:
     """What the largest micro-step of a job computes, to estimate its memory."""
     width, height, count = _order(job, data).largest_batch()
+    dtype = compute_dtype(job.train.compute_dtype, device)
     return Workload(
         width=width,
         height=height,
         prompt_length=data.prompts.length,
         batch_size=count,
         lora=job.lora,
-        dtype=compute_dtype(job.train.compute_dtype, device),
+        dtype=dtype,
         gradient_checkpointing=job.train.gradient_checkpointing,
         accumulates=job.train.gradient_accumulation > 1,
         activations_in_ram=job.activations_in_ram,
+        frozen_bytes=frozen_bytes(base.frozen, dtype),
     )
 
 
@@ -262,7 +270,7 @@ class TrainState:
         # A run keeps the dtype it began with, wherever "auto" would lead now.
         name = saved.values["compute_dtype"] if saved else job.train.compute_dtype
         self.dtype = compute_dtype(name, self.device)
-        self.transformer = build_transformer(base.store, base.config, self.dtype)
+        self.transformer = build_transformer(base.store, base.config, self.dtype, base.frozen)
         self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
         self.transformer.train()
         if job.train.gradient_checkpointing:

@@ -61,6 +61,8 @@ class Workload:
     """Whether gradients of earlier micro-steps are there meanwhile."""
     activations_in_ram: bool = False
     """Whether what backward needs of the forward pass leaves the device."""
+    frozen_bytes: int = 0
+    """What LoRAs of the base model take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,8 @@ class MemoryEstimate:
 
     weights: int
     adapters: int
-    """The LoRA, float32, and its gradients if they are kept between micro-steps."""
+    """The LoRA, float32, its gradients if they are kept between micro-steps, and LoRAs of the base
+    model."""
     optimizer: int
     activations: int
     """The most that is alive at once in forward and backward, beside all else."""
@@ -107,7 +110,9 @@ def estimate_training(config: FluxConfig, format: str, workload: Workload) -> Me
         return first + further
 
     names = [field.name for field in dataclasses.fields(MemoryEstimate)]
-    return MemoryEstimate(**{name: whole(name) for name in names})
+    values = {name: whole(name) for name in names}
+    values["adapters"] += workload.frozen_bytes
+    return MemoryEstimate(**values)
 
 
 def store_bytes(config: FluxConfig, format: str) -> int:

@@ -1,8 +1,9 @@
 """One run on disk: its identity, its checkpoints, its metrics. Nothing here computes.
 
-`<root>/<name>-<hash8>/` holds `run.json`, `job.json`, `metrics.jsonl` and
-`checkpoints/step-000250/`. A checkpoint is written under a temporary name, synced and renamed, so
-it is whole or not there. `lock` is held by the process that trains, and free when that is gone.
+`<root>/<name>-<hash8>/` holds `run.json`, `job.json`, `metrics.jsonl`, `checkpoints/step-000250/`
+and, if the base model has LoRAs, `frozen_loras.safetensors`. A checkpoint is written under a
+temporary name, synced and renamed, so it is whole or not there. `lock` is held by the process that
+trains, and free when that is gone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ from .files import (
     write_json,
     write_safetensors,
 )
+from .frozen import FrozenLora, save_frozen
 
+FROZEN_FILE = "frozen_loras.safetensors"
 _VERSION = 1
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 
@@ -47,6 +50,8 @@ class RunIdentity:
     prompts: str
     """Fingerprint of the prompt cache."""
     job: JobSettings
+    frozen: str = ""
+    """Fingerprint of the LoRAs that belong to the base model; empty if it has none."""
 
     def to_json(self) -> dict[str, Any]:
         """Length, name and checkpoint distance do not change what a step computes."""
@@ -54,7 +59,7 @@ class RunIdentity:
         job["lora"]["alpha"] = self.job.lora.resolved_alpha
         # Recomputing blocks gives the same gradients; turning it on must not lose a run.
         del job["train"]["gradient_checkpointing"]
-        return {
+        values = {
             "version": _VERSION,
             "base": self.base,
             "base_format": self.base_format,
@@ -63,6 +68,8 @@ class RunIdentity:
             "lora": job["lora"],
             "train": job["train"],
         }
+        # Runs from before there were any, and those without, are the same.
+        return values | ({"frozen_loras": self.frozen} if self.frozen else {})
 
     def hash8(self) -> str:
         text = json.dumps(self.to_json(), sort_keys=True)
@@ -86,11 +93,18 @@ class Run:
     Args:
         root: the folder of all runs.
         job: what `python -m trainers` needs to train the same, as JSON values.
+        frozen: the LoRAs of the base model, which it needs too.
     """
 
-    def __init__(self, root: Path, identity: RunIdentity, job: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        identity: RunIdentity,
+        job: dict[str, Any],
+        frozen: Sequence[FrozenLora] = (),
+    ) -> None:
         self.identity = identity
-        self._job = job
+        self._job, self._frozen = job, frozen
         self.name = f"{identity.job.name}-{identity.hash8()}"
         self.folder = root / self.name
         self._checkpoints = self.folder / "checkpoints"
@@ -135,6 +149,9 @@ class Run:
             shutil.rmtree(leftover)
         write_json(self.folder / "run.json", self.identity.to_json())
         write_json(self.folder / "job.json", self._job)
+        path = self.folder / FROZEN_FILE
+        if self._frozen and not path.exists():  # what is in it is part of the run's identity
+            save_frozen(path, self._frozen)
 
     def steps_saved(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""

@@ -19,7 +19,8 @@ import executor
 import folder_paths
 import pytest
 import torch
-from atelier.nodes.native import add_lora, base_flux, build_model
+from atelier.nodes.lora import ApplyLora
+from atelier.nodes.native import add_lora, base_flux, build_model, without_patches
 from atelier.nodes.train import TrainLora
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.job import read_job
@@ -28,7 +29,8 @@ from dense import dense_transformer
 from executor import Give, Keep, Runner
 from flux_files import flux_tensors, write_flux
 from graphs import Graph, node
-from safetensors.torch import save_file
+from lora_files import QKV, lora_tensors, write_loras
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training import CONTEXT, VECTOR, training_data
 
@@ -59,6 +61,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_flux(folder / "checkpoint.safetensors", prefix="model.diffusion_model.")
     save_file(fp8_values(), folder / "fp8_values.safetensors")
     write_scaled(folder / "scaled.safetensors")
+    write_loras(folder / "loras")
     return folder
 
 
@@ -103,11 +106,14 @@ def comfyui(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> It
     """ComfyUI's nodes and ours in this process, with folders of their own."""
     import nodes
 
-    for kind, name in {Give: "Give", Keep: "Keep", TrainLora: "AtelierTrainLoRA"}.items():
+    kinds = {"Give": Give, "Keep": Keep}
+    kinds |= {"AtelierTrainLoRA": TrainLora, "AtelierApplyLoRA": ApplyLora}
+    for name, kind in kinds.items():
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, kind)
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    for kind in ("diffusion_models", "checkpoints"):
-        entry = ([str(models)], {".safetensors"})
+    folders = {"diffusion_models": models, "checkpoints": models, "loras": models / "loras"}
+    for kind, folder in folders.items():
+        entry = ([str(folder)], {".safetensors"})
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, entry)
     data = training_data(tmp_path / "caches")
     generator = torch.Generator().manual_seed(3)
@@ -381,12 +387,6 @@ def test_a_fill_model_is_refused(models: Path) -> None:
     assert "takes 96 latent channels" in refusal(load(models, "fill"))
 
 
-def test_a_model_with_a_lora_is_refused(models: Path) -> None:
-    lora = trained(unet("tiny"))
-    patched = add_lora(load(models, "tiny"), lora, 1.0)
-    assert "carries a LoRA" in refusal(patched)
-
-
 def test_a_model_whose_weights_are_paged_is_refused(models: Path) -> None:
     model = load(models, "tiny")
     model.is_dynamic = lambda: True  # as newer hosts say on NVIDIA cards, which a CPU has none of
@@ -411,3 +411,182 @@ def test_the_job_file_asks_for_the_models_file(models: Path, tmp_path: Path) -> 
     values = {**json.loads(path.read_text()), "model": str(models / "tiny.safetensors")}
     path.write_text(json.dumps(values))
     assert read_job(path).format == "bf16"
+
+
+# ----- LoRAs that are on the MODEL already
+
+
+def with_loras(model: Any, *loras: tuple[str, float]) -> Any:
+    with torch.inference_mode():  # as a node
+        for kind, strength in loras:
+            model = add_lora(model, lora_tensors(kind), strength)
+    return model
+
+
+def native_velocity(model: Any) -> Tensor:
+    """What ComfyUI's network gives for the inputs of `training_velocity`."""
+    comfy.model_management.load_models_gpu([model])
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        return model.model.diffusion_model(
+            torch.randn(2, 16, 12, 8, generator=generator),
+            torch.tensor([0.7, 0.2]),
+            context=torch.randn(2, 20, CONTEXT, generator=generator),
+            y=torch.randn(2, VECTOR, generator=generator),
+            guidance=torch.full((2,), 2.5),
+        )
+
+
+ON_THE_MODEL = {
+    "one": [("plain", 0.7)],
+    "negative": [("without_alpha", -1.3)],
+    "two on the same rows": [("plain", 0.7), ("without_alpha", -1.3)],
+    "the final layer": [("final_layer", 0.8), ("original_final_layer", -0.6)],
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_MODEL)
+def test_the_training_network_computes_what_comfyui_merges(models: Path, name: str) -> None:
+    model = load(models, "tiny", dtype=torch.float32)
+    before, plain = content(model), native_velocity(model)
+    patched = with_loras(model, *ON_THE_MODEL[name])
+    merged = native_velocity(patched)
+    assert model.backup  # ComfyUI has the LoRAs in the weights
+    base = base_flux(patched)
+    comfy.model_management.load_models_gpu([unpatched := without_patches(patched)])
+    assert not unpatched.backup
+    network = build_transformer(base.store, base.config, torch.float32, base.frozen)
+    assert torch.max(torch.abs(merged - plain)) > 0.01
+    assert torch.max(torch.abs(training_velocity(network) - merged)) <= 1e-5
+    assert content(unpatched) == before
+
+
+LOADED_WITH_LORAS = {
+    "ours": ours,
+    "the core's in bf16": lambda models, name: given(load(models, name, dtype=torch.bfloat16)),
+    "the core's in fp32": lambda models, name: given(load(models, name, dtype=torch.float32)),
+}
+
+
+def lora_graph(loader: dict, *, first: str = "LoraLoader", strength: float = 0.7, **train: Any):
+    """Train LoRA on a MODEL with two LoRAs, by the core's loader and by ours."""
+    if first == "LoraLoader":
+        name = {"lora_name": "plain.safetensors", "strength_model": strength}
+        one = node("LoraLoaderModelOnly", model=["load", 0], **name)
+    else:
+        name = {"lora_name": "plain.safetensors", "strength": strength}
+        one = node("AtelierApplyLoRA", model=["load", 0], **name)
+    second = {"lora_name": "without_alpha.safetensors", "strength": -0.4}
+    graph = train_graph(loader, **train)
+    graph |= {"one": one, "two": node("AtelierApplyLoRA", model=["one", 0], **second)}
+    graph["train"]["inputs"]["model"] = ["two", 0]
+    return graph
+
+
+@pytest.mark.parametrize("kind", ["ours", "the core's in fp32"])  # bf16 rounds what is merged
+def test_the_model_output_has_the_loras_of_its_input_and_the_new_one(
+    models: Path, tmp_path: Path, kind: str
+) -> None:
+    graph = lora_graph(LOADED_WITH_LORAS[kind](models, "tiny"))
+    new = Runner().run(graph)
+    (file,) = (tmp_path / "output" / "loras").glob("*.safetensors")
+    saved = load_file(file)
+    assert_same(saved, new)
+    assert {name.split(".")[1] for name in saved} == {
+        "transformer_blocks",
+        "single_transformer_blocks",
+    }
+    graph["keep"] = node("Keep", value=["train", 1])
+    found = Runner().run(graph)
+    expected = load(models, "tiny", dtype=torch.float32)
+    expected = with_loras(expected, ("plain", 0.7), ("without_alpha", -0.4))
+    without = native_velocity(expected)
+    wanted = native_velocity(add_lora(expected, saved, 1.0))
+    assert torch.max(torch.abs(wanted - without)) > 0.01
+    assert torch.max(torch.abs(native_velocity(found) - wanted)) <= 1e-5
+
+
+def test_every_loader_and_every_model_lead_to_the_same_lora(models: Path, tmp_path: Path) -> None:
+    results = [
+        Runner().run(lora_graph(loader(models, "tiny"), first=first, name=f"{number}{first}"))
+        for number, loader in enumerate(LOADED_WITH_LORAS.values())
+        for first in ("LoraLoader", "ApplyLora")
+    ]
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+@pytest.mark.parametrize("kind", LOADED_WITH_LORAS)
+def test_pictures_with_the_loras_change_neither_the_training_nor_the_model(
+    models: Path, tmp_path: Path, kind: str
+) -> None:
+    loader = LOADED_WITH_LORAS[kind](models, "tiny")
+    model = Give.values["model"]
+    before = content(model)
+    sampled = Runner().run(lora_graph(loader, sampling=True, name="sampled"))
+    assert content(model) == before
+    assert_same(sampled, Runner().run(lora_graph(loader, name="plain")))
+    pictures = [*(tmp_path / "output").rglob("samples/step-000000-*.png")]
+    plain = train_graph(loader, sampling=True, name="sampled")
+    Runner().run(plain)
+    pictures += [*{*(tmp_path / "output").rglob("samples/step-000000-*.png")} - {*pictures}]
+    first, second = (picture.read_bytes() for picture in pictures)
+    assert first != second  # the first picture is of the MODEL with its LoRAs
+
+
+def test_a_changed_strength_is_another_run_and_the_same_one_is_answered_from_disk(
+    models: Path, tmp_path: Path
+) -> None:
+    loader = ours(models, "tiny")
+    one = Runner().run(lora_graph(loader))
+    (folder,) = run_folders(tmp_path)
+    metrics = (folder / "metrics.jsonl").read_text()
+    assert_same(Runner().run(lora_graph(loader, first="ApplyLora")), one)
+    assert (folder / "metrics.jsonl").read_text() == metrics
+    other = Runner().run(lora_graph(loader, strength=0.8))
+    assert len(run_folders(tmp_path)) == 2
+    assert any(not torch.equal(other[name], one[name]) for name in one)
+
+
+def test_a_model_that_is_loaded_with_its_loras_trains_as_one_that_is_not(models: Path) -> None:
+    expected = Runner().run(lora_graph(given(load(models, "tiny", dtype=torch.bfloat16))))
+    model = load(models, "tiny", dtype=torch.bfloat16)
+    patched = with_loras(model, ("plain", 0.7), ("without_alpha", -0.4))
+    native_velocity(patched)
+    assert model.backup
+    assert_same(trained(given(patched), name="merged"), expected)
+
+
+@pytest.mark.parametrize("loader", [ours, lambda models, name: given(load(models, name))])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("lokr", "lokr"), ("loha", "loha"), ("dora", "DoRA"), ("difference", "diff")],
+)
+def test_patches_that_are_no_plain_loras_are_refused(
+    models: Path, tmp_path: Path, loader: Callable, kind: str, name: str
+) -> None:
+    loader(models, "tiny")
+    message = refusal(with_loras(Give.values["model"], ("plain", 1.0), (kind, 0.5)))
+    assert f"carries a patch of the kind '{name}' on 'diffusion_model.double_blocks.0" in message
+    assert not run_folders(tmp_path)
+
+
+def test_a_merged_model_is_refused(models: Path) -> None:
+    one, other = (load(models, name) for name in ("tiny", "fp8_values"))
+    merged = one.clone()
+    merged.add_patches(other.get_key_patches("diffusion_model."), 0.5, 0.5)
+    assert "a patch of the kind 'model merge'" in refusal(merged)
+
+
+def test_a_lora_of_another_flux_is_refused(models: Path) -> None:
+    tensors = {f"{QKV}.lora_A.weight": torch.ones(2, 384), f"{QKV}.lora_B.weight": torch.ones(9, 2)}
+    for loader in (ours, lambda models, name: given(load(models, name))):
+        loader(models, "tiny")
+        patched = add_lora(Give.values["model"], tensors, 1.0)
+        assert "its 'double_blocks.0.img_attn.qkv' has other widths" in refusal(patched)
+
+
+def test_a_lora_in_bypass_mode_is_refused(models: Path) -> None:
+    model = load(models, "tiny").clone()
+    model.set_injections("bypass_lora", [])  # as the loader of newer hosts does
+    assert "carries a LoRA in bypass mode" in refusal(model)

@@ -8,13 +8,14 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
-from atelier.nodes.native import add_lora, build_model, draw_latents
+from atelier.nodes.native import add_lora, base_flux, build_model, draw_latents
 from atelier.trainers.adapters import attach_lora, file_tensors
 from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
 from flux_files import write_flux
+from lora_files import lora_tensors
 
 SIGMA = torch.tensor([0.7, 0.2])
 GUIDANCE = 2.5
@@ -80,6 +81,38 @@ def test_both_faces_give_the_same_velocity(loaded: LoadedFlux) -> None:
     values = inputs(loaded)
     native, training = native_velocity(model, **values), training_velocity(transformer, **values)
     assert torch.max(torch.abs(native - training)) <= 1e-5
+
+
+LORAS_ON = {
+    "one": [("plain", 0.7)],
+    "negative": [("without_alpha", -1.3)],
+    "two on the same rows": [("plain", 0.7), ("without_alpha", -1.3)],
+    "the same twice": [("plain", 1.5), ("plain", -0.5)],
+    "every kind of name": [("plain", 1.0), ("final_layer", 0.8), ("original_final_layer", -0.6)],
+}
+
+
+@pytest.mark.parametrize("name", LORAS_ON)
+def test_both_faces_give_the_same_velocity_with_loras_on_the_model(
+    loaded: LoadedFlux, name: str
+) -> None:
+    before = loaded.store.content_hash()
+    model, values = build_model(loaded, torch.float32), inputs(loaded)
+    plain = native_velocity(model, **values)
+    for kind, strength in LORAS_ON[name]:
+        model = add_lora(model, lora_tensors(kind), strength)
+    base = base_flux(model)
+    assert base.frozen
+    transformer = build_transformer(base.store, base.config, torch.float32, base.frozen)
+    native, training = native_velocity(model, **values), training_velocity(transformer, **values)
+    assert torch.max(torch.abs(native - plain)) > 0.01
+    assert torch.max(torch.abs(native - training)) <= 1e-5
+    assert loaded.store.content_hash() == before
+
+
+def test_a_lora_of_strength_0_is_none(flux_file: Path) -> None:
+    model = build_model(load_flux(flux_file, format="bf16"), torch.float32)
+    assert base_flux(add_lora(model, lora_tensors("plain"), 0.0)).frozen == ()
 
 
 def test_both_faces_share_the_bytes_of_every_block_matrix(loaded: LoadedFlux) -> None:

@@ -18,8 +18,13 @@ FUSED = "transformer.single_transformer_blocks.0.proj_mlp"
 def write_loras(folder: Path) -> None:
     """One file per kind of `KINDS`, such as plain.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index, (name, kind) in enumerate(KINDS.items()):
-        save_file(kind(torch.Generator().manual_seed(index)), folder / f"{name}.safetensors")
+    for name in KINDS:
+        save_file(lora_tensors(name), folder / f"{name}.safetensors")
+
+
+def lora_tensors(name: str) -> dict[str, Tensor]:
+    """The tensors of the file of this kind."""
+    return KINDS[name](torch.Generator().manual_seed([*KINDS].index(name)))
 
 
 def _draw(generator: torch.Generator, *shape: int) -> Tensor:
@@ -78,6 +83,16 @@ def _difference(generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
+def _final_layer(generator: torch.Generator) -> dict[str, Tensor]:
+    """Diffusers swaps the two halves of these rows."""
+    return _low_rank(generator, "transformer.norm_out.linear", 2 * WIDTH, 2.0)
+
+
+def _original_final_layer(generator: torch.Generator) -> dict[str, Tensor]:
+    name = "diffusion_model.final_layer.adaLN_modulation.1"
+    return _low_rank(generator, name, 2 * WIDTH, None)
+
+
 KINDS = {
     "plain": _plain,
     "without_alpha": _without_alpha,
@@ -85,4 +100,6 @@ KINDS = {
     "loha": _loha,
     "dora": _dora,
     "difference": _difference,
+    "final_layer": _final_layer,
+    "original_final_layer": _original_final_layer,
 }
