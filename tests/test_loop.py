@@ -33,7 +33,7 @@ NO_HOOKS = Hooks()
 
 def job(num_steps: int = 5, *, checkpoint_every: int = 250, **settings: object) -> JobSettings:
     values = {"learning_rate": 1e-2, "compute_dtype": "fp32", "gradient_checkpointing": False}
-    values |= settings
+    values |= {"gradient_accumulation": 1, **settings}
     return JobSettings(
         name="test",
         length=Length(amount=num_steps),
