@@ -89,6 +89,12 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
         free = free_bytes(device)  # beside the weights, see `require_fits`
     plan = Plan.of(base, workload(job.settings, job.data, device), device)
 
+    def room() -> int | None:
+        """What the training leaves for the weights; on a CPU they are where they compute."""
+        if free is None or device.type == "cpu":
+            return None
+        return free - plan.needed.beside_weights
+
     def check_memory() -> None:
         hooks.before_start()
         if free is not None:
@@ -97,9 +103,7 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
     def take_device(step: int, num_steps: int) -> None:
         hooks.on_start(step, num_steps)
         if step < num_steps:
-            # What training leaves for the weights; on a CPU they are where they compute.
-            is_limited = free is not None and device.type != "cpu"
-            base.store.prepare(device, free - plan.needed.beside_weights if is_limited else None)
+            base.store.prepare(device, room())
 
     own = dataclasses.replace(hooks, before_start=check_memory, on_start=take_device)
     run = open_run(output, job.settings, base, job.data)

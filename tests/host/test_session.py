@@ -139,7 +139,8 @@ def test_a_training_that_cannot_fit_is_refused_before_it_begins(
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, kind)
     values = {"model": model, "latents": data.latents, "prompts": data.prompts}
     monkeypatch.setattr(Give, "values", values)
-    inputs = {one.id: one.default for one in TrainLora.GET_SCHEMA().inputs if not one.optional}
+    declared = TrainLora.GET_SCHEMA().inputs
+    inputs = {one.id: one.default for one in declared if getattr(one, "default", None) is not None}
     inputs |= {"length": 1, "compute_dtype": "fp32", "gradient_accumulation": 1, "batch_size": 4}
     inputs |= {name: [name, 0] for name in values}
     graph = {name: node("Give", name=name) for name in values}
