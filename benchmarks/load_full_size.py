@@ -190,7 +190,7 @@ def step(folder: Path) -> dict[str, Any]:
     from training import training_data
 
     base = load_base(folder)
-    job = JobSettings(lora=LoraSettings(rank=4), train=TrainSettings())
+    job = JobSettings(lora=LoraSettings(rank=4), train=TrainSettings(gradient_accumulation=1))
     data = training_data(
         folder / "cache",
         sizes=((PIXELS, PIXELS),),

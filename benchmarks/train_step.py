@@ -187,7 +187,7 @@ def compare(
 ) -> dict[str, float]:
     """Median seconds of both, and the median of ours / plain over alternating pairs."""
     data = make_data(folder, base)
-    job = JobSettings(lora=LoraSettings(rank=4), train=TrainSettings())
+    job = JobSettings(lora=LoraSettings(rank=4), train=TrainSettings(gradient_accumulation=1))
     ours, plain = our_step(base, data, job), plain_step(base, data, job, adapter_dtype)
     losses = [(ours(), plain()) for _ in range(2)]  # warm-up
     pairs = []

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..trainers import caching
 from ..trainers.buckets import STEP, Resolution
 from ..trainers.caches import LatentCache, PromptCache
+from ..trainers.config import PROMPT_LENGTH
 from ..trainers.dataset import MISSING_CAPTIONS, Dataset, image_folder, picture_files
 from ..trainers.shards import Shards
 from . import host
@@ -212,11 +213,12 @@ class EncodePrompts(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     lazy=True,
-                    tooltip="FLUX's two text encoders, from DualCLIPLoader with type flux.",
+                    tooltip="FLUX's two text encoders, from Load Quantized Text Encoders, or from "
+                    "DualCLIPLoader with type flux.",
                 ),
                 io.Int.Input(
                     "length",
-                    default=77,
+                    default=PROMPT_LENGTH,
                     min=8,
                     max=512,
                     tooltip="T5 tokens of every caption, padded or cut; a word is one or two. 77 "

@@ -126,7 +126,7 @@ def _flux_text_encoders(clip: Any) -> tuple[Any, Any]:
     if clip_l is None or t5xxl is None or t5xxl.enable_attention_masks:
         raise ValueError(
             "This CLIP is not FLUX's, which has two text encoders, CLIP-L and T5-XXL. Load both "
-            "with DualCLIPLoader and type flux."
+            "with Load Quantized Text Encoders, or with DualCLIPLoader and type flux."
         )
     return clip_l, t5xxl
 

@@ -64,14 +64,22 @@ def dataset_folder(name: str) -> Path:
     if not path.parts:
         raise ValueError("No picture folder is chosen. Make one below input/ and put pictures in.")
     if path.is_absolute() or ":" in name or ".." in path.parts:
-        raise ValueError(f"The picture folder must lie below input/, got {name!r}.")
+        raise ValueError(
+            f"The picture folder must lie below input/, got {name!r}. Choose one from the list."
+        )
     for root in dataset_roots():
         folder = root.joinpath(path)
         if folder.is_dir():
             if not folder.resolve().is_relative_to(root.resolve()):
-                raise ValueError(f"The picture folder {name!r} is a link that leads out of {root}.")
+                raise ValueError(
+                    f"The picture folder {name!r} is a link that leads out of {root}. Put the "
+                    "pictures themselves there."
+                )
             return folder
-    raise ValueError(f"The picture folder {name!r} is not below {dataset_roots()[0]}.")
+    raise ValueError(
+        f"The picture folder {name!r} is not below {dataset_roots()[0]}. Put it there, or press R "
+        "and choose another."
+    )
 
 
 def model_file(kind: str, name: str) -> Path | None:

@@ -8,7 +8,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.config import COMPUTE_DTYPES, LORA_TARGETS
+from ..trainers.config import (
+    COMPUTE_DTYPES,
+    LORA_TARGETS,
+    JobSettings,
+    LoraSettings,
+    TrainSettings,
+)
 from . import host
 
 QUANTIZE_ON = ("auto", "cpu", "gpu")
@@ -17,7 +23,7 @@ _INPUTS: dict[str, Callable[..., Any]] = {
     "rank": partial(
         host.make_input,
         io.Int,
-        default=4,
+        default=LoraSettings.rank,
         min=1,
         max=1024,
         tooltip="Size of the LoRA; its alpha is the same, so the scale is 1. 4 to 16 is "
@@ -27,14 +33,14 @@ _INPUTS: dict[str, Callable[..., Any]] = {
         host.make_input,
         io.Combo,
         options=list(LORA_TARGETS),
-        default="qlora",
+        default=LoraSettings.targets,
         tooltip="Which layers learn. qlora: the image's attention, as the recipe does. all: "
         "the text's attention too. all+ffs: every layer of the blocks but the modulation.",
     ),
     "batch_size": partial(
         host.make_input,
         io.Int,
-        default=1,
+        default=TrainSettings.batch_size,
         min=1,
         max=256,
         tooltip="Pictures computed at once, all of one size. Costs memory in proportion.",
@@ -42,7 +48,7 @@ _INPUTS: dict[str, Callable[..., Any]] = {
     "gradient_accumulation": partial(
         host.make_input,
         io.Int,
-        default=4,
+        default=TrainSettings.gradient_accumulation,
         min=1,
         max=256,
         tooltip="Batches per step. Smooths the training like a larger batch, for time "
@@ -51,14 +57,14 @@ _INPUTS: dict[str, Callable[..., Any]] = {
     "gradient_checkpointing": partial(
         host.make_input,
         io.Boolean,
-        default=True,
+        default=TrainSettings.gradient_checkpointing,
         tooltip="Compute each block a second time in the backward pass: far less memory, "
-        "about a third more time.",
+        "about a third more time. Does not change the result.",
     ),
     "activations_in_ram": partial(
         host.make_input,
         io.Boolean,
-        default=False,
+        default=JobSettings.activations_in_ram,
         tooltip="Keep in RAM what the backward pass needs of the forward pass: less memory "
         "of the GPU, somewhat slower. Use it with gradient_checkpointing. Does not change the "
         "result.",
@@ -67,7 +73,7 @@ _INPUTS: dict[str, Callable[..., Any]] = {
         host.make_input,
         io.Combo,
         options=list(COMPUTE_DTYPES),
-        default="auto",
+        default=TrainSettings.compute_dtype,
         tooltip="Type of the arithmetic. auto: bf16 where the device is fast in it, fp16 "
         "with scaled gradients on older cards, fp32 on old CPUs. The LoRA itself is always "
         "fp32.",
@@ -86,7 +92,7 @@ _INPUTS: dict[str, Callable[..., Any]] = {
         options=list(QUANTIZE_ON),
         default=QUANTIZE_ON[0],
         tooltip="Where the weights are quantized, one matrix after the other. auto: where "
-        "ComfyUI computes. cpu takes some minutes for FLUX.1-dev, and no memory of the card.",
+        "ComfyUI computes. cpu takes some minutes, and no memory of the card.",
     ),
 }
 

@@ -13,10 +13,12 @@ gave, so the encoder in memory may still be that of the file's former content.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..trainers.caches import digest
+from ..trainers.files import write_atomically
 from . import host
 
 _FILE_INPUTS = {
@@ -46,9 +48,11 @@ class LoaderMemory:
 
     def remember(self, encoder_id: str) -> None:
         if self._file is not None and self.recall() != encoder_id:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            # Half a write needs no care: a wrong identity only makes the loader run.
-            self._file.write_text(encoder_id, encoding="utf-8")
+            # What a disk does not take is found again by running the loader.
+            with suppress(ValueError):
+                write_atomically(
+                    self._file, lambda path: path.write_text(encoder_id, encoding="utf-8")
+                )
 
 
 def _source(dynprompt: Any, node_id: str, input_name: str) -> str:

@@ -12,10 +12,9 @@ from ..trainers.config import COMPUTE_DTYPES, STREAMING
 from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.formats import FORMATS
 from ..trainers.hub import fetch_flux, require_hub_id
-from ..trainers.load import inspect_flux, load_flux
-from ..trainers.memory import store_bytes
+from ..trainers.load import LoadedFlux, inspect_flux, load_flux
 from ..trainers.packed_copy import PackedCopies
-from ..trainers.preflight import choose_format
+from ..trainers.preflight import choose_format, describe_choice
 from ..trainers.tensor_files import model_files
 from ..trainers.text_encoders import load_text_encoders
 from . import host
@@ -146,29 +145,39 @@ class LoadQuantizedFlux(io.ComfyNode):
         model: str,
         format: str,
         compute_dtype: str,
-        keep_copy: bool = True,
-        quantize_on: str = QUANTIZE_ON[0],
         reserve_gb: float = 2.0,
-        block_streaming: str = STREAMING[0],
         hub_id: str = "",
+        **settings: Any,
     ) -> io.NodeOutput:
         progress = host.Progress()
         path = fetch_flux(hub_id, progress.update) if hub_id else model_path(model)
         if format == AUTO:
             format = _best_format(path, reserve_gb, cls.hidden.unique_id)
-        loaded = load_flux(
-            path,
-            format=format,
-            device=host.offload_device(),
-            quantize_on=_quantize_device(quantize_on),
-            copies=_copies(keep_copy, block_streaming),
-            streaming=block_streaming,
-            on_progress=progress.update,
-        )
+        loaded = _load(path, format, progress, **settings)
         dtype = resolve_dtype(compute_dtype, host.compute_device())
         return io.NodeOutput(
             build_model(loaded, dtype), *_clip_and_vae(path, "" if hub_id else model)
         )
+
+
+def _load(
+    path: Path,
+    format: str,
+    progress: host.Progress,
+    *,
+    keep_copy: bool = True,
+    quantize_on: str = QUANTIZE_ON[0],
+    block_streaming: str = STREAMING[0],
+) -> LoadedFlux:
+    return load_flux(
+        path,
+        format=format,
+        device=host.offload_device(),
+        quantize_on=_quantize_device(quantize_on),
+        copies=_copies(keep_copy, block_streaming),
+        streaming=block_streaming,
+        on_progress=progress.update,
+    )
 
 
 def model_names() -> list[str]:
@@ -201,12 +210,8 @@ def model_path(name: str) -> Path:
 def _best_format(path: Path, reserve_gb: float, node_id: str) -> str:
     file, free_gb = inspect_flux(path), host.free_memory() / 1e9
     format = choose_format(file, int((free_gb - reserve_gb) * 1e9))
-    size_gb = store_bytes(file.config, format) / 1e9
-    host.show_text(
-        f"auto chose {format}: {size_gb:.1f} GB of weights, where {free_gb:.1f} GB are free and "
-        f"{reserve_gb:.1f} GB of them reserved.",
-        node_id,
-    )
+    text = describe_choice(file, format, free_gb=free_gb, reserve_gb=reserve_gb)
+    host.show_text(text, node_id)
     return format
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..trainers.config import LoraSettings
+from ..trainers.config import PROMPT_LENGTH, LoraSettings
 from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.devices import describe_device
 from ..trainers.formats import FORMATS
@@ -57,7 +57,7 @@ class EstimateMemory(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "prompt_length",
-                    default=256,
+                    default=PROMPT_LENGTH,
                     min=8,
                     max=512,
                     tooltip="Tokens of a caption, as in Encode Prompts.",

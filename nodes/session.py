@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..trainers import loop
 from ..trainers.adapters import file_tensors
-from ..trainers.config import JobSettings
+from ..trainers.config import JobSettings, TrainSettings
 from ..trainers.files import write_atomically
 from ..trainers.load import BaseFlux
-from ..trainers.preflight import Plan, describe, what_would_fit
+from ..trainers.preflight import Plan, require_fits
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
@@ -45,11 +45,11 @@ class Result:
 class Sampling:
     """What sample pictures are drawn with; `vae` and `positive` are both None to draw none."""
 
-    vae: Any
-    positive: Any
-    every: int
-    steps: int
-    seed: int
+    vae: Any = None
+    positive: Any = None
+    every: int = 250
+    steps: int = 20
+    seed: int = 0
 
     @property
     def is_on(self) -> bool:
@@ -98,6 +98,7 @@ class Session:
         self._model, self._data, self._job, self._sampling = model, data, job, sampling
         self._node_id = node_id
         self._base, self._unpatched = base_flux(model), without_patches(model)
+        self._forecast: list[str] = []
         sampling.check_fits(self._base)
         self._progress = host.Progress()
         self._run: Run = loop.open_run(host.atelier_output(), job, self._base, data)
@@ -109,6 +110,7 @@ class Session:
         """Train, or take the finished run from disk; write the LoRA file; draw the last picture."""
         hooks = loop.Hooks(
             check_stop=host.check_interrupted,
+            before_start=self._check_memory,
             on_start=self._on_start,
             on_step=self._on_step,
             sample=self._sample_and_go_on if self._sampling.is_on else None,
@@ -145,14 +147,10 @@ class Session:
 
     def _plan(self) -> Plan:
         device = host.compute_device()
-        return Plan(
-            config=self._base.config,
-            format=self._base.format,
-            weights=self._base.store.num_bytes,
-            workload=loop.workload(self._job, self._base, self._data, device),
-            device=device,
-            streaming=self._base.store.streaming,
-        )
+        return Plan.of(self._base, loop.workload(self._job, self._base, self._data, device), device)
+
+    def _check_memory(self) -> None:
+        self._forecast = require_fits(self._plan(), host.free_memory())
 
     def _on_start(self, step: int, num_steps: int) -> None:
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
@@ -162,24 +160,26 @@ class Session:
             lines.append("The LoRAs on this MODEL stay as they are: the new one learns on top.")
         if not host.is_deterministic():
             lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
+        lines += self._without_effect()
         if step < num_steps:
-            lines += self._preflight()
+            lines += self._forecast
         host.show_text("\n".join(lines), self._node_id)
         if step < num_steps:
             self._take_device()
 
-    def _preflight(self) -> list[str]:
-        """What the training will take, in sentences.
-
-        Raises:
-            ValueError: if the device has not enough memory for it.
-        """
-        plan, free_bytes = self._plan(), host.free_memory()
-        if plan.device.type == "cpu" and plan.streaming != "disk":
-            free_bytes += plan.weights  # they are there already
-        if plan.least_bytes > free_bytes:
-            raise ValueError("\n".join(what_would_fit(plan, free_bytes)))
-        return describe(plan, free_bytes)
+    def _without_effect(self) -> list[str]:
+        """A sentence for every setting that was changed and does nothing here."""
+        lines, sampling = [], self._sampling
+        if self._job.train.guidance != TrainSettings.guidance and not self._base.config.guidance:
+            lines.append("The setting guidance has no effect: this model takes no guidance.")
+        if self._job.activations_in_ram and host.compute_device().type == "cpu":
+            lines.append("The setting activations_in_ram has no effect: a CPU computes in RAM.")
+        if not sampling.is_on and sampling != Sampling():
+            lines.append(
+                "The settings of the sample pictures have no effect: connect vae and positive to "
+                "get pictures."
+            )
+        return lines
 
     def _on_step(self, step: loop.Step) -> None:
         minutes, seconds = divmod(round(step.seconds_left), 60)

@@ -86,13 +86,13 @@ def _inputs() -> list[Any]:
         AtelierPromptCache.Input("prompts", tooltip="The encoded captions, from Encode Prompts."),
         io.String.Input(
             "name",
-            default="my_lora",
+            default=JobSettings.name,
             tooltip="Name of the LoRA file and of the run's folder in output/atelier. A short code "
             "of the settings and the steps are added, so that nothing is ever overwritten.",
         ),
         io.Int.Input(
             "length",
-            default=700,
+            default=Length.amount,
             min=1,
             max=1_000_000,
             tooltip="How long to train, in the unit below. A finished run goes on when this grows.",
@@ -100,7 +100,7 @@ def _inputs() -> list[Any]:
         io.Combo.Input(
             "unit",
             options=["steps", "epochs"],
-            default="steps",
+            default=Length.unit,
             tooltip="steps: updates of the LoRA. epochs: passes over all pictures. The node shows "
             "the other one while it trains.",
         ),
@@ -108,7 +108,7 @@ def _inputs() -> list[Any]:
         shared_input("targets"),
         io.Float.Input(
             "learning_rate",
-            default=1e-4,
+            default=TrainSettings.learning_rate,
             min=1e-7,
             max=1.0,
             step=1e-6,
@@ -119,7 +119,7 @@ def _inputs() -> list[Any]:
         shared_input("gradient_accumulation"),
         io.Int.Input(
             "seed",
-            default=0,
+            default=TrainSettings.seed,
             min=0,
             max=2**53 - 1,
             control_after_generate=False,
@@ -142,19 +142,20 @@ def _advanced_inputs() -> list[Any]:
         host.make_input(
             io.Float,
             "guidance",
-            default=1.0,
+            default=TrainSettings.guidance,
             min=0.0,
             max=100.0,
             step=0.1,
             advanced=True,
-            tooltip="Guidance given to the model while training. 1 keeps its distillation intact.",
+            tooltip="Guidance given to the model while training. 1 keeps its distillation intact. "
+            "FLUX.1-schnell takes none and ignores it.",
         ),
         shared_input("compute_dtype", advanced=True),
         shared_input("gradient_checkpointing", advanced=True),
         host.make_input(
             io.Int,
             "checkpoint_every",
-            default=250,
+            default=JobSettings.checkpoint_every,
             min=1,
             max=1_000_000,
             advanced=True,
@@ -164,7 +165,7 @@ def _advanced_inputs() -> list[Any]:
         host.make_input(
             io.Int,
             "sample_every",
-            default=250,
+            default=Sampling.every,
             min=0,
             max=1_000_000,
             advanced=True,
@@ -174,7 +175,7 @@ def _advanced_inputs() -> list[Any]:
         host.make_input(
             io.Int,
             "sample_steps",
-            default=20,
+            default=Sampling.steps,
             min=1,
             max=1000,
             advanced=True,
@@ -183,7 +184,7 @@ def _advanced_inputs() -> list[Any]:
         host.make_input(
             io.Int,
             "sample_seed",
-            default=0,
+            default=Sampling.seed,
             min=0,
             max=2**53 - 1,
             control_after_generate=False,

@@ -108,6 +108,19 @@ def test_the_largest_batch_has_the_most_pixels(batch_size: int) -> None:
     order = BatchOrder(make_entries(), batch_size=batch_size, seed=0)
     batches = [order.batch(step) for step in range(order.batches_per_epoch)]
     pixels = [sum(entry.width * entry.height for entry in batch) for batch in batches]
-    width, height, count = order.largest_batch()
+    width, height, count = order.largest_batch(prompt_length=0)
     assert width * height * count == max(pixels)
     assert any(len(b) == count and (b[0].width, b[0].height) == (width, height) for b in batches)
+
+
+@pytest.mark.parametrize(("prompt_length", "expected"), [(0, (560, 512, 1)), (512, (256, 256, 4))])
+def test_the_largest_batch_counts_the_tokens_of_the_prompts(
+    prompt_length: int, expected: tuple[int, int, int]
+) -> None:
+    """4 x (256 + 512) tokens are more than 1120 + 512, and 4 x 256 are less than 1120."""
+    entries = [
+        LatentEntry(record=key, key=key, caption="", width=width, height=height)
+        for key, width, height in [*((k, 256, 256) for k in "abcd"), ("e", 560, 512)]
+    ]
+    order = BatchOrder(entries, batch_size=4, seed=0)
+    assert order.largest_batch(prompt_length) == expected

@@ -10,6 +10,7 @@ import pytest
 from atelier.trainers.config import (
     COMPUTE_DTYPES,
     LORA_TARGETS,
+    PROMPT_LENGTH,
     JobSettings,
     Length,
     LoraSettings,
@@ -122,6 +123,7 @@ def test_the_defaults_are_the_recipe_of_the_blog() -> None:
     assert LORA_TARGETS[job.lora.targets] == ("to_k", "to_q", "to_v", "to_out.0")
     assert (job.train.learning_rate, job.train.guidance, job.length.amount) == (1e-4, 1.0, 700)
     assert (job.train.max_grad_norm, job.train.gradient_checkpointing) == (1.0, True)
+    assert (job.train.batch_size, job.train.gradient_accumulation, PROMPT_LENGTH) == (1, 4, 77)
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(None, 8.0), (2.0, 2.0)])

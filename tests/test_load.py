@@ -282,15 +282,15 @@ BAD_FILES: dict[Callable, str] = {
     a_header_that_is_no_table: r"^'flux.safetensors' is not a whole safetensors file\. ",
     without_a_whole_index: r"^The index '.*index.json' is damaged: download it again\.$",
     stable_diffusion: r"^'sd15.safetensors' is not a FLUX.1 model: .*Choose a FLUX.1 file",
-    flux_2: r"^'flux2.safetensors' is a FLUX.2 model\. This node loads FLUX.1 models\.$",
+    flux_2: r"^'flux2.safetensors' is a FLUX.2 model, .* Choose a FLUX.1 file",
     lora_file: r"^'lora.safetensors' is not a FLUX.1 model: ",
     without_a_tensor: r"is an incomplete FLUX.1 model: 'single_blocks.1.linear2.bias' is missing\.",
     without_a_diffusers_tensor: r"is an incomplete FLUX.1 model: .*double_blocks.0.img_attn.qkv",
     four_bits: r"^The tensor '.*' in 'flux.safetensors' has the type U8\. Use a file in bf16, ",
     named_pickle: r"^'flux.ckpt' is a pickle, a file that can run code .*Choose the .safetensors",
     without_a_shard: r"^The shard 'diffusion_pytorch_model-00002-of-\d+.safetensors' is missing in",
-    empty_folder: r"^There is no .safetensors file in '.*'\.$",
-    nowhere: r"^The model file '.*nowhere.safetensors' does not exist\.$",
+    empty_folder: r"^There is no .safetensors file in '.*'\. Download the model into it",
+    nowhere: r"^The model file '.*nowhere.safetensors' does not exist\. Put it there",
 }
 
 

@@ -64,10 +64,14 @@ require(rank > 0, f"The rank must be above 0, got {rank!r}. " "4 is usual.")
 Input("rank", tooltip="The rank of the LoRA.")
 show_text(f"loss {loss:.3f}")
 path = "a/b.safetensors"
+raise ValueError(f"max_aspect must be 1 or more, got {aspect}.")
+require(mode in MODES, "mode is unknown.")
 '''
     assert templates_in(ast.parse(code)) == {
         "The rank must be above 0, got {0}. 4 is usual.",
         "loss {0}",
+        "max_aspect must be 1 or more, got {0}.",
+        "mode is unknown.",
     }
 
 

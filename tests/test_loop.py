@@ -33,7 +33,7 @@ NO_HOOKS = Hooks()
 
 def job(num_steps: int = 5, *, checkpoint_every: int = 250, **settings: object) -> JobSettings:
     values = {"learning_rate": 1e-2, "compute_dtype": "fp32", "gradient_checkpointing": False}
-    values |= settings
+    values |= {"gradient_accumulation": 1, **settings}
     return JobSettings(
         name="test",
         length=Length(amount=num_steps),
@@ -471,11 +471,38 @@ def test_extra_input_channels_are_one_sentence_before_anything_starts(
 ) -> None:
     base = load_flux(write_flux(tmp_path / "flux.safetensors", channels=channels), format="bf16")
     started: list[tuple[int, int]] = []
-    hooks = Hooks(on_start=lambda *start: started.append(start))
+    hooks = Hooks(
+        before_start=lambda: started.append((0, 0)), on_start=lambda *start: started.append(start)
+    )
     with pytest.raises(ValueError, match=rf"^This FLUX takes {shown} latent channels .* samples"):
         train(open_run(tmp_path / "runs", job(), base, data), base, data, job(), hooks)
     assert not started
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_refusal_before_the_start_leaves_nothing(run_job, tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise ValueError("It does not fit.")
+
+    with pytest.raises(ValueError, match=r"^It does not fit\.$"):
+        run_job(job(), Hooks(before_start=refuse), folder="refused")
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("done", [2, 3, 4], ids=["a part", "all of it", "more than asked for"])
+def test_what_another_process_trains_before_the_start_is_kept(run_job, done: int) -> None:
+    """The estimate of the memory takes seconds, in which another process may have the lock."""
+    settings = job(3, checkpoint_every=1)
+    expected, _ = run_job(settings, folder="alone")
+    starts: list[tuple[int, int]] = []
+    hooks = Hooks(
+        before_start=lambda: run_job(job(done, checkpoint_every=1)),
+        on_start=lambda *start: starts.append(start),
+    )
+    trained, run = run_job(settings, hooks)
+    assert starts == [(min(done, 3), 3)]
+    assert trained.losses == expected.losses
+    assert [line["step"] for line in run.metrics()] == list(range(1, max(done, 3) + 1))
 
 
 def test_a_run_that_is_being_trained_is_left_alone(run_job) -> None:
@@ -484,8 +511,11 @@ def test_a_run_that_is_being_trained_is_left_alone(run_job) -> None:
     refusals: list[str] = []
 
     def train_again(_: Step) -> None:
+        started: list[tuple[int, int]] = []
+        hooks = Hooks(on_start=lambda *start: started.append(start))
         with pytest.raises(ValueError, match="is being trained by another process") as refused:
-            run_job(settings)
+            run_job(settings, hooks)
+        assert not started  # so it has taken no device
         refusals.append(str(refused.value))
 
     trained, run = run_job(settings, Hooks(on_step=train_again))

@@ -8,7 +8,7 @@ from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import FluxConfig
 from atelier.trainers.load import FluxFile
 from atelier.trainers.memory import Workload, estimate_training, store_bytes, streamed_bytes
-from atelier.trainers.preflight import Plan, choose_format, describe
+from atelier.trainers.preflight import Plan, choose_format, describe, require_fits
 from flux_files import flux_shapes
 
 SIZES = {"width": 256, "depth": 3, "depth_single": 4, "context": 128, "vector": 64}
@@ -50,7 +50,7 @@ def test_all_of_it_fits() -> None:
 @pytest.mark.parametrize("streaming", ["auto", "ram", "disk"])
 def test_with_streamed_blocks_less_is_enough(streaming: str) -> None:
     least = streamed_bytes(CONFIG, "bf16") + beside_weights()
-    streamed = f"It fits when blocks are streamed, as block_streaming {streaming} does: "
+    streamed = "It fits when blocks are streamed, which happens by itself: "
     assert describe(plan(streaming=streaming), least)[-1].startswith(streamed)
     lines = describe(plan(streaming=streaming), least - 1)
     assert any("needed with every block streamed, and" in line for line in lines)
@@ -72,6 +72,18 @@ def test_a_cpu_streams_from_disk_only() -> None:
     lines = describe(plan("cpu"), least)
     assert any(line.startswith("With block_streaming disk ") for line in lines)
     assert not any("system memory" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("device", "streaming", "loaded"),
+    [("cuda", "off", 0), ("cpu", "auto", store_bytes(CONFIG, "bf16")), ("cpu", "disk", 0)],
+)
+def test_what_is_not_enough_is_refused(device: str, streaming: str, loaded: int) -> None:
+    """The weights lie in a CPU's memory already, unless they come from disk."""
+    enough = plan(device, streaming).least_bytes - loaded
+    assert require_fits(plan(device, streaming), enough)[-1].startswith("It fits")
+    with pytest.raises(ValueError, match=r"^This training does not fit: "):
+        require_fits(plan(device, streaming), enough - 1)
 
 
 def test_on_a_cpu_activations_are_in_ram_anyway() -> None:

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -147,6 +148,22 @@ def test_a_package_that_does_not_fit_is_one_sentence_with_the_command(package: s
         with importing(package):
             from transformers import ThatWasRemoved  # noqa: F401
     assert str(caught.value).endswith(install_command(package))
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_a_package_that_is_too_old_is_the_same_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    floor = next(n for n in [*requirement_lines(), DIFFUSERS] if n.startswith(f"{package}>="))
+    major, minor, _ = floor.partition(">=")[2].split(".")
+    for found, is_refused in ((f"{major}.{int(minor) - 1}.9", True), (f"{major}.{minor}.0", False)):
+        info = tmp_path / found / f"{package}-{found}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {found}")
+        monkeypatch.syspath_prepend(tmp_path / found)
+        refused = pytest.raises(ValueError, match=f"^The package {package} is missing, or does")
+        with refused if is_refused else nullcontext(), importing(package):
+            pass
 
 
 MISSING = {

@@ -76,7 +76,10 @@ def attach_lora(transformer: nn.Module, settings: LoraSettings, *, seed: int) ->
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name.endswith(f".{target}") for name in names):
-            raise ValueError(f"The LoRA target '{target}' matches no layer of this model.")
+            raise ValueError(
+                f"The LoRA target '{target}' matches no layer of this model. Choose other targets: "
+                f"{', '.join(LORA_TARGETS)}."
+            )
     wanted = [n for n in names if "blocks." in n and any(n.endswith(f".{t}") for t in targets)]
     config = LoraConfig(
         r=settings.rank,

@@ -35,10 +35,18 @@ class BatchOrder:
         epoch, index = divmod(micro_step, self.batches_per_epoch)
         return self._epoch(epoch)[index]
 
-    def largest_batch(self) -> tuple[int, int, int]:
-        """Width, height and count of the pictures of the batch with the most pixels."""
+    def largest_batch(self, prompt_length: int) -> tuple[int, int, int]:
+        """Width, height and count of the pictures of the batch with the most tokens.
+
+        The network sees a token per 16x16 pixels, and `prompt_length` more beside each picture.
+        """
+
+        def tokens(batch: tuple[int, int, int]) -> int:
+            width, height, count = batch
+            return count * (width * height // 256 + prompt_length)
+
         batches = ((*size, min(len(g), self._batch_size)) for size, g in self._groups.items())
-        return max(batches, key=math.prod)
+        return max(batches, key=tokens)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
     def _epoch(self, epoch: int) -> list[list[LatentEntry]]:

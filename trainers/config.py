@@ -29,6 +29,8 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
         *("proj_mlp", "proj_out"),
     ),
 }
+PROMPT_LENGTH = 77
+"""The recipe's tokens of a caption."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -74,7 +76,7 @@ class TrainSettings:
     """Step size of AdamW8bit. 1e-4 is the recipe's; small LoRAs bear up to 1e-3."""
     batch_size: int = 1
     """Pictures per micro-step, all of one size. Costs memory in proportion."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: int = 4
     """Micro-steps per optimizer step. Costs time, not memory."""
     guidance: float = 1.0
     """Guidance value given to a guidance-distilled network; 1.0 preserves the distillation."""
@@ -180,5 +182,6 @@ def job_from_json(values: dict[str, Any]) -> JobSettings:
         )
     except TypeError as error:
         raise ValueError(
-            f"The job has a setting that this version does not know: {error}."
+            f"The job has a setting that this version does not know: {error}. Remove it from the "
+            "job file, or take the version of the pack that wrote it."
         ) from None

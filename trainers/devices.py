@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
+import psutil  # a package that peft needs
 import torch
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,8 +33,10 @@ def give_back_memory() -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that the GPU has free, or None where there is no such number."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Bytes that are free on the device, or None where there is no such number."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -41,7 +41,10 @@ def not_written(path: Path, error: OSError) -> ValueError:
             f"The disk of {path.parent} is full. Free some space and queue again: "
             "what was saved before is kept."
         )
-    return ValueError(f"Cannot write {path}: {error.strerror}.")
+    return ValueError(
+        f"Cannot write {path}: {error.strerror}. See to it that this folder can be written to, and "
+        "queue again."
+    )
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

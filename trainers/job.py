@@ -13,10 +13,10 @@ from .caches import LatentCache, PromptCache
 from .config import JobSettings, job_from_json
 from .devices import default_device, free_bytes
 from .frozen import FrozenLora, load_frozen
-from .load import BaseFlux, load_flux
+from .load import load_flux
 from .loop import Hooks, TrainingData, open_run, save_trained, train, workload
-from .memory import estimate_training
 from .packed_copy import PackedCopies
+from .preflight import Plan, require_fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,15 @@ def read_job(path: Path) -> Job:
             else (),
         )
     except FileNotFoundError:
-        raise ValueError(f"The job file '{path}' does not exist.") from None
+        raise ValueError(
+            f"The job file '{path}' does not exist. Every run of Train LoRA has one: "
+            "output/atelier/<run>/job.json."
+        ) from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{path.name}' is not a job file: {error!r}.") from None
+        raise ValueError(
+            f"'{path.name}' is not a job file: {error!r}. Take the job.json of a run, or correct "
+            "what you changed in it."
+        ) from None
     if not job.model:
         raise ValueError(
             f"The run of '{path}' was trained on a MODEL of ComfyUI's own loader, whose file is "
@@ -69,8 +75,13 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
     """Train the job on the accelerator, or the CPU; returns the LoRA file in `output`.
 
     Blocks are streamed from disk out of a quantized copy in `output`/packed, which is made there.
+
+    Raises:
+        ValueError: if the device has not enough memory, before anything of the run is written, and
+            all that `train` raises.
     """
     device, streaming = default_device(), job.block_streaming
+    free = free_bytes(device)
     with torch.no_grad():
         base = load_flux(
             job.model,
@@ -80,17 +91,28 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
             copies=PackedCopies(output / "packed") if streaming == "disk" else None,
             streaming=streaming,
         )
-        base = dataclasses.replace(base, frozen=job.frozen)
-        base.store.prepare(device, _room(job, base, device))
+    base = dataclasses.replace(base, frozen=job.frozen)
+    if device.type == "cpu":
+        free = free_bytes(device)  # beside the weights, see `require_fits`
+    plan = Plan.of(base, workload(job.settings, base, job.data, device), device)
+
+    def room() -> int | None:
+        """What the training leaves for the weights; on a CPU they are where they compute."""
+        if free is None or device.type == "cpu":
+            return None
+        return free - plan.needed.beside_weights
+
+    def check_memory() -> None:
+        hooks.before_start()
+        if free is not None:
+            require_fits(plan, free)
+
+    def take_device(step: int, num_steps: int) -> None:
+        hooks.on_start(step, num_steps)
+        if step < num_steps:
+            base.store.prepare(device, room())
+
+    own = dataclasses.replace(hooks, before_start=check_memory, on_start=take_device)
     run = open_run(output, job.settings, base, job.data)
-    trained = train(run, base, job.data, job.settings, hooks)
+    trained = train(run, base, job.data, job.settings, own)
     return save_trained(output, trained, run, base)
-
-
-def _room(job: Job, base: BaseFlux, device: torch.device) -> int | None:
-    """Bytes of the device that training leaves for the weights, where they are known."""
-    free = free_bytes(device)
-    if free is None:
-        return None
-    work = workload(job.settings, base, job.data, device)
-    return free - estimate_training(base.config, base.format, work).beside_weights

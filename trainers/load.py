@@ -214,7 +214,10 @@ def _checked_shapes(names: _Names, files: TensorFiles, path: Path):
     """The shapes under original names, after all that makes a FLUX.1 has been found."""
     shapes = names.shapes
     if "double_stream_modulation_img.lin.weight" in files:
-        raise ValueError(f"'{path.name}' is a FLUX.2 model. This node loads FLUX.1 models.")
+        raise ValueError(
+            f"'{path.name}' is a FLUX.2 model, which is not known here. "
+            "Choose a FLUX.1 file such as flux1-dev.safetensors."
+        )
     absent = first_missing(ESSENTIAL_NAMES, shapes)
     if absent is not None:
         raise ValueError(
@@ -224,7 +227,10 @@ def _checked_shapes(names: _Names, files: TensorFiles, path: Path):
     config = FluxConfig.from_shapes(shapes)
     missing = first_missing(needed_names(config), shapes)
     if missing is not None:
-        raise ValueError(f"'{path.name}' is an incomplete FLUX.1 model: '{missing}' is missing.")
+        raise ValueError(
+            f"'{path.name}' is an incomplete FLUX.1 model: '{missing}' is missing. "
+            "Download it again, or choose another file."
+        )
     return shapes
 
 

@@ -56,9 +56,10 @@ class Hooks:
 
     check_stop: Callable[[], None] = lambda: None
     """Called before every micro-step; it raises to stop. The run is saved and the error goes on."""
+    before_start: Callable[[], None] = lambda: None
+    """Called once if there are steps to train, before anything is written; it raises to refuse."""
     on_start: Callable[[int, int], None] = lambda step, num_steps: None
-    """Called once with the step the run starts from and its length, before anything is written; it
-    may raise."""
+    """Called once with the step the run starts from and its length; no other process trains it."""
     on_step: Callable[[Step], None] = lambda step: None
     sample: Callable[[int, dict[str, Tensor]], None] | None = None
     """Called with the step and the LoRA's tensors, to draw pictures with them before that step."""
@@ -153,7 +154,7 @@ def workload(
     job: JobSettings, base: BaseFlux, data: TrainingData, device: torch.device
 ) -> Workload:
     """What the largest micro-step of a job computes, to estimate its memory."""
-    width, height, count = _order(job, data).largest_batch()
+    width, height, count = _order(job, data).largest_batch(data.prompts.length)
     dtype = compute_dtype(job.train.compute_dtype, device)
     return Workload(
         width=width,
@@ -187,14 +188,16 @@ def train(
             run that another process trains.
     """
     length = job.length.num_steps(steps_per_epoch(job, data))
-    start = run.start_step(length)
-    if start == length:
-        hooks.on_start(start, length)
-        return _trained(run, length, run.load(length).adapter)
+    if run.start_step(length) == length:
+        return _from_disk(run, length, hooks)
 
     data.check_fits(base.config)
-    hooks.on_start(start, length)
+    hooks.before_start()
     with run.locked():
+        start = run.start_step(length)  # again: another process may have trained until now
+        if start == length:
+            return _from_disk(run, length, hooks)
+        hooks.on_start(start, length)
         run.create()
         run.forget_metrics_after(start)
         state = TrainState(base, job, run.load(start) if start else None)
@@ -230,6 +233,11 @@ def _save(run: Run, state: TrainState, step: int) -> None:
     """Save the state, unless it is spoilt: resuming from that would never recover."""
     if state.lora.is_finite():
         run.save(state.checkpoint(step))
+
+
+def _from_disk(run: Run, length: int, hooks: Hooks) -> Trained:
+    hooks.on_start(length, length)
+    return _trained(run, length, run.load(length).adapter)
 
 
 def _trained(run: Run, step: int, lora: dict[str, Tensor]) -> Trained:

@@ -5,6 +5,7 @@ Standard library only: a test runs this file with the Python of a host that has 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from importlib.metadata import version
 _NEEDED = {
     "diffusers": "diffusers>=0.33.0",
     "peft": "peft>=0.15.0",
-    "bitsandbytes": "bitsandbytes>=0.46.0",
+    "bitsandbytes": "bitsandbytes>=0.50.0",  # the first with AdamW8bit on CPUs
 }
 _HELD = ("torch", "transformers", "huggingface_hub", "safetensors")
 """What the host itself needs in its version; pip would replace them for the newest of ours."""
@@ -23,15 +24,22 @@ def importing(package: str) -> Iterator[None]:
     """Around an import from one of our packages.
 
     Raises:
-        ValueError: if it cannot be imported, with the command that helps.
+        ValueError: if it cannot be imported or is too old, with the command that helps.
     """
     try:
+        if _numbers(version(package)) < _numbers(_NEEDED[package].partition(">=")[2]):
+            raise ImportError(version(package))
         yield
     except (ImportError, RuntimeError) as error:  # diffusers' lazy modules raise RuntimeError
         raise ValueError(
             f"The package {package} is missing, or does not fit the others here. Run this with the "
             f"Python of ComfyUI, then start ComfyUI again: {install_command(package)}"
         ) from error
+
+
+def _numbers(version: str) -> list[int]:
+    """[0, 50, 0] of "0.50.0.dev0", to compare."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def install_command(package: str) -> str:

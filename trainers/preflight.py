@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .flux import FluxConfig
-from .load import FluxFile
+from .load import BaseFlux, FluxFile
 from .memory import MemoryEstimate, Workload, estimate_training, store_bytes, streamed_bytes
 
 AUTO_FORMATS = ("bf16", "int8", "nf4")
@@ -33,6 +33,14 @@ def choose_format(file: FluxFile, free_bytes: int) -> str:
     return next(fitting, AUTO_FORMATS[-1])
 
 
+def describe_choice(file: FluxFile, format: str, *, free_gb: float, reserve_gb: float) -> str:
+    """A sentence for a user: what `choose_format` took of the free GB without the reserve."""
+    return (
+        f"Format auto chose {format}: {store_bytes(file.config, format) / 1e9:.1f} GB of weights, "
+        f"where {free_gb:.1f} GB are free and {reserve_gb:.1f} GB of them reserved."
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A training that has not started, and where it would run."""
@@ -45,6 +53,18 @@ class Plan:
     device: torch.device
     streaming: str
     """A value of config.STREAMING."""
+
+    @classmethod
+    def of(cls, base: BaseFlux, workload: Workload, device: torch.device) -> Plan:
+        """The training of `workload` on a model that is loaded."""
+        return cls(
+            config=base.config,
+            format=base.format,
+            weights=base.store.num_bytes,
+            workload=workload,
+            device=device,
+            streaming=base.store.streaming,
+        )
 
     @property
     def needed(self) -> MemoryEstimate:
@@ -74,6 +94,22 @@ class Plan:
         return dataclasses.replace(self.workload, **changes)
 
 
+def require_fits(plan: Plan, free_bytes: int) -> list[str]:
+    """Sentences for a user, when the model is loaded and the training about to start.
+
+    Args:
+        free_bytes: of a GPU those that are free without the model, of a CPU those beside it.
+
+    Raises:
+        ValueError: if they are not enough, with what would fit.
+    """
+    if plan.device.type == "cpu" and plan.streaming != "disk":
+        free_bytes += plan.weights  # they are there already
+    if plan.least_bytes > free_bytes:
+        raise ValueError("\n".join(what_would_fit(plan, free_bytes)))
+    return describe(plan, free_bytes)
+
+
 def describe(plan: Plan, free_bytes: int) -> list[str]:
     """Sentences for a user: what the training takes, whether it fits, and what would fit."""
     needed = plan.needed
@@ -91,8 +127,8 @@ def describe(plan: Plan, free_bytes: int) -> list[str]:
     if least > free_bytes:
         return [*lines, *what_would_fit(plan, free_bytes)]
     lines.append(
-        f"It fits when blocks are streamed, as block_streaming {plan.streaming} does: "
-        f"{_gb(free_bytes)} are free, and {_gb(least)} are needed at least."
+        f"It fits when blocks are streamed, which happens by itself: {_gb(free_bytes)} are free, "
+        f"and {_gb(least)} are needed at least."
     )
     return lines
 

@@ -144,7 +144,8 @@ class TensorFiles:
                 if part not in self._entries:
                     file = self._entries[state_name].path.name
                     raise ValueError(
-                        f"'{file}' is an incomplete FLUX.1 model: '{part}' is missing."
+                        f"'{file}' is an incomplete FLUX.1 model: '{part}' is missing. "
+                        "Download it again, or choose another file."
                     )
             found[name] = state
         return found
@@ -240,7 +241,9 @@ def model_files(path: Path) -> list[Path]:
             is a pickle.
     """
     if not path.exists():
-        raise ValueError(f"The model file '{path}' does not exist.")
+        raise ValueError(
+            f"The model file '{path}' does not exist. Put it there, or choose another."
+        )
     if path.suffix.lower() in _PICKLES:
         raise ValueError(
             f"'{path.name}' is a pickle, a file that can run code when it is opened, and is not "
@@ -259,7 +262,10 @@ def model_files(path: Path) -> list[Path]:
         return files
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"There is no .safetensors file in '{folder}'.")
+        raise ValueError(
+            f"There is no .safetensors file in '{folder}'. Download the model into it, or choose "
+            "another."
+        )
     return files
 
 

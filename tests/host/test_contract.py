@@ -10,6 +10,13 @@ import asyncio
 import inspect
 
 import pytest
+from atelier.trainers.config import (
+    PROMPT_LENGTH,
+    JobSettings,
+    Length,
+    LoraSettings,
+    TrainSettings,
+)
 
 FROZEN = {
     "AtelierLoadQuantizedFlux": (
@@ -83,6 +90,12 @@ def schemas() -> dict:
 
 
 NODES = schemas()
+RECIPE = {**vars(JobSettings()), **vars(LoraSettings()), **vars(TrainSettings())}
+SETTINGS = {
+    "AtelierTrainLoRA": {**RECIPE, "length": Length().amount, "unit": Length().unit},
+    "AtelierEstimateMemory": {**RECIPE, "prompt_length": PROMPT_LENGTH},
+    "AtelierEncodePrompts": {"length": PROMPT_LENGTH},
+}
 
 
 def test_nodes_are_only_added() -> None:
@@ -115,6 +128,14 @@ def test_execute_takes_what_the_schema_declares(node_id: str) -> None:
     assert rest or named == declared
     optional = {one.id for one in inputs if one.optional} & named
     assert all(parameters[name].default is not inspect.Parameter.empty for name in optional)
+
+
+@pytest.mark.parametrize("node_id", SETTINGS)
+def test_defaults_are_those_of_the_settings(node_id: str) -> None:
+    expected = SETTINGS[node_id]
+    inputs = [one for one in NODES[node_id].GET_SCHEMA().inputs if one.id in expected]
+    assert inputs
+    assert all(one.default == expected[one.id] for one in inputs)
 
 
 @pytest.mark.parametrize("node_id", FROZEN)

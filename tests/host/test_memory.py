@@ -65,7 +65,7 @@ def test_auto_takes_the_best_that_leaves_the_reserve(server: ComfyServer, format
     load["inputs"]["reserve_gb"] = RESERVE_GB[format]
     graph = {"load": load, "look": node("PreviewAny", source=["load", 0])}
     texts, _ = shown(server, graph)
-    assert any(text.startswith(f"auto chose {format}: ") for text in texts)
+    assert any(text.startswith(f"Format auto chose {format}: ") for text in texts)
 
 
 def test_the_estimate_feeds_the_loader(server: ComfyServer) -> None:

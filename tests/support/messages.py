@@ -1,7 +1,8 @@
 """Every sentence that the code may show a user, as a template: "… got {0}. 4 to 32 is usual."
 
-A message is a string with the look of one: a capital or a value first, a full stop or a unit last,
-words between. Docstrings and the texts of schemas, which have their own files, are none.
+A message is what a `ValueError`, a `require` or the progress of a node is given, and a string with
+the look of one: a capital or a value first, a full stop or a unit last, words between. Docstrings
+and the texts of schemas, which have their own files, are none.
 """
 
 import ast
@@ -11,8 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 SENTENCE = re.compile(r"(?s)[A-Z{'0-9].*[a-z]{2,}[ :].*[.}]")
 SCHEMA_TEXTS = {"tooltip", "description"}
-PROGRESS_TEXT = "show_text"
-"""What this function is given is shown, whatever it looks like."""
+SHOWN_BY = {
+    "show_text": re.compile(r"(?s).*\{0\}.*"),
+    "require": re.compile(r"(?s).*[a-z]{2,} .*[.}]"),
+    "ValueError": re.compile(r"(?s).*[a-z]{2,} .*[.}]"),
+}
+"""What these are given is shown, also if it starts with a small letter."""
 
 
 def message_templates() -> set[str]:
@@ -26,7 +31,7 @@ def message_templates() -> set[str]:
 
 def templates_in(tree: ast.AST) -> set[str]:
     hidden: set[ast.AST] = set()
-    shown: set[ast.AST] = set()
+    shown: dict[ast.AST, re.Pattern] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr):  # a docstring
             hidden.add(node.value)
@@ -34,13 +39,15 @@ def templates_in(tree: ast.AST) -> set[str]:
             hidden.update(ast.walk(node.value))
         elif isinstance(node, ast.JoinedStr):  # the parts of an f-string are no strings of theirs
             hidden.update(part for value in node.values for part in ast.walk(value))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(PROGRESS_TEXT):
-            shown.update(part for part in node.args if isinstance(part, ast.JoinedStr))
+        elif isinstance(node, ast.Call):
+            function = ast.unparse(node.func).rpartition(".")[2]
+            if function in SHOWN_BY:
+                shown.update(dict.fromkeys(node.args, SHOWN_BY[function]))
     texts = {node: template(node) for node in ast.walk(tree) if node not in hidden}
     return {
         text
         for node, text in texts.items()
-        if text is not None and (node in shown or SENTENCE.fullmatch(text))
+        if text is not None and shown.get(node, SENTENCE).fullmatch(text)
     }
 
 
