@@ -1,0 +1,402 @@
+"""What lies in a folder of pictures, from names, times and headers: no picture is decoded.
+
+Headers of unchanged files are not read again: an index in a cache folder remembers them. The hashes
+of files' bytes are remembered in the same way. A picture cut off after its header is found later,
+when it is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from PIL import Image
+
+from .buckets import Size, display_size
+from .config import require
+from .files import write_atomically
+
+PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+OnBadFile = Literal["stop", "skip"]
+ON_BAD_FILE: tuple[OnBadFile, ...] = ("stop", "skip")
+
+OnProgress = Callable[[int, int], None]
+"""Called with (done, total) files, ten times a second at most and at the end. It may raise to stop:
+what was read until then is remembered."""
+
+_VERSION = 1
+"""Of the index files. Raise it when a row means something else."""
+_FACTS = (int, int, int, int, bool, int)
+"""Of a row: size in bytes, mtime in ns, width, height, has alpha, number of frames."""
+_HASH = (int, int, str)
+"""Of a row: size in bytes, mtime in ns, SHA-256."""
+_SETTLED_NS = 2_000_000_000
+"""A file can change twice within a tick of its file system's clock; FAT's is the coarsest, 2 s."""
+
+_TAIL_BYTES = 1 << 16
+_LATE_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+"""Chunks of a PNG that may hold an orientation, looked for in the end of the file."""
+_CHUNK_BYTES = 1 << 20
+_WORKERS = 2
+_FILES_PER_TURN = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """One picture file."""
+
+    path: str
+    """Absolute."""
+    num_bytes: int
+    mtime_ns: int
+    """Time of the last change, in nanoseconds."""
+    width: int
+    """Pixels, after the EXIF rotation."""
+    height: int
+    """Pixels, after the EXIF rotation."""
+    has_alpha: bool
+    """There is transparency, or room for it."""
+    num_frames: int
+    """1, or more if it is animated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What was found in a folder."""
+
+    folder: str
+    """Absolute."""
+    pictures: tuple[Picture, ...]
+    """Sorted by path."""
+    other_files: frozenset[str]
+    """Absolute paths of the visible files that are no pictures, such as captions."""
+    skipped: tuple[tuple[str, str], ...]
+    """Path of each bad file, and the sentence that says what is wrong with it."""
+    num_read: int
+    """Pictures whose header was read: the index did not know them."""
+
+
+def scan_folder(
+    folder: str | Path,
+    index_folder: Path | None,
+    *,
+    recursive: bool = False,
+    on_bad_file: OnBadFile = "stop",
+    on_progress: OnProgress | None = None,
+) -> Scan:
+    """The pictures in `folder`, and with `recursive` in its subfolders, also through links.
+
+    Hidden files and folders are not looked at. `index_folder` is for our own files, one for each
+    scanned folder; None remembers nothing. A folder without pictures is no error here.
+
+    Raises:
+        ValueError: the folder is missing, or its index cannot be written. With `stop` also when a
+            file or subfolder cannot be read or a file with a picture's name is none; the message
+            names it. With `skip` these are in `Scan.skipped`.
+    """
+    folder = Path(os.path.abspath(folder))
+    require(folder.is_dir(), f"The picture folder {folder} does not exist. Check its name.")
+    require(
+        on_bad_file in ON_BAD_FILE,
+        f"on_bad_file must be one of {', '.join(ON_BAD_FILE)}, got {on_bad_file!r}.",
+    )
+    bad = _BadFiles(on_bad_file)
+    files, other_files = _list_files(str(folder), recursive, bad)
+    index = index_folder / _index_name(folder, recursive) if index_folder else None
+    known = _read_rows(index, _FACTS) if index else {}
+    prefix_length = len(os.path.join(folder, ""))
+    report = _throttled(on_progress)
+    pictures: list[Picture] = []
+    fresh: dict[str, list] = {}
+    num_read = 0
+    try:
+        for number, (path, *version) in enumerate(files, start=1):
+            name = path[prefix_length:]
+            row = known.get(name)
+            if row is None or row[:2] != version:
+                row = None
+                num_read += 1
+                try:
+                    row = [*version, *_read_header(path)]
+                except ValueError as error:
+                    bad.add(path, error)
+                if row and _is_settled(row[1]):
+                    fresh[name] = row
+            if row:
+                pictures.append(_picture(path, row))
+            report(number, len(files))
+    finally:
+        if index:
+            names = {path[prefix_length:] for path, *_ in files}
+            kept = {name: row for name, row in known.items() if name in names}
+            if fresh or len(kept) < len(known):
+                _write_rows(index, kept | fresh)
+    return Scan(
+        folder=str(folder),
+        pictures=tuple(pictures),
+        other_files=frozenset(other_files),
+        skipped=tuple(bad.found),
+        num_read=num_read,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hashed:
+    """Hashes of many files, and what they took."""
+
+    digests: tuple[str, ...]
+    """SHA-256 in hex, in the order of the pictures."""
+    num_read: int
+    """Files that had to be read."""
+    num_bytes: int
+    """Of the files that had to be read."""
+    seconds: float
+
+
+class ContentHashes:
+    """SHA-256 of files' bytes, read once per absolute path, size and time of change.
+
+    `file` is our own, for all folders. Two processes may use it: each adds to it what it hashed.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._rows = _read_rows(file, _HASH)
+        self._fresh: dict[str, list] = {}
+
+    def of(self, path: str, num_bytes: int, mtime_ns: int) -> str:
+        """The hash in hex of the file that had this size and time when it was listed.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        return self._remembered(path, num_bytes, mtime_ns) or self._read(path, num_bytes, mtime_ns)
+
+    def of_all(self, pictures: Sequence[Picture], on_progress: OnProgress | None = None) -> Hashed:
+        """The hashes of all pictures, read by two threads and saved, also if it is stopped.
+
+        Raises:
+            ValueError: a file cannot be read, or the hashes cannot be written.
+        """
+        began = time.perf_counter()
+        keys = [(picture.path, picture.num_bytes, picture.mtime_ns) for picture in pictures]
+        missing = [key for key in keys if not self._remembered(*key)]
+        report = _throttled(on_progress)
+        done = len(keys) - len(missing)
+        digests = {}
+        turns = [missing[i : i + _FILES_PER_TURN] for i in range(0, len(missing), _FILES_PER_TURN)]
+        workers = ThreadPoolExecutor(_WORKERS)
+        try:
+            for turn, read in zip(turns, workers.map(self._read_turn, turns), strict=True):
+                digests |= zip((path for path, *_ in turn), read, strict=True)
+                done += len(turn)
+                report(done, len(keys))
+        finally:
+            workers.shutdown(cancel_futures=True)
+            self.save()
+        return Hashed(
+            digests=tuple(digests.get(key[0]) or self._remembered(*key) for key in keys),
+            num_read=len(missing),
+            num_bytes=sum(num_bytes for _, num_bytes, _ in missing),
+            seconds=time.perf_counter() - began,
+        )
+
+    def save(self) -> None:
+        """Write what was hashed, if anything.
+
+        Raises:
+            ValueError: if the disk is full or refuses.
+        """
+        if self._fresh:
+            # Another process may have written meanwhile. What is lost when both write in the same
+            # moment is hashed again.
+            self._rows = _read_rows(self._file, _HASH) | self._fresh
+            _write_rows(self._file, self._rows)
+            self._fresh = {}
+
+    def _remembered(self, path: str, num_bytes: int, mtime_ns: int) -> str:
+        size, time_ns, digest = self._fresh.get(path) or self._rows.get(path) or (0, 0, "")
+        return digest if (size, time_ns) == (num_bytes, mtime_ns) else ""
+
+    def _read_turn(self, keys: Iterable[tuple[str, int, int]]) -> list[str]:
+        return [self._read(*key) for key in keys]
+
+    def _read(self, path: str, num_bytes: int, mtime_ns: int) -> str:
+        digest = hashlib.sha256()
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                now = os.fstat(file.fileno())
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        # It may have changed since it was listed: then this is not the hash of the listed content.
+        is_same = (now.st_size, now.st_mtime_ns) == (num_bytes, mtime_ns)
+        if is_same and _is_settled(mtime_ns):
+            self._fresh[path] = [num_bytes, mtime_ns, digest.hexdigest()]
+        return digest.hexdigest()
+
+
+class _BadFiles:
+    """Raises what is wrong with a file, or collects it."""
+
+    def __init__(self, choice: OnBadFile) -> None:
+        self._choice = choice
+        self.found: list[tuple[str, str]] = []
+
+    def add(self, path: str, error: ValueError) -> None:
+        if self._choice == "stop":
+            raise error
+        self.found.append((path, str(error)))
+
+
+def _list_files(
+    folder: str, recursive: bool, bad: _BadFiles
+) -> tuple[list[tuple[str, int, int]], set[str]]:
+    """(path, size, mtime) of the pictures, sorted; paths of the other visible files."""
+    pictures: list[tuple[str, int, int]] = []
+    others: set[str] = set()
+    seen = {os.path.realpath(folder)}  # a link may lead back up
+    pending = [folder]
+    while pending:
+        subfolders = []
+        for entry in _entries(pending.pop(), bad):
+            is_picture = entry.name.lower().endswith(PICTURE_EXTENSIONS)
+            try:
+                if entry.is_dir():
+                    subfolders.append(entry.path)
+                elif is_picture:
+                    facts = entry.stat()
+                    if stat.S_ISREG(facts.st_mode):  # opening a pipe would wait for ever
+                        pictures.append((entry.path, facts.st_size, facts.st_mtime_ns))
+                elif entry.is_file():
+                    others.add(entry.path)
+            except OSError as error:  # a link to nothing or to itself
+                if is_picture:
+                    bad.add(entry.path, _unreadable(entry.path, error))
+        for path in sorted(subfolders, reverse=True) if recursive else ():
+            real = os.path.realpath(path)
+            if real not in seen:
+                seen.add(real)
+                pending.append(path)
+    return sorted(pictures), others
+
+
+def _entries(folder: str, bad: _BadFiles) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            # macOS leaves "._name.jpg" files of its own beside pictures on shared drives.
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        message = f"Cannot read the folder {folder}: {error.strerror}."
+        bad.add(folder, ValueError(message))
+        return []
+
+
+def _read_header(path: str) -> tuple[int, int, bool, int]:
+    """Width and height as viewers show them, whether it has alpha, and the number of frames."""
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            width, height = _display_size(image, file)
+            # A second frame in a JPEG (MPO) is a preview or a gain map.
+            num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            return width, height, image.has_transparency_data, num_frames
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"The picture {path} has too many pixels to be opened. Make it smaller."
+        ) from error
+    except (OSError, SyntaxError, ValueError, TypeError) as error:  # Pillow's plugins raise all
+        if isinstance(error, OSError) and error.errno:
+            raise _unreadable(path, error) from error
+        raise ValueError(
+            f"The picture {path} is damaged, cut off or not a picture. Replace or remove it."
+        ) from error
+
+
+def _display_size(image: Image.Image, file: BinaryIO) -> Size:
+    # Pillow decodes a whole PNG to look for EXIF after the pixels, where some programs write it.
+    if image.format == "PNG" and not _may_be_rotated(image, file):
+        return image.size
+    return display_size(image)
+
+
+def _may_be_rotated(png: Image.Image, file: BinaryIO) -> bool:
+    """Whether a PNG has an orientation before its pixels, or metadata after them."""
+    if "exif" in png.info or "Raw profile type exif" in png.info:
+        return True
+    if "tiff:Orientation" in png.info.get("XML:com.adobe.xmp", ""):
+        return True
+    position = file.tell()
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+    tail = file.read()
+    file.seek(position)
+    return any(mark in tail for mark in _LATE_METADATA)
+
+
+def _picture(path: str, row: list) -> Picture:
+    num_bytes, mtime_ns, width, height, has_alpha, num_frames = row
+    return Picture(
+        path=path,
+        num_bytes=num_bytes,
+        mtime_ns=mtime_ns,
+        width=width,
+        height=height,
+        has_alpha=has_alpha,
+        num_frames=num_frames,
+    )
+
+
+def _is_settled(mtime_ns: int) -> bool:
+    return time.time_ns() - mtime_ns > _SETTLED_NS
+
+
+def _unreadable(path: str, error: OSError) -> ValueError:
+    return ValueError(f"Cannot read the file {path}: {error.strerror}.")
+
+
+def _throttled(on_progress: OnProgress | None) -> OnProgress:
+    due = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal due
+        if on_progress and (done == total or time.monotonic() >= due):
+            on_progress(done, total)
+            due = time.monotonic() + 0.1
+
+    return report
+
+
+def _index_name(folder: Path, recursive: bool) -> str:
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+    return f"{digest}_tree.json" if recursive else f"{digest}.json"
+
+
+def _read_rows(file: Path, kinds: tuple[type, ...]) -> dict[str, list]:
+    """Rows by name; none if the file is missing, damaged or of another version."""
+    try:
+        index: Any = json.loads(file.read_bytes())
+        rows = index["rows"]
+        is_ours = index["version"] == _VERSION
+        is_whole = all(tuple(map(type, row)) == kinds for row in rows.values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+    return rows if is_ours and is_whole else {}
+
+
+def _write_rows(file: Path, rows: dict[str, list]) -> None:
+    # ASCII, since names on Linux may hold bytes that are no UTF-8.
+    text = json.dumps({"version": _VERSION, "rows": rows}, separators=(",", ":"))
+    write_atomically(file, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="ascii")
