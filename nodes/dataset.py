@@ -10,7 +10,8 @@ from comfy_api.latest import io
 from ..trainers import caching
 from ..trainers.buckets import STEP, Resolution
 from ..trainers.caches import LatentCache, PromptCache
-from ..trainers.dataset import MISSING_CAPTIONS, Dataset, image_folder, picture_files
+from ..trainers.captions import MISSING_CAPTIONS
+from ..trainers.dataset import Dataset, image_folder, picture_files
 from ..trainers.entries import EntryFiles
 from . import host
 from .encoders import cut_texts, latent_encoder, prompt_encoder
