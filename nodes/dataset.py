@@ -10,8 +10,9 @@ from comfy_api.latest import io
 from ..trainers import caching
 from ..trainers.buckets import STEP, Resolution
 from ..trainers.caches import LatentCache, PromptCache
+from ..trainers.captions import MISSING_CAPTIONS
 from ..trainers.config import PROMPT_LENGTH
-from ..trainers.dataset import MISSING_CAPTIONS, Dataset, image_folder, picture_files
+from ..trainers.dataset import Dataset, image_folder, picture_files
 from ..trainers.shards import Shards
 from . import host
 from .encoders import cut_texts, latent_encoder, prompt_encoder

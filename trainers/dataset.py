@@ -12,17 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image, ImageFile
 
 from .buckets import Resolution, Size, display_size
+from .captions import CaptionSettings, MissingCaptions, caption_text, listed, read_captions
 from .config import require
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-MissingCaptions = Literal["error", "file name", "empty"]
-MISSING_CAPTIONS: tuple[MissingCaptions, ...] = ("error", "file name", "empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +74,9 @@ class Dataset:
         silent = [_file_name(record) for record in self.records if not record.caption]
         messages = []
         if small:
-            messages.append(f"Pictures enlarged to the training size: {_some(small)}.")
+            messages.append(f"Pictures enlarged to the training size: {listed(small)}.")
         if silent:
-            messages.append(f"Pictures with an empty caption: {_some(silent)}.")
+            messages.append(f"Pictures with an empty caption: {listed(silent)}.")
         return tuple(messages)
 
     def _is_upscaled(self, record: Record) -> bool:
@@ -106,15 +103,12 @@ def image_folder(
             caption is missing or not UTF-8. The message names the file.
     """
     require(repeats >= 1, f"Repeats must be 1 or more, got {repeats}. 1 shows each picture once.")
-    require(
-        missing_captions in MISSING_CAPTIONS,
-        f"missing_captions must be one of {', '.join(MISSING_CAPTIONS)}, got {missing_captions!r}.",
-    )
+    settings = CaptionSettings(missing=missing_captions, trigger=trigger)
     pictures = picture_files(path)
+    captions, _ = read_captions(pictures, settings)
     records = []
-    for picture in pictures:
-        caption = _caption(picture, missing_captions)
-        records.append(_record(picture, _with_trigger(caption, trigger.strip()), repeats))
+    for picture, texts in zip(pictures, captions, strict=True):
+        records.append(_record(picture, caption_text(texts[0], settings), repeats))
         if on_progress:
             on_progress(len(records), len(pictures))
     return Dataset(records=tuple(records), resolution=resolution, name=Path(path).resolve().name)
@@ -206,38 +200,5 @@ def _refuse_truncated() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = previous
 
 
-def _caption(picture: Path, missing: MissingCaptions) -> str:
-    path = picture.with_suffix(".txt")
-    if path.is_file():
-        return _caption_text(path)
-    require(
-        missing != "error",
-        f"The picture {picture} has no caption file {path.name}. Write one, or let missing "
-        "captions be the file name or empty.",
-    )
-    return picture.stem.replace("_", " ") if missing == "file name" else ""
-
-
-def _caption_text(path: Path) -> str:
-    try:
-        text = _read(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The caption {path} is not UTF-8 text. Save it as UTF-8.") from error
-    # UTF-16 without a mark decodes as UTF-8 and is full of NULs.
-    require("\0" not in text, f"The caption {path} is not UTF-8 text. Save it as UTF-8.")
-    return text.strip()
-
-
-def _with_trigger(caption: str, trigger: str) -> str:
-    if not trigger or trigger in caption:
-        return caption
-    return f"{trigger}, {caption}" if caption else trigger
-
-
 def _file_name(record: Record) -> str:
     return Path(record.path).name
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")

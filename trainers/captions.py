@@ -1,0 +1,323 @@
+"""Where captions come from, and which texts are trained for one of them.
+
+The seed fixes what a run trains: variants are a function of seed, record and caption, so each is
+encoded once; which of them a sample takes is drawn from the generator of its micro-step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .config import require
+from .metadata_files import METADATA_FILES, find_metadata, is_text, one_or_more, read_metadata
+
+CaptionSource = Literal["text file", "file name", "instance prompt", "metadata file"]
+CAPTION_SOURCES: tuple[CaptionSource, ...] = (
+    "text file",
+    "file name",
+    "instance prompt",
+    "metadata file",
+)
+MissingCaptions = Literal["error", "file name", "empty"]
+MISSING_CAPTIONS: tuple[MissingCaptions, ...] = ("error", "file name", "empty")
+CaptionLines = Literal["one", "each"]
+CAPTION_LINES: tuple[CaptionLines, ...] = ("one", "each")
+
+TRIGGER_MARK = "[trigger]"
+"""Stands for the trigger word in captions that are made for ai-toolkit."""
+_NO_SPACE_BEFORE = ",.;:!?，。；：！？、"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSettings:
+    source: CaptionSource = "text file"
+    """A text file beside each picture (cat.txt of cat.png), the name of the picture with spaces for
+    underscores, one prompt for all, or metadata.jsonl, .csv or .parquet in the folder."""
+    instance_prompt: str = ""
+    """The caption of all pictures, for that source."""
+    column: str = ""
+    """The column of a metadata file that holds the captions; empty takes `text`, else `caption`."""
+    lines: CaptionLines = "one"
+    """Whether a text file is one caption, or each of its lines is one."""
+    missing: MissingCaptions = "error"
+    """What a picture without a caption does: stop, take the file name, or train without a text."""
+    trigger: str = ""
+    """A word that calls up what is learned: put in place of [trigger], and before captions without
+    it, as their first tag."""
+    prefix: str = ""
+    """Text before every caption, also before its trigger. It is never shuffled."""
+    suffix: str = ""
+    """Text after every caption. It is never shuffled."""
+    separator: str = ","
+    """What stands between the tags of a caption."""
+    shuffle: bool = False
+    """Train with the tags of a caption in several orders. For tags, not for sentences."""
+    keep_tokens: int = 0
+    """How many tags at the start keep their place; 1 keeps the trigger first."""
+    dropout: float = 0.0
+    """Share of samples, 0 to 1, that train with the empty prompt. 0.05 to 0.1 is usual."""
+    variants: int = 8
+    """How many orders of a caption are used. Each is encoded once: disk and time in proportion."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.source in CAPTION_SOURCES,
+            f"Unknown source of captions '{self.source}'. "
+            f"Choose one of: {', '.join(CAPTION_SOURCES)}.",
+        )
+        require(
+            self.source != "instance prompt" or bool(self.instance_prompt.strip()),
+            "The instance prompt is empty. Write one, or choose another source of captions.",
+        )
+        require(
+            self.lines in CAPTION_LINES,
+            f"The lines of a caption file must be one of {', '.join(CAPTION_LINES)}, "
+            f"got {self.lines!r}.",
+        )
+        require(
+            self.missing in MISSING_CAPTIONS,
+            f"missing_captions must be one of {', '.join(MISSING_CAPTIONS)}, got {self.missing!r}.",
+        )
+        require(
+            self.separator != "",
+            "The separator of tags is empty. A comma is usual.",
+        )
+        require(
+            self.keep_tokens >= 0,
+            f"The number of tags that keep their place must not be negative, "
+            f"got {self.keep_tokens}.",
+        )
+        require(
+            0 <= self.dropout <= 1,
+            f"The caption dropout must be between 0 and 1, got {self.dropout}. 0.1 leaves out "
+            "every tenth caption.",
+        )
+        require(
+            1 <= self.variants <= 1000,
+            f"The number of caption variants must be between 1 and 1000, got {self.variants}. "
+            "8 is usual.",
+        )
+
+
+def read_captions(
+    pictures: Sequence[Path], settings: CaptionSettings, root: Path | None = None
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The captions of each picture, one or more in the order of `pictures`, and warnings.
+
+    Captions are as they are written: without trigger, prefix and suffix. A metadata file is looked
+    for in the folder of a picture and, with `root`, in those above it up to `root`; the paths of
+    `pictures` are then absolute if `root` is.
+
+    Raises:
+        ValueError: a caption is missing, is not text, or a metadata file is not as it should be.
+    """
+    if settings.source == "text file":
+        captions, warnings = _from_text_files(pictures, settings)
+    elif settings.source == "file name":
+        captions, warnings = [(_name_as_caption(picture),) for picture in pictures], []
+    elif settings.source == "instance prompt":
+        captions, warnings = [(settings.instance_prompt.strip(),)] * len(pictures), []
+    else:
+        captions, warnings = _from_metadata(pictures, settings, root)
+    if not settings.trigger.strip():
+        marked = [
+            picture.name
+            for picture, texts in zip(pictures, captions, strict=True)
+            if any(TRIGGER_MARK in text for text in texts)
+        ]
+        if marked:
+            warnings.append(
+                f"Captions hold [trigger], but there is no trigger word: {listed(marked)}."
+            )
+    return captions, warnings
+
+
+def caption_text(caption: str, settings: CaptionSettings) -> str:
+    """The text of a caption in its own order: with trigger, prefix and suffix."""
+    return _with_ends(_with_trigger(caption, settings), settings)
+
+
+def caption_variants(
+    caption: str, settings: CaptionSettings, seed: int, record: str
+) -> tuple[str, ...]:
+    """The distinct texts that are trained for one caption of the record named `record`.
+
+    Without shuffle that is one. With it, the tags in their own order come first, then in random
+    ones, `settings.variants` in all or as many as there are. Equal arguments give equal texts, on
+    every machine.
+    """
+    text = _with_trigger(caption, settings)
+    if not settings.shuffle:
+        return (_with_ends(text, settings),)
+    mark = settings.separator.strip() or settings.separator
+    tags = tuple(tag.strip() for tag in text.split(mark) if tag.strip())
+    kept, loose = tags[: settings.keep_tokens], tags[settings.keep_tokens :]
+    orders = {loose: None}
+    num_orders = _num_orders(loose, settings.variants)
+    draw = 0
+    while len(orders) < num_orders:
+        orders[_shuffled(loose, f"{seed}/{record}/{caption}/{draw}")] = None
+        draw += 1
+    between = f"{settings.separator.strip()} "
+    texts = (_with_ends(between.join(kept + order), settings) for order in orders)
+    return tuple(dict.fromkeys(texts))
+
+
+def choose_text(
+    texts: Sequence[Sequence[str]], settings: CaptionSettings, generator: torch.Generator
+) -> str:
+    """The text of one sample, from the variants of each of its record's captions.
+
+    Empty with the probability `settings.dropout`, else a caption and then a variant of it, each
+    with equal probability. Takes three numbers from the generator, whatever comes out.
+    """
+    drop, caption, variant = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    if drop < settings.dropout:
+        return ""
+    variants = texts[int(caption * len(texts))]
+    return variants[int(variant * len(variants))]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
+
+
+def _from_text_files(
+    pictures: Sequence[Path], settings: CaptionSettings
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    captions, owners = [], {}
+    for picture in pictures:
+        path = picture.with_suffix(".txt")
+        text = _caption_text(path)
+        if text is None:
+            require(
+                settings.missing != "error",
+                f"The picture {picture} has no caption file {path.name}. Write one, or let missing "
+                "captions be the file name or empty.",
+            )
+            captions.append((_filled_in(picture, settings),))
+        else:
+            owners.setdefault(path, []).append(picture.name)
+            captions.append(one_or_more(text.splitlines() if settings.lines == "each" else [text]))
+    shared = [name for names in owners.values() if len(names) > 1 for name in names]
+    warnings = [f"Pictures that share a caption file: {listed(shared)}."] if shared else []
+    return captions, warnings
+
+
+def _caption_text(path: Path) -> str | None:
+    """The text of a file, or None if there is no such file."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"Cannot read the file {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The caption {path} is not UTF-8 text. Save it as UTF-8.") from error
+    # UTF-16 without a mark decodes as UTF-8 and is full of NULs.
+    require("\0" not in text, f"The caption {path} is not UTF-8 text. Save it as UTF-8.")
+    return text
+
+
+def _from_metadata(
+    pictures: Sequence[Path], settings: CaptionSettings, root: Path | None
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    files = {folder: _metadata_of(folder, root) for folder in {p.parent for p in pictures}}
+    entries = {path: read_metadata(path, settings.column) for path in sorted(set(files.values()))}
+    unused = {path: dict.fromkeys(names) for path, names in entries.items()}
+    captions = []
+    for picture in pictures:
+        path = files[picture.parent]
+        name = picture.relative_to(path.parent).as_posix()
+        unused[path].pop(name, None)
+        texts = entries[path].get(name)
+        if not texts:
+            require(
+                settings.missing != "error",
+                f"The picture {picture} has no caption in {path.name}. Write one, or let missing "
+                "captions be the file name or empty.",
+            )
+            texts = (_filled_in(picture, settings),)
+        captions.append(texts)
+    warnings = [
+        f"Entries of {path} without a picture: {listed(list(names))}."
+        for path, names in unused.items()
+        if names
+    ]
+    return captions, warnings
+
+
+def _metadata_of(folder: Path, root: Path | None) -> Path:
+    is_below = root is not None and folder.is_relative_to(root)
+    above = [parent for parent in folder.parents if parent.is_relative_to(root)] if is_below else []
+    for place in (folder, *above):
+        if path := find_metadata(place):
+            return path
+    raise ValueError(
+        f"The folder {folder} holds none of {', '.join(METADATA_FILES)}. Put one beside the "
+        "pictures, or choose another source of captions."
+    )
+
+
+def _filled_in(picture: Path, settings: CaptionSettings) -> str:
+    return _name_as_caption(picture) if settings.missing == "file name" else ""
+
+
+def _name_as_caption(picture: Path) -> str:
+    require(
+        is_text(picture.stem),
+        f"The name of the picture {str(picture)!a} is not UTF-8 and cannot be a caption. Rename "
+        "the picture.",
+    )
+    return picture.stem.replace("_", " ").strip()
+
+
+def _with_trigger(caption: str, settings: CaptionSettings) -> str:
+    trigger = settings.trigger.strip()
+    text = _marked(caption, settings)
+    if any(trigger in part for part in (text, *_ends(settings))):  # also an empty one
+        return text
+    return f"{trigger}{settings.separator.strip()} {text}" if text else trigger
+
+
+def _with_ends(text: str, settings: CaptionSettings) -> str:
+    prefix, suffix = _ends(settings)
+    text = f"{prefix} {text}".strip()
+    return f"{text}{suffix}" if suffix[:1] in _NO_SPACE_BEFORE else f"{text} {suffix}".strip()
+
+
+def _ends(settings: CaptionSettings) -> tuple[str, str]:
+    return _marked(settings.prefix, settings), _marked(settings.suffix, settings)
+
+
+def _marked(text: str, settings: CaptionSettings) -> str:
+    trigger = settings.trigger.strip()
+    return (text.replace(TRIGGER_MARK, trigger) if trigger else text).strip()
+
+
+def _num_orders(tags: Sequence[str], limit: int) -> int:
+    """How many distinct orders there are: n! over the m! of m equal tags, up to `limit`."""
+    counts: Counter[str] = Counter()
+    number = 1
+    for length, tag in enumerate(tags, 1):
+        counts[tag] += 1
+        number = number * length // counts[tag]
+        if number >= limit:
+            return limit
+    return number
+
+
+def _shuffled(tags: tuple[str, ...], key: str) -> tuple[str, ...]:
+    # Not torch.randperm: another version of torch may draw other orders, and each is encoded once.
+    ranks = struct.unpack(f"<{len(tags)}Q", hashlib.shake_256(key.encode()).digest(8 * len(tags)))
+    return tuple(tags[index] for index in sorted(range(len(tags)), key=ranks.__getitem__))
