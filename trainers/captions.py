@@ -258,8 +258,9 @@ def _from_metadata(
 
 
 def _metadata_of(folder: Path, root: Path | None) -> Path:
-    is_below = root is not None and folder.is_relative_to(root)
-    above = [parent for parent in folder.parents if parent.is_relative_to(root)] if is_below else []
+    above: list[Path] = []
+    if root is not None and folder.is_relative_to(root):
+        above = [parent for parent in folder.parents if parent.is_relative_to(root)]
     for place in (folder, *above):
         if path := find_metadata(place):
             return path
