@@ -22,7 +22,7 @@ from training import training_data
 
 ROOT = Path(__file__).resolve().parent.parent
 IDENTITY = RunIdentity(
-    base="base", base_format="nf4", latents="latents", prompts="prompts", job=JobSettings()
+    base="base", base_format="nf4", latents="latents", prompts="prompts", job=JobSettings(train=TrainSettings(gradient_accumulation=1))
 )
 
 
