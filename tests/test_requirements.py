@@ -21,6 +21,7 @@ from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.formats import bitsandbytes_functional
 from atelier.trainers.load import load_flux
+from atelier.trainers.metadata_files import read_metadata
 from atelier.trainers.optimizers import make_adamw8bit
 from atelier.trainers.packages import importing, install_command
 from flux_files import write_flux
@@ -29,8 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 HOSTS = json.loads((ROOT / "tests" / "data" / "hosts.json").read_text(encoding="utf-8"))
 REQUIREMENTS = ROOT / "requirements.txt"
 PACKAGES = ROOT / "trainers" / "packages.py"
-OURS = ("diffusers", "peft", "bitsandbytes")
+OURS = ("diffusers", "peft", "bitsandbytes", "pyarrow")
 DIFFUSERS = "diffusers>=0.33.0"
+PYARROW = "pyarrow>=16.0.0"
+"""Optional: only metadata.parquet needs it, so nothing installs it unasked."""
 NO_INDEX = ("No matching distribution found", "Failed to establish a new connection", "Max retries")
 
 
@@ -129,7 +132,7 @@ def command_of_the_message(package: str, python: Path) -> list[str]:
 def test_the_command_of_the_message_asks_for_the_package_and_holds_the_host(package: str) -> None:
     command = command_of_the_message(package, Path(sys.executable))
     assert command[:5] == ["python", "-m", "pip", "install", "--upgrade"]
-    assert command[5] in [*requirement_lines(), DIFFUSERS]
+    assert command[5] in [*requirement_lines(), DIFFUSERS, PYARROW]
     held = [f"{name}==={version(name)}" for name in ("transformers", "huggingface_hub")]
     assert {*held} <= {*command[6:]}
 
@@ -171,6 +174,7 @@ MISSING = {
     "peft": lambda flux: attach_lora(torch.nn.Module(), LoraSettings(), seed=0),
     "bitsandbytes.optim": lambda flux: make_adamw8bit([], 1e-4),
     "bitsandbytes.functional": lambda flux: bitsandbytes_functional(),
+    "pyarrow.parquet": lambda flux: read_metadata(Path("metadata.parquet")),
 }
 
 

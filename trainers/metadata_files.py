@@ -52,14 +52,13 @@ def read_metadata(path: Path, column: str = "") -> dict[str, tuple[str, ...]]:
     entries: dict[str, tuple[str, ...]] = {}
     lines: dict[str, int] = {}
     for line, row in rows(path) if rows else _parquet_rows(path, wanted):
-        place = f"Line {line} of {path}"
-        name = _picture_name(row[_first_column(row, (FILE_NAME,), place)], place)
+        name = _picture_name(row[_first_column(row, (FILE_NAME,), path, line)], path, line)
         require(
             name not in entries,
-            f"{place} names the picture {name} again, after line {lines.get(name)}. Keep one of "
-            "the two; several captions of a picture are a list of texts in one entry.",
+            f"Line {line} of {path} names the picture {name} again, after line {lines.get(name)}. "
+            "Keep one of the two; several captions of a picture are a list of texts in one entry.",
         )
-        entries[name] = _texts(row, _first_column(row, wanted, place), place)
+        entries[name] = _texts(row, _first_column(row, wanted, path, line), path, line)
         lines[name] = line
     return entries
 
@@ -69,35 +68,36 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udfff]", value)
 
 
-def _first_column(columns: Collection[str], wanted: tuple[str, ...], place: str) -> str:
+def _first_column(columns: Collection[str], wanted: tuple[str, ...], path: Path, line: int) -> str:
     for column in wanted:
         if column in columns:
             return column
     raise ValueError(
-        f"{place} has no column {' or '.join(wanted)}. Its columns: {', '.join(columns) or '-'}."
+        f"Line {line} of {path} has no column {' or '.join(wanted)}. "
+        f"Its columns: {', '.join(columns) or '-'}."
     )
 
 
-def _picture_name(value: Any, place: str) -> str:
+def _picture_name(value: Any, path: Path, line: int) -> str:
     """ "./a\\b.png" as "a/b.png"."""
     parts = value.replace("\\", "/").split("/") if is_text(value) else []
     name = "/".join(part for part in parts if part not in ("", "."))
     inside = name and parts[0] and ".." not in parts and not re.match("[A-Za-z]:[/\\\\]", value)
     require(
         bool(inside),
-        f"{place} has the file_name {value!r}. It must be the path of a picture below the folder "
-        "of that file, such as cat.png or cats/cat.png.",
+        f"Line {line} of {path} has the file_name {value!r}. It must be the path of a picture "
+        "below the folder of that file, such as cat.png or cats/cat.png.",
     )
     return name
 
 
-def _texts(row: Mapping[str, Any], column: str, place: str) -> tuple[str, ...]:
+def _texts(row: Mapping[str, Any], column: str, path: Path, line: int) -> tuple[str, ...]:
     value = row[column]
     texts = [] if value is None else value if isinstance(value, list) else [value]
     require(
         all(is_text(text) for text in texts),
-        f"{place} has {value!r:.80} in the column {column}. Write a text there, or a list of "
-        "texts.",
+        f"Line {line} of {path} has {value!r:.80} in the column {column}. Write a text there, or a "
+        "list of texts.",
     )
     return one_or_more(texts) if texts else ()
 
@@ -151,8 +151,7 @@ def _parquet_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, di
         # Not read_table: it makes columns of folders that are named a=b.
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            place = f"The file {path}"
-            columns = [_first_column(names, choices, place) for choices in ((FILE_NAME,), wanted)]
+            columns = [_first_column(names, choices, path, 1) for choices in ((FILE_NAME,), wanted)]
             table = file.read(columns=columns)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(
