@@ -3,16 +3,15 @@
 The ComfyUI is named by ATELIER_COMFYUI (dev.py does so), else it is the one under .dev.
 """
 
-import importlib
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from comfy_in_process import make_comfy_importable
 from comfy_server import ComfyServer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -25,22 +24,7 @@ if not (COMFYUI / "main.py").is_file():
         "Run `python scripts/dev.py test`, or set ATELIER_COMFYUI to its folder."
     )
 
-
-def make_comfy_importable() -> None:
-    """Let tests import `comfy`, with ComfyUI's arguments for a CPU and folders of its own."""
-    sys.path.append(str(COMFYUI))
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", IN_PROCESS_BASE.name]
-    import comfy.cli_args  # reads sys.argv, once
-
-    sys.argv = arguments
-    # ComfyUI's `nodes` puts the folder comfy/ on the path, whose utils.py would hide this package.
-    importlib.import_module("utils")
-
-
-make_comfy_importable()
+make_comfy_importable(COMFYUI, IN_PROCESS_BASE.name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

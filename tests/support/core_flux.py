@@ -21,7 +21,11 @@ from torch import Tensor
 
 def core_model(format: str, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     """`flux_files.flux_tensors(seed)` as a store in `format` holds them, in float32."""
-    tensors = stored_tensors(format, seed=seed)
+    return core_model_of(stored_tensors(format, seed=seed))
+
+
+def core_model_of(tensors: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
+    """A FLUX of any size from float32 tensors under the original names."""
     with torch.inference_mode(False):
         config = comfy.supported_models.Flux(_sizes(tensors))
         config.set_inference_dtype(torch.float32, None)

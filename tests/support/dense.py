@@ -40,10 +40,11 @@ def _fp8_round_trip(matrix: Tensor) -> Tensor:
     numbers = np.unique([*normal.flat, *(np.arange(8) / 8 * 2.0**-6)])
     numbers = numbers[numbers <= 448].astype(np.float32)
     value = matrix.float().numpy() / scale
-    distances = np.abs(np.abs(value)[..., None].astype(np.float64) - numbers)
-    distances[..., 1::2] *= 1 + 1e-9  # halfway, the one with the even last bit
-    nearest = distances.argmin(-1)
-    return torch.from_numpy(np.sign(value) * numbers[nearest] * scale)
+    above = np.searchsorted(numbers, np.abs(value)).clip(1, len(numbers) - 1)
+    middle = (numbers[above - 1] + numbers[above]) / 2
+    is_low = np.abs(value) < middle
+    is_low |= (np.abs(value) == middle) & (above % 2 == 1)  # halfway, the one with an even last bit
+    return torch.from_numpy(np.sign(value) * numbers[above - is_low] * scale)
 
 
 def _grouped_round_trip(bits: int, matrix: Tensor) -> Tensor:
