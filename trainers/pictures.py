@@ -157,7 +157,7 @@ def transform_mask(mask: Image.Image, how: Transform) -> Tensor:
     count. The mask has its own EXIF rotation and the shape of the picture, in any size. Shrinking
     takes the mean of the covered pixels, enlarging repeats them: no weight is made up.
     """
-    upright = _over(_eight_bit(ImageOps.exif_transpose(mask)), "black").convert("L")
+    upright = _over(_eight_bit(ImageOps.exif_transpose(mask)), "black").convert("L").convert("F")
     box = crop_box(upright.size, how)
     fitted = upright.resize((how.width, how.height), Image.Resampling.BOX, box=box)
     weights = torch.from_numpy(np.array(fitted, dtype=np.float32))[None] / 255
@@ -220,10 +220,9 @@ def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
         if mode is None or not _fits(mode, image):  # left behind by an editor
             return None
         # Perceptual is what browsers show; for the profiles of cameras and screens all are equal.
-        return ImageCms.ImageCmsTransform(
-            profile, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.PERCEPTUAL
-        )
-    except (OSError, ValueError, ImageCms.PyCMSError):
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        return ImageCms.ImageCmsTransform(profile, srgb, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
+    except (OSError, ValueError):
         return None
 
 
