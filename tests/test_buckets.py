@@ -1,15 +1,33 @@
-"""Sizes and pixels. Expected values come from arithmetic, NumPy and Pillow, not from the pack."""
+"""Sizes of pictures. Expected values come from arithmetic, not from the pack."""
 
-import io
+import hashlib
 import math
+import random
 
-import numpy as np
 import pytest
-import torch
-from atelier.trainers.buckets import Resolution, bucket_sizes, nearest_bucket, transform
-from PIL import Image
+from atelier.trainers.buckets import (
+    MODES,
+    Resolution,
+    bucket_sizes,
+    is_enlarged,
+    limited_size,
+    nearest_bucket,
+)
 
-ROTATE_90_CLOCKWISE = 6  # EXIF: the first stored row is the right side of the picture
+SETTINGS = [  # width, height, step
+    (512, 768, 16),
+    (1024, 1024, 64),
+    (64, 64, 16),
+    (64, 512, 64),
+    (1008, 1024, 16),
+]
+
+
+def pictures(seed: int, count: int = 300) -> list[tuple[int, int]]:
+    """Sizes of pictures, small ones as likely as large ones."""
+    draw = random.Random(seed)
+    side = lambda: round(math.exp(draw.uniform(0, math.log(9000))))  # noqa: E731
+    return [(side(), side()) for _ in range(count)]
 
 
 def test_fixed_mode_gives_every_picture_the_same_size() -> None:
@@ -51,75 +69,203 @@ def test_a_side_off_the_grid_is_refused(side: int) -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="'fixed' or 'buckets', got 'square'"):
-        Resolution(mode="square")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fixed, buckets, square, preserved, random, got 'any'"):
+        Resolution(mode="any")  # type: ignore[arg-type]
 
 
-def test_pixels_are_the_bytes_mapped_to_minus_one_to_one() -> None:
-    grid = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
-    pixels = transform(Image.fromarray(grid), 80, 64)
-    assert pixels.dtype == torch.float32
-    np.testing.assert_allclose(pixels.permute(1, 2, 0), grid / 255 * 2 - 1, atol=1e-6)
+def test_a_step_without_a_meaning_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be 16 or 64 pixels, got 32"):
+        Resolution(step=32)
 
 
-def test_a_wide_picture_is_cropped_at_its_centre() -> None:
-    stripes = np.zeros((64, 192, 3), dtype=np.uint8)
-    stripes[:, :64, 0], stripes[:, 64:128, 1], stripes[:, 128:, 2] = 255, 255, 255
-    pixels = transform(Image.fromarray(stripes), 64, 64)
-    assert torch.equal(pixels, torch.tensor([-1.0, 1.0, -1.0])[:, None, None].expand(3, 64, 64))
+def test_a_side_off_a_step_of_64_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"width must be a multiple of 64 .* got 528"):
+        Resolution(width=528, step=64)
 
 
-def test_resizing_is_lanczos() -> None:
-    noise = np.random.default_rng(1).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    expected = Image.fromarray(noise).resize((64, 64), Image.Resampling.LANCZOS)
-    pixels = transform(Image.fromarray(noise), 64, 64)
-    np.testing.assert_allclose(pixels.permute(1, 2, 0), np.asarray(expected) / 127.5 - 1, atol=1e-6)
+def test_the_buckets_of_512x768_stay_those_of_the_first_version() -> None:
+    expected = (
+        (448, 880),
+        (464, 848),
+        (480, 816),
+        (496, 800),
+        (512, 768),
+        (528, 752),
+        (544, 720),
+        (560, 704),
+        (576, 688),
+        (592, 672),
+        (608, 640),
+        (624, 624),
+        (640, 608),
+        (656, 592),
+        (672, 592),
+        (688, 576),
+        (704, 560),
+        (720, 544),
+        (736, 528),
+        (752, 528),
+        (768, 512),
+        (784, 496),
+        (800, 496),
+        (816, 480),
+        (832, 480),
+        (848, 464),
+        (864, 448),
+        (880, 448),
+    )
+    assert bucket_sizes(512, 768) == expected
 
 
-def test_a_small_picture_is_enlarged_to_the_size() -> None:
-    assert transform(Image.new("RGB", (7, 5)), 128, 64).shape == (3, 64, 128)
+def test_a_step_of_64_gives_the_buckets_that_arithmetic_gives() -> None:
+    # 1024 x 1024 = 256 squares of 64; columns from sqrt(256 / 2) = 11.3 to sqrt(256 * 2) = 22.6
+    rows = {12: 21, 13: 20, 14: 18, 15: 17, 16: 16, 17: 15, 18: 14, 19: 13, 20: 13, 21: 12, 22: 12}
+    expected = tuple((64 * columns, 64 * count) for columns, count in rows.items())
+    assert bucket_sizes(1024, 1024, step=64) == expected
 
 
-def test_the_exif_rotation_is_applied() -> None:
-    upright = np.zeros((80, 64, 3), dtype=np.uint8)
-    upright[:40] = 255  # white above, black below
-    stored = Image.fromarray(np.rot90(upright))  # turned counter-clockwise, as a camera stores it
-    exif = Image.Exif()
-    exif[0x0112] = ROTATE_90_CLOCKWISE
-    file = io.BytesIO()
-    stored.save(file, "png", exif=exif)
-    pixels = transform(Image.open(file), 64, 80)
-    np.testing.assert_allclose(pixels.permute(1, 2, 0), upright / 127.5 - 1, atol=1e-6)
+@pytest.mark.parametrize("max_aspect", [1, 2, 10, 1000])
+@pytest.mark.parametrize(("width", "height", "step"), SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("upscale", [True, False])
+def test_every_side_is_one_or_more_steps(
+    mode: str, width: int, height: int, step: int, max_aspect: float, upscale: bool
+) -> None:
+    resolution = Resolution(
+        width=width, height=height, step=step, mode=mode, max_aspect=max_aspect, upscale=upscale
+    )
+    sides = [side for size in pictures(0) for side in resolution.size_for(*size, str(size))]
+    assert min(sides) >= step
+    assert {side % step for side in sides} == {0}
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_transparency_becomes_white(mode: str) -> None:
-    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0)).convert(mode)
-    assert transform(clear, 64, 64).min() == 1
+@pytest.mark.parametrize(("width", "height", "step"), SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_area_is_the_asked_one_up_to_rounded_sides(
+    mode: str, width: int, height: int, step: int
+) -> None:
+    resolution = Resolution(width=width, height=height, step=step, mode=mode)
+    for size in pictures(1):
+        sides = resolution.size_for(*size, str(size))
+        assert abs(math.prod(sides) - width * height) <= step / 2 * (sum(sides) + step / 2)
 
 
-def test_half_transparent_black_over_white_is_grey() -> None:
-    pixels = transform(Image.new("RGBA", (64, 64), (0, 0, 0, 51)), 64, 64)
-    assert pixels.mean().item() == pytest.approx(0.8 * 2 - 1, abs=1e-2)
+def test_square_gives_the_side_of_the_area() -> None:
+    # sqrt(512 * 768) = 627.07, whose nearest multiple of 16 is 624
+    resolution = Resolution(width=512, height=768, mode="square")
+    assert {resolution.size_for(*size) for size in pictures(2)} == {(624, 624)}
 
 
-def test_a_transparent_palette_colour_becomes_white() -> None:
-    palette = Image.new("P", (64, 64), 3)
-    palette.info["transparency"] = 3
-    assert transform(palette, 64, 64).min() == 1
+@pytest.mark.parametrize(("width", "height", "step"), SETTINGS)
+def test_preserved_keeps_the_shape_up_to_rounded_sides(width: int, height: int, step: int) -> None:
+    resolution = Resolution(width=width, height=height, step=step, mode="preserved")
+    limit = max(2.0, width / height, height / width)
+    for picture in pictures(3):
+        aspect = min(max(picture[0] / picture[1], 1 / limit), limit)
+        exact_height = math.sqrt(width * height / aspect)
+        got = resolution.size_for(*picture)
+        assert abs(got[0] - aspect * exact_height) <= step / 2 + 1e-6
+        assert abs(got[1] - exact_height) <= step / 2 + 1e-6
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_16_bit_grey_keeps_its_range(dtype: type) -> None:
-    ramp = np.linspace(0, 65535, 64).astype(dtype)
-    pixels = transform(Image.fromarray(np.tile(ramp, (64, 1))), 64, 64)
-    np.testing.assert_allclose(pixels[0, 0], ramp / 65535 * 2 - 1, atol=1 / 250)
+def test_preserved_crops_less_than_buckets() -> None:
+    # 16:9 at 512 x 768: sqrt(393216 * 16 / 9) = 836.1 and sqrt(393216 * 9 / 16) = 470.3
+    assert Resolution(mode="preserved").size_for(1920, 1080) == (832, 464)
+
+
+def test_random_sizes_are_drawn_from_the_buckets_by_the_seed_alone() -> None:
+    resolution = Resolution(mode="random")
+    drawn = [resolution.size_for(100 + n, 100, f"{n:x}") for n in range(1000)]
+    assert set(drawn) == set(bucket_sizes(512, 768))
+    assert drawn == [resolution.size_for(7, 7 + n, f"{n:x}") for n in range(1000)]
+
+
+def test_random_sizes_are_the_same_in_every_process() -> None:
+    digest = hashlib.sha256(b"size 5e39").hexdigest()
+    sizes = bucket_sizes(512, 768)
+    expected = sizes[int(digest[:16], 16) % len(sizes)]
+    assert Resolution(mode="random").size_for(9, 9, "5e39") == expected
+
+
+@pytest.mark.parametrize(("width", "height", "step"), SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
+def test_without_upscale_only_pictures_too_small_for_the_shape_are_enlarged(
+    mode: str, width: int, height: int, step: int
+) -> None:
+    options = {"width": width, "height": height, "step": step, "mode": mode}
+    for picture in pictures(4, 1000):
+        full = Resolution(**options).size_for(*picture, str(picture))
+        size = Resolution(**options, upscale=False).size_for(*picture, str(picture))
+        # The shorter side at which the whole shape fits into the picture, without rounding.
+        fitting = min(picture[0] * min(full) / full[0], picture[1] * min(full) / full[1])
+        if fitting >= min(full):
+            assert size == full
+        elif fitting >= 64 + 1e-6:
+            assert not is_enlarged(picture, size)
+        else:
+            assert min(size) == min(64, min(full))
+
+
+@pytest.mark.parametrize(("width", "height", "step"), SETTINGS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_size_that_shrinks_keeps_its_shape_and_is_as_large_as_it_can_be(
+    mode: str, width: int, height: int, step: int
+) -> None:
+    options = {"width": width, "height": height, "step": step, "mode": mode}
+    for picture in pictures(5, 1000):
+        full = Resolution(**options).size_for(*picture, str(picture))
+        size = Resolution(**options, upscale=False).size_for(*picture, str(picture))
+        if size == full or min(size) == 64:
+            continue
+        factor = min(picture[0] / full[0], picture[1] / full[1])
+        for side, full_side in zip(size, full, strict=True):
+            assert side <= full_side * factor + 1e-6 < side + step + 1e-3
+        assert picture[0] - size[0] < step or picture[1] - size[1] < step
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
-    [("L", 200, (200, 200, 200)), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("1", 1, (255,) * 3)],
+    ("mode", "picture", "expected"),
+    [
+        ("fixed", (512, 768), (512, 768)),
+        ("fixed", (511, 768), (496, 752)),  # 768 * 511 / 512 = 766.5
+        ("fixed", (4000, 384), (256, 384)),
+        ("fixed", (30, 30), (64, 96)),  # enlarged: 30 is less than 64
+        ("square", (400, 500), (400, 400)),
+        ("preserved", (400, 300), (384, 288)),  # of 720x544: 720 * 300 / 544 = 397.1
+    ],
 )
-def test_other_colour_modes_become_rgb(mode: str, colour: object, expected: tuple) -> None:
-    pixels = transform(Image.new(mode, (64, 64), colour), 64, 64)
-    np.testing.assert_allclose(pixels[:, 0, 0], np.array(expected) / 127.5 - 1, atol=1e-6)
+def test_sizes_without_upscale(
+    mode: str, picture: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert Resolution(mode=mode, upscale=False).size_for(*picture) == expected
+
+
+@pytest.mark.parametrize(
+    ("picture", "size", "expected"),
+    [
+        ((64, 64), (64, 64), False),
+        ((63, 999), (64, 64), True),
+        ((999, 63), (64, 64), True),
+        ((65, 999), (64, 64), False),
+    ],
+)
+def test_a_picture_is_enlarged_when_one_side_is_shorter(
+    picture: tuple[int, int], size: tuple[int, int], expected: bool
+) -> None:
+    assert is_enlarged(picture, size) is expected
+
+
+@pytest.mark.parametrize(
+    ("size", "max_side", "expected"),
+    [
+        ((4000, 3000), 0, (4000, 3000)),
+        ((4000, 3000), 4000, (4000, 3000)),
+        ((4000, 3000), 1000, (1000, 750)),
+        ((3000, 4000), 1000, (750, 1000)),
+        ((30000, 1), 1000, (1000, 1)),
+    ],
+)
+def test_a_limited_size_keeps_its_shape(
+    size: tuple[int, int], max_side: int, expected: tuple[int, int]
+) -> None:
+    assert limited_size(size, max_side) == expected

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from atelier.trainers import buckets
+from atelier.trainers import pictures as pixels
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caches import LatentCache
 from atelier.trainers.caching import cache_latents
@@ -123,8 +123,8 @@ def test_another_encoder_size_or_transform_encodes_all(
     cache_latents(read(pictures), Encoder(), "vae", folder)
     encoder = Encoder()
     if change == "transform":
-        defaults = (buckets.TRANSFORM_VERSION + 1,)
-        monkeypatch.setitem(buckets.Transform.__init__.__kwdefaults__, "version", *defaults)
+        defaults = (pixels.TRANSFORM_VERSION + 1,)
+        monkeypatch.setitem(pixels.Transform.__init__.__kwdefaults__, "version", *defaults)
     width = 80 if change == "size" else 64
     cache_latents(read(pictures, width), encoder, f"vae{change == 'encoder'}", folder)
     assert encoder.num_pictures == 3
@@ -133,7 +133,7 @@ def test_another_encoder_size_or_transform_encodes_all(
 def test_the_key_is_the_hash_of_content_transform_and_encoder(pictures: Path, folder: Path) -> None:
     dataset = read(pictures)
     content = hashlib.sha256((pictures / "a.png").read_bytes()).hexdigest()
-    facts = [content, {"height": 64, "version": 1, "width": 64}, "vae"]
+    facts = [content, {"height": 64, "version": 2, "width": 64}, "vae"]
     expected = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     assert cache_latents(dataset, Encoder(), "vae", folder).entries[0].key == expected
 

@@ -1,32 +1,31 @@
-"""The size a picture is trained at, and the pixels it has there.
+"""The size a picture is trained at. The pixels it has there are in `pictures`.
 
 Sizes are (width, height) in pixels, after the EXIF rotation.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
-from typing import Literal
-
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from typing import Literal, get_args
 
 from .config import require
 
 Size = tuple[int, int]
 
+Mode = Literal["fixed", "buckets", "square", "preserved", "random"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
 STEP = 16
 """Sides are a multiple of it: the autoencoder shrinks by 8 and FLUX reads latents two by two."""
 
-TRANSFORM_VERSION = 1
-"""Part of every latent's key. Raise it when `transform` gives other pixels."""
+STEPS = (STEP, 64)
 
-_ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+MIN_SIDE = 64
+"""Pixels. No size is made smaller than this to spare a picture from being enlarged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,55 +33,88 @@ class Resolution:
     """The sizes a dataset is trained at."""
 
     width: int = 512
-    """Pixels, a multiple of 16."""
+    """Pixels, a multiple of `step`."""
     height: int = 768
-    """Pixels, a multiple of 16."""
-    mode: Literal["fixed", "buckets"] = "fixed"
-    """`fixed` crops every picture to width x height; `buckets` keeps its shape at that area."""
+    """Pixels, a multiple of `step`."""
+    mode: Mode = "fixed"
+    """What a picture's size is. All but `fixed` have about the area of width x height:
+
+    - `fixed`: width x height for every picture.
+    - `buckets`: the size of `bucket_sizes` whose shape is nearest to the picture's.
+    - `square`: one square for every picture.
+    - `preserved`: the picture's own shape, each side rounded to the step.
+    - `random`: any size of `bucket_sizes`, drawn for each picture.
+    """
     max_aspect: float = 2.0
-    """Ratio of long to short side of the longest bucket; longer pictures are cropped to it."""
+    """Ratio of long to short side of the longest size; longer pictures are cropped to it. The shape
+    of width x height is always allowed, and sides are rounded to the step."""
+    step: int = STEP
+    """16 or 64 pixels. With 64 there are fewer buckets, so batches are fuller and crops larger."""
+    upscale: bool = True
+    """Whether pictures smaller than their size are enlarged to it. See `size_for`."""
 
     def __post_init__(self) -> None:
+        require(self.step in STEPS, f"The step of sizes must be 16 or 64 pixels, got {self.step}.")
         for name, side in (("width", self.width), ("height", self.height)):
             require(
-                64 <= side <= 8192 and side % STEP == 0,
-                f"The {name} must be a multiple of {STEP} between 64 and 8192 pixels, got {side}.",
+                64 <= side <= 8192 and side % self.step == 0,
+                f"The {name} must be a multiple of {self.step} between 64 and 8192 pixels, "
+                f"got {side}.",
             )
         require(
-            self.mode in ("fixed", "buckets"),
-            f"The size mode must be 'fixed' or 'buckets', got {self.mode!r}.",
+            self.mode in MODES,
+            f"The size mode must be one of {', '.join(MODES)}, got {self.mode!r}.",
         )
         require(self.max_aspect >= 1, f"max_aspect must be 1 or more, got {self.max_aspect}.")
 
-    def size_for(self, width: int, height: int) -> Size:
-        """The size at which a picture of `width` x `height` is trained."""
+    def size_for(self, width: int, height: int, seed: str = "") -> Size:
+        """The size at which a picture of `width` x `height` is trained.
+
+        `seed` is any text that belongs to the picture, as the hash of its content; the mode
+        `random` draws from it alone.
+
+        Without `upscale`, both sides of a size that is larger than the picture shrink by the one
+        factor that makes it fit, and are rounded down to the step: the shape stays. The factor is
+        never so small that the shorter side gets less than 64 pixels, so pictures smaller than
+        that are enlarged all the same; `is_enlarged` tells.
+        """
+        size = self._full_size(width, height, seed)
+        return size if self.upscale else _shrunk_to_fit(size, (width, height), self.step)
+
+    def _full_size(self, width: int, height: int, seed: str) -> Size:
+        area = self.width * self.height
         if self.mode == "fixed":
             return self.width, self.height
-        sizes = bucket_sizes(self.width, self.height, max_aspect=self.max_aspect)
+        if self.mode == "square":
+            side = _rounded(math.sqrt(area), self.step)
+            return side, side
+        if self.mode == "preserved":
+            limit = _aspect_limit(self.width, self.height, self.max_aspect)
+            aspect = min(max(width / height, 1 / limit), limit)
+            sides = math.sqrt(area * aspect), math.sqrt(area / aspect)
+            return _rounded(sides[0], self.step), _rounded(sides[1], self.step)
+        sizes = bucket_sizes(self.width, self.height, max_aspect=self.max_aspect, step=self.step)
+        if self.mode == "random":
+            drawn = hashlib.sha256(f"size {seed}".encode()).digest()[:8]
+            return sizes[int.from_bytes(drawn, "big") % len(sizes)]
         return nearest_bucket(width, height, sizes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Transform:
-    """Everything besides the picture that determines its pixels; hashed into the latent's key."""
-
-    width: int
-    height: int
-    version: int = TRANSFORM_VERSION
-
-
 @lru_cache  # asked once per picture
-def bucket_sizes(width: int, height: int, *, max_aspect: float = 2.0) -> tuple[Size, ...]:
+def bucket_sizes(
+    width: int, height: int, *, max_aspect: float = 2.0, step: int = STEP
+) -> tuple[Size, ...]:
     """All sizes with about the area of `width` x `height`, sorted; that size is always among them.
 
-    Each side is a multiple of STEP, and the height is the one that comes closest to the area.
+    Each side is a multiple of `step`, and the height is the one that comes closest to the area.
     """
     area = width * height
-    aspect = max(max_aspect, width / height, height / width)
-    narrowest = math.ceil(math.sqrt(area / aspect) / STEP)
-    widest = math.floor(math.sqrt(area * aspect) / STEP)
-    columns = (STEP * count for count in range(narrowest, widest + 1))
-    return tuple(sorted({(w, STEP * round(area / w / STEP)) for w in columns} | {(width, height)}))
+    aspect = _aspect_limit(width, height, max_aspect)
+    narrowest = math.ceil(math.sqrt(area / aspect) / step)
+    # No wider than a size of one step in height, which a large max_aspect would ask for.
+    widest = math.floor(min(math.sqrt(area * aspect), area / step) / step)
+    columns = (step * count for count in range(narrowest, widest + 1))
+    return tuple(sorted({(w, step * round(area / w / step)) for w in columns} | {(width, height)}))
 
 
 def nearest_bucket(width: int, height: int, sizes: tuple[Size, ...]) -> Size:
@@ -91,32 +123,33 @@ def nearest_bucket(width: int, height: int, sizes: tuple[Size, ...]) -> Size:
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - wanted), size))
 
 
-def display_size(image: Image.Image) -> Size:
-    """Width and height as viewers show them: after the EXIF rotation."""
-    width, height = image.size
-    sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-    return (height, width) if sideways else (width, height)
+def limited_size(size: Size, max_side: int) -> Size:
+    """`size` shrunk in proportion until no side is longer than `max_side` pixels; 0 is no limit."""
+    longest = max(size)
+    if not max_side or longest <= max_side:
+        return size
+    width, height = (max(1, round(side * max_side / longest)) for side in size)
+    return width, height
 
 
-def transform(image: Image.Image, width: int, height: int) -> Tensor:
-    """Pixels [3, height, width], float32 in -1..1.
-
-    The picture is turned by its EXIF rotation, laid over white where it is transparent, resized
-    (Lanczos) until it covers the size, and cropped at the centre.
-    """
-    upright = ImageOps.exif_transpose(image)
-    fitted = ImageOps.fit(_to_rgb(upright), (width, height), method=Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(fitted, dtype=np.float32))
-    return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
+def is_enlarged(picture: Size, size: Size) -> bool:
+    """Whether a picture of this size has to be enlarged to be trained at `size`."""
+    return picture[0] < size[0] or picture[1] < size[1]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit greys to 255 in convert(); 65535 / 257 = 255 keeps their range.
-        grey = np.clip(np.asarray(image, dtype=np.float32) / 257, 0, 255)
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(white, layer).convert("RGB")
+def _aspect_limit(width: int, height: int, max_aspect: float) -> float:
+    return max(max_aspect, width / height, height / width)
+
+
+def _rounded(side: float, step: int) -> int:
+    return max(step, step * round(side / step))
+
+
+def _shrunk_to_fit(size: Size, picture: Size, step: int) -> Size:
+    # Fractions, for a side that shrinks to a multiple of the step must not land just below it.
+    fitting = min(Fraction(picture[0], size[0]), Fraction(picture[1], size[1]))
+    factor = max(fitting, Fraction(MIN_SIDE, min(size)))
+    if factor >= 1:
+        return size
+    width, height = (step * (side * factor // step) for side in size)
+    return width, height

@@ -9,7 +9,6 @@ Shapes: B batch, C latent channels, H W pixels, h w latent size, L text tokens, 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .buckets import Transform, transform
 from .caches import LatentCache, LatentEntry, PromptCache, PromptEntry, digest
 from .config import require
 from .dataset import Dataset, Record, open_picture
+from .pictures import Transform, transform
 from .shards import Shards
 
 EncodePictures = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -75,7 +74,7 @@ def cache_latents(
 
     def encode_batch(keys: list[str]) -> Iterator[dict[str, Tensor]]:
         batch = [records[key] for key in keys]
-        pixels = [transform(open_picture(r), *dataset.size_of(r)) for r in batch]
+        pixels = [transform(open_picture(r), _transform(dataset, r)) for r in batch]
         mean, std = encode(torch.stack(pixels))
         for index, record in enumerate(batch):
             _require_finite(mean[index], f"the picture {record.path}")
@@ -151,16 +150,20 @@ def _batches(
 
 
 def _latent_entry(dataset: Dataset, record: Record, encoder_id: str) -> LatentEntry:
-    width, height = dataset.size_of(record)
-    made_by = dataclasses.asdict(Transform(width=width, height=height))
+    how = _transform(dataset, record)
     return LatentEntry(
         record=record.id,
-        key=digest([record.content, made_by, encoder_id]),
+        key=digest([record.content, how.facts(), encoder_id]),
         caption=record.caption,
-        width=width,
-        height=height,
+        width=how.width,
+        height=how.height,
         repeats=record.repeats,
     )
+
+
+def _transform(dataset: Dataset, record: Record) -> Transform:
+    width, height = dataset.size_of(record)
+    return Transform(width=width, height=height)
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:

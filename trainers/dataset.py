@@ -6,18 +6,17 @@ A dataset is checked completely when it is made; the caches turn it into tensors
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageFile
+from PIL import Image
 
-from .buckets import Resolution, Size, display_size
+from .buckets import Resolution, Size, is_enlarged
 from .captions import CaptionSettings, MissingCaptions, caption_text, listed, read_captions
 from .config import require
+from .pictures import decode, display_size
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -55,7 +54,7 @@ class Dataset:
 
     def size_of(self, record: Record) -> Size:
         """(width, height) in pixels at which the record is trained."""
-        return self.resolution.size_for(record.width, record.height)
+        return self.resolution.size_for(record.width, record.height, record.content)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -80,8 +79,7 @@ class Dataset:
         return tuple(messages)
 
     def _is_upscaled(self, record: Record) -> bool:
-        width, height = self.size_of(record)
-        return record.width < width or record.height < height
+        return is_enlarged((record.width, record.height), self.size_of(record))
 
 
 def image_folder(
@@ -146,12 +144,12 @@ def open_picture(record: Record) -> Image.Image:
         _digest(data) == record.content,
         f"The picture {record.path} changed after the dataset was read. Queue the graph again.",
     )
-    return _decode(data, record.path)
+    return decode(data, record.path)
 
 
 def _record(picture: Path, caption: str, repeats: int) -> Record:
     data = _read(picture)
-    width, height = display_size(_decode(data, picture))
+    width, height = display_size(decode(data, picture))
     return Record(
         path=str(picture),
         caption=caption,
@@ -171,33 +169,6 @@ def _read(path: Path) -> bytes:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _decode(data: bytes, path: str | Path) -> Image.Image:
-    try:
-        with _refuse_truncated():
-            image = Image.open(io.BytesIO(data))
-            image.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"The picture {path} has too many pixels to be opened. Make it smaller."
-        ) from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's plugins raise all three
-        raise ValueError(
-            f"The picture {path} is damaged, cut off or not a picture. Replace or remove it."
-        ) from error
-    return image
-
-
-@contextmanager
-def _refuse_truncated() -> Iterator[None]:
-    # A global switch of Pillow: other packs set it to accept half a picture without a word.
-    previous = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = previous
 
 
 def _file_name(record: Record) -> str:

@@ -20,9 +20,10 @@ from typing import Any, BinaryIO, Literal
 
 from PIL import Image
 
-from .buckets import Size, display_size
+from .buckets import Size
 from .config import require
 from .files import write_atomically
+from .pictures import display_size
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
