@@ -216,7 +216,7 @@ def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        mode = _PROFILE_MODES.get(profile.profile.xcolor_space)
+        mode = _PROFILE_MODES.get(profile.profile.xcolor_space)  # pyright: ignore[reportAttributeAccessIssue]
         if mode is None or not _fits(mode, image):  # left behind by an editor
             return None
         # Perceptual is what browsers show; for the profiles of cameras and screens all are equal.
