@@ -228,7 +228,7 @@ def test_entries_without_a_picture_are_told(tmp_path: Path) -> None:
 
 def test_each_folder_has_the_nearest_metadata_file_up_to_the_root(tmp_path: Path) -> None:
     def row(name: str) -> str:
-        return jsonl({"file_name": name, "text": name})
+        return jsonl({"file_name": name, "text": "from the root"})
 
     write(tmp_path, {"metadata.jsonl": row("never.png")})
     write(tmp_path, {"set/metadata.jsonl": row("a/1.png") + row("b\\.\\2.png")})

@@ -258,12 +258,12 @@ def _from_metadata(
 
 
 def _metadata_of(folder: Path, root: Path | None) -> Path:
-    above: list[Path] = []
-    if root is not None and folder.is_relative_to(root):
-        above = [parent for parent in folder.parents if parent.is_relative_to(root)]
-    for place in (folder, *above):
+    last = root if root is not None and folder.is_relative_to(root) else folder
+    for place in (folder, *folder.parents):
         if path := find_metadata(place):
             return path
+        if place == last:
+            break
     raise ValueError(
         f"The folder {folder} holds none of {', '.join(METADATA_FILES)}. Put one beside the "
         "pictures, or choose another source of captions."
