@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..trainers.caching import EncodePictures, EncodeTexts
+from ..trainers.tensor_files import original_name
 
 CLIP_LENGTH = 77
 _SAMPLES = 1024
@@ -185,7 +186,8 @@ def build_clip(folder: str | Path) -> Any:
     Raises:
         ValueError: a file or a weight is missing.
     """
-    clip_config, clip_weights = _read_part(folder, "text_encoder")
+    clip_config, clip_tensors = _read_part(folder, "text_encoder")
+    clip_weights = {original_name(name): tensor for name, tensor in clip_tensors.items()}
     t5_config, t5_weights = _read_part(folder, "text_encoder_2")
     options = {
         "clip_l_model_config": {name: clip_config[name] for name in _CLIP_SIZES},

@@ -183,6 +183,11 @@ def free_memory() -> int:
     return management.get_free_memory(device) + evictable
 
 
+def free_system_memory() -> int:
+    """Bytes of RAM that are free."""
+    return comfy.model_management.get_free_memory(torch.device("cpu"))
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the device ran out of memory."""
     management = comfy.model_management

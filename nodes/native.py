@@ -336,26 +336,21 @@ def _t5xxl_config(sizes: T5Sizes) -> dict[str, int]:
     }
 
 
-def base_flux(model: Any) -> BaseFlux:
-    """The FLUX behind a MODEL, ours or the core's.
+def base_flux(model: Any, trained_on: Any = None) -> BaseFlux:
+    """The FLUX behind a MODEL, ours or the core's, with its LoRAs frozen.
+
+    Args:
+        trained_on: the MODEL whose weights are trained on, where those of `model` do not stay.
 
     Raises:
-        ValueError: if it is no FLUX.1, has no weights that stay where they are, or carries patches
-            that are no plain LoRAs.
+        ValueError: if it is no FLUX.1, or carries patches that are no plain LoRAs.
     """
-    base = _base_without_patches(model)
+    base = _base_without_patches(trained_on or model)
     return dataclasses.replace(base, frozen=_frozen_loras(model, base.store))
 
 
 def _base_without_patches(model: Any) -> BaseFlux:
-    if isinstance(model, StorePatcher):
-        return model.model.atelier
-    if hasattr(model, "is_dynamic") and model.is_dynamic():  # newer hosts on NVIDIA cards
-        raise ValueError(
-            "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), so it cannot be "
-            "trained. Load it by Load Quantized FLUX, or start ComfyUI with --disable-dynamic-vram."
-        )
-    return flux_of_parameters(model)
+    return model.model.atelier if isinstance(model, StorePatcher) else flux_of_parameters(model)
 
 
 def _frozen_loras(model: Any, store: Weights) -> tuple[FrozenLora, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from ..trainers.preflight import Plan, require_fits
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
-from .native import add_lora, base_flux, draw_latents, to_training_device, without_patches
+from .native import add_lora, base_flux, draw_latents, to_training_device
+from .trainable import is_paged, model_to_train
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "
@@ -97,7 +98,9 @@ class Session:
     ) -> None:
         self._model, self._data, self._job, self._sampling = model, data, job, sampling
         self._node_id = node_id
-        self._base, self._unpatched = base_flux(model), without_patches(model)
+        self._notes: list[str] = []
+        self._trained_on = model_to_train(model, self._say)
+        self._base = base_flux(model, self._trained_on)
         self._forecast: list[str] = []
         sampling.check_fits(self._base)
         self._progress = host.Progress()
@@ -130,6 +133,11 @@ class Session:
         tensors = file_tensors(trained.lora, self._job.lora)
         return Result(tensors, path.name, trained.losses, self._samples(trained.step))
 
+    def _say(self, sentence: str) -> None:
+        """Show a sentence now, and again when the training starts."""
+        self._notes.append(sentence)
+        host.show_text(sentence, self._node_id)
+
     def _samples(self, last_step: int) -> Tensor | None:
         """The sample pictures [N, H, W, 3] in 0..1 up to a step, or None if none were asked for."""
         if not self._sampling.is_on:
@@ -143,17 +151,20 @@ class Session:
 
     def _take_device(self) -> None:
         """Ask the host to have the base model on the device, and room for the training."""
-        to_training_device(self._unpatched, self._plan().needed.beside_weights)
+        to_training_device(self._trained_on, self._plan().needed.beside_weights)
 
     def _plan(self) -> Plan:
         device = host.compute_device()
-        return Plan.of(self._base, loop.workload(self._job, self._base, self._data, device), device)
+        workload = loop.workload(self._job, self._base, self._data, device)
+        other_copy = self._model.model_size() if is_paged(self._model) else 0
+        return replace(Plan.of(self._base, workload, device), other_copy=other_copy)
 
     def _check_memory(self) -> None:
         self._forecast = require_fits(self._plan(), host.free_memory())
 
     def _on_start(self, step: int, num_steps: int) -> None:
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
+        lines += self._notes
         if 0 < step < num_steps:
             lines.append(f"The run goes on from step {step}.")
         if self._base.frozen:

@@ -41,6 +41,12 @@ def beside_weights(**workload: int) -> int:
     return estimate_training(CONFIG, "bf16", changed).beside_weights
 
 
+def test_the_hosts_own_copy_is_counted_too() -> None:
+    with_copy = dataclasses.replace(plan(), other_copy=2 * 10**9)
+    assert "The MODEL's own copy takes 2.00 GB more of system memory." in describe(with_copy, 0)
+    assert not any("own copy" in line for line in describe(plan(), 0))
+
+
 def test_all_of_it_fits() -> None:
     whole = store_bytes(CONFIG, "bf16") + beside_weights()
     assert describe(plan(), whole)[-1] == f"It fits: {whole / 1e9:.2f} GB are free."

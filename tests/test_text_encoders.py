@@ -67,6 +67,16 @@ def test_sizes_are_read_from_the_shapes(pair: tuple[Path, Path]) -> None:
     assert (*sizes, clip_l.num_heads) == (128, 512, 2, 77, 2)
 
 
+def test_names_as_transformers_5_saves_them_are_known(
+    pair: tuple[Path, Path], tmp_path: Path, clip: Tensors, t5: Tensors
+) -> None:
+    renamed = {name.removeprefix("text_model."): tensor for name, tensor in clip.items()}
+    assert "final_layer_norm.weight" in renamed
+    saved = write_pair(tmp_path, renamed, t5)
+    stores = [load_text_encoders(*paths, format="bf16").store for paths in (pair, saved)]
+    assert stores[0].content_hash() == stores[1].content_hash()
+
+
 def test_a_projection_in_the_file_is_kept(tmp_path: Path, clip: Tensors, t5: Tensors) -> None:
     projection = torch.randn(128, 128).to(torch.bfloat16)
     pair = write_pair(tmp_path, {**clip, "text_projection.weight": projection}, t5)

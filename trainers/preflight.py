@@ -53,6 +53,8 @@ class Plan:
     device: torch.device
     streaming: str
     """A value of config.STREAMING."""
+    other_copy: int = 0
+    """Bytes of the same weights that the host keeps for itself, in system memory."""
 
     @classmethod
     def of(cls, base: BaseFlux, workload: Workload, device: torch.device) -> Plan:
@@ -121,6 +123,8 @@ def describe(plan: Plan, free_bytes: int) -> list[str]:
     ]
     if plan.device.type != "cpu" and plan.streaming != "disk":
         lines.append(f"Off the device, the weights take {_gb(needed.weights)} of system memory.")
+    if plan.other_copy:
+        lines.append(f"The MODEL's own copy takes {_gb(plan.other_copy)} more of system memory.")
     if needed.total <= free_bytes:
         return [*lines, f"It fits: {_gb(free_bytes)} are free."]
     least = plan.least_bytes

@@ -31,6 +31,8 @@ DTYPES = {
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _RENAMED_NORMS = (".norm.query_norm.weight", ".norm.key_norm.weight")
 """How newer versions of ComfyUI (0.33 is one) call the QK-norms' `scale`, also in saved files."""
+_CLIP_PARTS = ("embeddings.", "encoder.layers.", "final_layer_norm.")
+"""How the names of a CLIP begin that transformers 5 saved; all others begin with `text_model.`."""
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _SAMPLE_BYTES = 4096
 _SAMPLED_TENSOR_BYTES = 4 * _SAMPLE_BYTES
@@ -53,9 +55,9 @@ class Entry:
 class TensorFiles:
     """The tensors of one or several safetensors files by name, read on demand.
 
-    Bytes are read into one reused buffer. What ComfyUI's files change in the network's names is
-    taken back: a prefix, and the norms' names. A matrix that bitsandbytes packed counts as one
-    tensor of its shape.
+    Bytes are read into one reused buffer. What other files change in the network's names is taken
+    back: ComfyUI's prefix and names of norms, and the prefix that transformers 5 leaves out. A
+    matrix that bitsandbytes packed counts as one tensor of its shape.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -160,7 +162,9 @@ class TensorFiles:
 
 
 def original_name(name: str) -> str:
-    """The name in black-forest-labs' file of a tensor that ComfyUI calls `name`."""
+    """The name in black-forest-labs' file, or in OpenAI's of CLIP-L, of what others call `name`."""
+    if name.startswith(_CLIP_PARTS):
+        return f"text_model.{name}"
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             name = name[len(prefix) :]

@@ -19,9 +19,11 @@ import executor
 import folder_paths
 import pytest
 import torch
+from atelier.nodes import host
 from atelier.nodes.lora import ApplyLora
 from atelier.nodes.native import add_lora, base_flux, build_model, without_patches
 from atelier.nodes.train import TrainLora
+from atelier.nodes.trainable import model_to_train
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.job import read_job
 from atelier.trainers.load import load_flux
@@ -387,11 +389,87 @@ def test_a_fill_model_is_refused(models: Path) -> None:
     assert "takes 96 latent channels" in refusal(load(models, "fill"))
 
 
-def test_a_model_whose_weights_are_paged_is_refused(models: Path) -> None:
+@pytest.fixture
+def paged(models: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A MODEL as newer ComfyUIs load it for NVIDIA cards, of which a CPU has none."""
+    patcher = comfy.model_patcher
+    if not hasattr(patcher, "ModelPatcherDynamic"):
+        pytest.skip("this ComfyUI pages no weights")
+    with monkeypatch.context() as patched:
+        patched.setattr(patcher, "CoreModelPatcher", patcher.ModelPatcherDynamic)
+        model = load(models, "tiny", dtype=torch.bfloat16, load_device=torch.device("meta"))
+    assert model.is_dynamic()
+    return model
+
+
+def test_a_model_whose_weights_are_paged_trains_on_its_file(
+    models: Path, paged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(host, "show_text", lambda text, node_id: texts.append(text))
+    lora = trained(given(paged), name="paged")
+    assert_same(lora, trained(ours(models, "tiny"), name="ours"))
+    sentence = "so the training reads 'tiny.safetensors' a second time, in bf16."
+    assert texts[0].endswith(sentence)
+    size = f"The MODEL's own copy takes {paged.model_size() / 1e9:.2f} GB"
+    assert any(sentence in text and size in text for text in texts[1:])
+
+
+def test_a_paged_checkpoint_trains_on_its_file(models: Path) -> None:
+    path = models / "checkpoint.safetensors"
+    model, *_ = comfy.sd.load_checkpoint_guess_config(
+        str(path), output_vae=False, output_clip=False
+    )
+    if not hasattr(model, "is_dynamic"):
+        pytest.skip("this ComfyUI pages no weights")
+    model.is_dynamic = lambda: True  # core loads checkpoints to its own device, here the CPU
+    base = base_flux(model_to_train(model, lambda sentence: None))
+    expected = load_flux(path, format="bf16")
+    assert (base.path, base.identity) == (str(path), expected.identity)
+    assert base.store.content_hash() == expected.store.content_hash()
+
+
+def test_sample_pictures_of_a_paged_model_are_its_own(
+    models: Path, paged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load(models, "tiny", dtype=torch.bfloat16)
+    trained(given(plain), sampling=True, name="plain")
+    with monkeypatch.context() as patched:
+        patched.setattr(paged, "load_device", CPU)  # where its clones with a LoRA sample
+        paged.register_load_device(CPU)
+        trained(given(paged), sampling=True, name="paged")
+    pictures = {
+        name: [path.read_bytes() for path in sorted(tmp_path.rglob(f"{name}-*/samples/*.png"))]
+        for name in ("plain", "paged")
+    }
+    assert len(pictures["plain"]) == 4
+    assert pictures["paged"] == pictures["plain"]
+
+
+def test_a_lora_on_a_paged_model_computes_along(models: Path, paged: Any) -> None:
+    own = build_model(load_flux(models / "tiny.safetensors", format="bf16"), torch.float32)
+    loras = [
+        trained(given(with_loras(model, *ON_THE_MODEL["one"])), name=name)
+        for name, model in {"paged": paged, "own": own}.items()
+    ]
+    assert_same(*loras)
+
+
+def test_a_paged_model_without_room_for_a_second_copy_is_refused(
+    paged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "free_system_memory", lambda: 0)
+    assert "where 0.0 are free. Load it by Load Quantized FLUX" in refusal(paged)
+    assert not run_folders(tmp_path)
+
+
+@pytest.mark.parametrize("loaded_by", [None, (load_flux, ("tiny.safetensors",))])
+def test_a_paged_model_of_an_unknown_file_is_refused(models: Path, loaded_by: Any) -> None:
     model = load(models, "tiny")
-    model.is_dynamic = lambda: True  # as newer hosts say on NVIDIA cards, which a CPU has none of
-    with pytest.raises(ValueError, match="Load it by Load Quantized FLUX"):
-        base_flux(model)
+    model.is_dynamic = lambda: True  # so that this also runs where ComfyUI pages no weights
+    model.cached_patcher_init = loaded_by
+    with pytest.raises(ValueError, match="the file they came from is not known"):
+        model_to_train(model, lambda sentence: None)
 
 
 def test_weights_in_an_unknown_packing_are_refused(models: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 def make_comfy_importable(comfyui: Path, base: str) -> None:
     """Let this process import `comfy` of a checkout; its own folders lie below `base`."""
     sys.path.append(str(comfyui))
+    with contextlib.suppress(ImportError):  # what main.py of newer versions does first
+        import comfy_aimdo.control
+
+        comfy_aimdo.control.init()
     import comfy.options
 
     comfy.options.enable_args_parsing()
