@@ -2,10 +2,10 @@
 
     python -P benchmarks/scan.py [--sizes 1000 10000 100000] [--out benchmarks/results/scan.json]
 
-The pictures are made in a temporary folder and removed: PNG and JPEG in turn, 64x48 to 96x64 pixels,
-each with bytes of its own and a caption. Each stage runs in a new process on files in the system's
-page cache; memory is the largest growth of the process during the stage. Large files are hashed as
-well, where the bytes and not the number of files count.
+The pictures are made in a temporary folder and removed: PNG and JPEG in turn, 64x48 to 96x64
+pixels, each with bytes of its own and a caption. Each stage runs in a new process on files in the
+system's page cache; memory is the largest growth of the process during the stage. Large files are
+hashed as well, where the bytes and not the number of files count.
 """
 
 from __future__ import annotations
