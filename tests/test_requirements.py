@@ -157,9 +157,10 @@ def test_a_package_that_does_not_fit_is_one_sentence_with_the_command(package: s
 def test_a_package_that_is_too_old_is_the_same_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    floor = next(n for n in [*requirement_lines(), DIFFUSERS] if n.startswith(f"{package}>="))
-    major, minor, _ = floor.partition(">=")[2].split(".")
-    for found, is_refused in ((f"{major}.{int(minor) - 1}.9", True), (f"{major}.{minor}.0", False)):
+    (floor,) = re.findall(f"{package}>=([0-9.]+)", install_command(package))
+    major, minor, _ = map(int, floor.split("."))
+    older = f"{major}.{minor - 1}.9" if minor else f"{major - 1}.9.9"
+    for found, is_refused in ((older, True), (floor, False)):
         info = tmp_path / found / f"{package}-{found}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {found}")

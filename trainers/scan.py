@@ -266,11 +266,16 @@ def _list_files(
     """(path, size, mtime) of the pictures, sorted; paths of the other visible files."""
     pictures: list[tuple[str, int, int]] = []
     others: set[str] = set()
-    seen = {os.path.realpath(folder)}  # a link may lead back up
+    seen: set[str] = set()
     pending = [folder]
     while pending:
+        current = pending.pop()
+        real = os.path.realpath(current)
+        if real in seen:  # a link may lead back up
+            continue
+        seen.add(real)
         subfolders = []
-        for entry in _entries(pending.pop(), bad):
+        for entry in _entries(current, bad):
             is_picture = entry.name.lower().endswith(PICTURE_EXTENSIONS)
             try:
                 if entry.is_dir():
@@ -284,11 +289,8 @@ def _list_files(
             except OSError as error:  # a link to nothing or to itself
                 if is_picture:
                     bad.add(entry.path, _unreadable(entry.path, error))
-        for path in sorted(subfolders, reverse=True) if recursive else ():
-            real = os.path.realpath(path)
-            if real not in seen:
-                seen.add(real)
-                pending.append(path)
+        if recursive:
+            pending += sorted(subfolders, reverse=True)  # the first name is taken next
     return sorted(pictures), others
 
 

@@ -64,7 +64,7 @@ def test_a_cached_repository_takes_the_place_of_the_model(cached: Path) -> None:
 def test_the_encoders_are_not_those_of_the_model_it_replaces(cached: Path) -> None:
     loaded = LoadQuantizedFlux.execute("nano (built in)", "nf4", "fp32", hub_id="flux/tiny")
     _, clip, vae = loaded.args
-    assert "Add the node DualCLIPLoader with type flux" in clip.message
+    assert "Add the node Load Quantized Text Encoders, or DualCLIPLoader" in clip.message
     assert "Add the node Load VAE" in vae.message
 
 
