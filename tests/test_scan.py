@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from atelier.trainers.buckets import display_size
+from atelier.trainers.pictures import display_size
 from atelier.trainers.scan import ContentHashes, Picture, Scan, scan_folder
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 from small_disk import fill, small_disk
