@@ -45,9 +45,11 @@ def batch_fetch_ms(folder: Path, dtype: torch.dtype, pictures: int = 64) -> floa
             embeds = torch.randn(TOKENS, 4096).to(dtype)
             write(f"{number:063x}t", {"prompt_embeds": embeds, "pooled": torch.randn(768)})
             entries.append(
-                LatentEntry(record=key, key=key, caption=caption, width=WIDTH, height=HEIGHT)
+                LatentEntry(
+                    record=key, keys=(key,), texts=((caption,),), width=WIDTH, height=HEIGHT
+                )
             )
-    texts = [PromptEntry(text=e.caption, key=f"{n:063x}t") for n, e in enumerate(entries)]
+    texts = [PromptEntry(text=e.texts[0][0], key=f"{n:063x}t") for n, e in enumerate(entries)]
     data = TrainingData(
         latents=LatentCache(folder=str(folder), encoder="", entries=tuple(entries)),
         prompts=PromptCache(folder=str(folder), encoder="", length=TOKENS, entries=tuple(texts)),
@@ -56,8 +58,8 @@ def batch_fetch_ms(folder: Path, dtype: torch.dtype, pictures: int = 64) -> floa
     times = []
     for index in torch.randint(pictures, (200,), generator=generator).tolist():
         began = time.perf_counter()
-        picture = data.latents.load(entries[index])
-        text = data.prompts.load(entries[index].caption)
+        picture = data.latents.load(entries[index].name)
+        text = data.prompts.load(entries[index].texts[0][0])
         times.append(time.perf_counter() - began)
         assert picture.mean.shape == (16, HEIGHT // 8, WIDTH // 8)
         assert text.prompt_embeds.shape == (TOKENS, 4096)

@@ -65,7 +65,7 @@ def make_data(folder: Path, base: LoadedFlux) -> loop.TrainingData:
     picture = {"mean": latents, "std": torch.zeros_like(latents)}
     text = {"prompt_embeds": embeds, "pooled": pooled}
     write_entries(folder, {"a" * 64: picture, "b" * 64: text})
-    entry = LatentEntry(record="a", key="a" * 64, caption="a", width=PIXELS, height=PIXELS)
+    entry = LatentEntry(record="a", keys=("a" * 64,), texts=(("a",),), width=PIXELS, height=PIXELS)
     return loop.TrainingData(
         latents=LatentCache(folder=str(folder), encoder="", entries=(entry,)),
         prompts=PromptCache(
@@ -100,9 +100,8 @@ def plain_step(
     transformer.train()
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = AdamW8bit(parameters, lr=job.train.learning_rate, weight_decay=1e-4)
-    entry = data.latents.entries[0]
     generator = seeded(job.train.seed, "micro-step", 0)
-    latents, prompt_embeds, pooled = data.load([entry], device, generator)
+    latents, prompt_embeds, pooled = data.load([loop.Sample("a" * 64, "a")], device, generator)
     noise = torch.randn(latents.shape, generator=generator).to(device)
     sigma = sample_sigmas(1, generator).to(device)
     height, width = latents.shape[-2:]

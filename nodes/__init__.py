@@ -6,6 +6,7 @@ from .dataset import CacheLatents, EncodePrompts, ImageFolderDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
 from .memory import EstimateMemory
+from .settings import CaptionSettingsNode, PictureSettingsNode
 from .train import TrainLora
 
 NODES: list[type[io.ComfyNode]] = [
@@ -17,6 +18,8 @@ NODES: list[type[io.ComfyNode]] = [
     TrainLora,
     ApplyLora,
     EstimateMemory,
+    CaptionSettingsNode,
+    PictureSettingsNode,
 ]
 
 

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..trainers import caching
-from ..trainers.buckets import STEP, Resolution
+from ..trainers.buckets import MODES, STEP, Resolution
 from ..trainers.caches import LatentCache, PromptCache
-from ..trainers.captions import MISSING_CAPTIONS
+from ..trainers.captions import MISSING_CAPTIONS, CaptionSettings
 from ..trainers.config import PROMPT_LENGTH
-from ..trainers.dataset import Dataset, image_folder, picture_files
+from ..trainers.dataset import (
+    DEFAULT_CAPTIONS,
+    DEFAULT_PICTURES,
+    Dataset,
+    PictureSettings,
+    image_folder,
+    picture_files,
+)
+from ..trainers.metadata_files import METADATA_FILES
 from ..trainers.shards import Shards
 from . import host
 from .encoders import cut_texts, latent_encoder, prompt_encoder
 from .loader_memory import LoaderMemory
-from .wires import AtelierDataset, AtelierLatentCache, AtelierPromptCache
+from .wires import (
+    AtelierCaptionSettings,
+    AtelierDataset,
+    AtelierLatentCache,
+    AtelierPictureSettings,
+    AtelierPromptCache,
+)
 
 logger = logging.getLogger("atelier")
 
@@ -47,10 +62,12 @@ class ImageFolderDataset(io.ComfyNode):
                 _side("height", 768),
                 io.Combo.Input(
                     "mode",
-                    options=["fixed", "buckets"],
+                    options=list(MODES),
                     default="fixed",
-                    tooltip="fixed: every picture is cropped to width x height. buckets: every "
-                    "picture keeps its shape, at about the same number of pixels.",
+                    tooltip="fixed: every picture is cropped to width x height. The others have "
+                    "about as many pixels: buckets: the nearest of some shapes, so that batches "
+                    "fill. square: one square for all. preserved: each picture's own shape. "
+                    "random: any of the shapes, drawn for each picture.",
                 ),
                 io.Int.Input(
                     "repeats",
@@ -74,6 +91,18 @@ class ImageFolderDataset(io.ComfyNode):
                     advanced=True,
                     tooltip="A picture without a text file: stop with an error, use its file name "
                     "(a_red_cat.png is 'a red cat'), or leave the caption empty.",
+                ),
+                AtelierCaptionSettings.Input(
+                    "captions",
+                    optional=True,
+                    tooltip="Where captions come from and what is done with them, from Caption "
+                    "Settings. Without it: the text files, as they are.",
+                ),
+                AtelierPictureSettings.Input(
+                    "pictures",
+                    optional=True,
+                    tooltip="Crop, resampling and mirroring, from Picture Settings. Without it: "
+                    "the middle of each picture.",
                 ),
             ],
             outputs=[
@@ -99,7 +128,9 @@ class ImageFolderDataset(io.ComfyNode):
     def fingerprint_inputs(cls, folder: str, **_: Any) -> list[tuple[str, int, int]]:
         pictures = picture_files(host.dataset_folder(folder))
         captions = [picture.with_suffix(".txt") for picture in pictures]
-        stats = [(path, path.stat()) for path in pictures + captions if path.is_file()]
+        tables = [pictures[0].with_name(name) for name in METADATA_FILES]
+        files = [*pictures, *captions, *tables]
+        stats = [(path, path.stat()) for path in files if path.is_file()]
         return [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
     @classmethod
@@ -112,13 +143,15 @@ class ImageFolderDataset(io.ComfyNode):
         repeats: int,
         trigger: str,
         missing_captions: str,
+        captions: CaptionSettings = DEFAULT_CAPTIONS,
+        pictures: PictureSettings = DEFAULT_PICTURES,
     ) -> io.NodeOutput:
         dataset = image_folder(
             host.dataset_folder(folder),
             resolution=Resolution(width=width, height=height, mode=mode),
             repeats=repeats,
-            trigger=trigger,
-            missing_captions=missing_captions,
+            captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),
+            pictures=pictures,
             on_progress=host.Progress().update,
         )
         count = f"Pictures: {len(dataset.records)}, seen per epoch: {dataset.num_samples}."
@@ -244,7 +277,7 @@ class EncodePrompts(io.ComfyNode):
         encoder_id = LoaderMemory(cls.hidden, "clip", folder).recall()
         if not encoder_id:
             return ["clip"]
-        wanted = caching.prompt_cache(dataset.captions, encoder_id, length, folder)
+        wanted = caching.prompt_cache(dataset.texts, encoder_id, length, folder)
         return ["clip"] if caching.num_missing(wanted) else []
 
     @classmethod
@@ -256,10 +289,10 @@ class EncodePrompts(io.ComfyNode):
         if clip is not None or not encoder_id:
             encode, encoder_id = prompt_encoder(clip, length)
         cache = caching.cache_prompts(
-            dataset.captions, encode, encoder_id, length, folder, on_progress=host.Progress().update
+            dataset.texts, encode, encoder_id, length, folder, on_progress=host.Progress().update
         )
         memory.remember(encoder_id)
-        warnings = _length_warnings(dataset.captions, length)
+        warnings = _length_warnings(dataset.texts, length)
         done = f"Captions cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
         return io.NodeOutput(cache, ui=_texts(cls.hidden.unique_id, done, *warnings))
 

@@ -107,7 +107,7 @@ class Session:
         self._run: Run = loop.open_run(host.atelier_output(), job, self._base, data)
         self._steps_per_epoch = loop.steps_per_epoch(job, data)
         # The entry with the smallest key: the order of the files must not change the pictures.
-        self._sampled = min(data.latents.entries, key=lambda entry: entry.key)
+        self._sampled = min(data.latents.entries, key=lambda entry: entry.name)
 
     def train(self) -> Result:
         """Train, or take the finished run from disk; write the LoRA file; draw the last picture."""

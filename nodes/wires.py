@@ -10,3 +10,9 @@ AtelierLatentCache = io.Custom("ATELIER_LATENT_CACHE")
 
 AtelierPromptCache = io.Custom("ATELIER_PROMPT_CACHE")
 """`trainers.caches.PromptCache`"""
+
+AtelierCaptionSettings = io.Custom("ATELIER_CAPTION_SETTINGS")
+"""`trainers.captions.CaptionSettings`"""
+
+AtelierPictureSettings = io.Custom("ATELIER_PICTURE_SETTINGS")
+"""`trainers.dataset.PictureSettings`"""

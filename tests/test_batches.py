@@ -18,8 +18,8 @@ def make_entries() -> list[LatentEntry]:
     return [
         LatentEntry(
             record=f"record {index}",
-            key=f"key {index}",
-            caption="",
+            keys=(f"key {index}",),
+            texts=(("",),),
             width=width,
             height=height,
             repeats=repeats,
@@ -29,7 +29,7 @@ def make_entries() -> list[LatentEntry]:
 
 
 def keys(order: BatchOrder, steps: range) -> list[list[str]]:
-    return [[entry.key for entry in order.batch(step)] for step in steps]
+    return [[entry.name for entry in order.batch(step)] for step in steps]
 
 
 def epoch(order: BatchOrder, number: int) -> list[list[str]]:
@@ -119,7 +119,7 @@ def test_the_largest_batch_counts_the_tokens_of_the_prompts(
 ) -> None:
     """4 x (256 + 512) tokens are more than 1120 + 512, and 4 x 256 are less than 1120."""
     entries = [
-        LatentEntry(record=key, key=key, caption="", width=width, height=height)
+        LatentEntry(record=key, keys=(key,), texts=(("",),), width=width, height=height)
         for key, width, height in [*((k, 256, 256) for k in "abcd"), ("e", 560, 512)]
     ]
     order = BatchOrder(entries, batch_size=4, seed=0)

@@ -15,6 +15,7 @@ from atelier.trainers import pictures as pixels
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caches import LatentCache
 from atelier.trainers.caching import cache_latents
+from atelier.trainers.captions import CaptionSettings
 from atelier.trainers.dataset import Dataset, image_folder
 from PIL import Image
 
@@ -63,17 +64,17 @@ def read(pictures: Path, width: int = 64, height: int = 64, **options: object) -
 def test_every_entry_loads_the_latents_of_its_own_picture(pictures: Path, folder: Path) -> None:
     cache = cache_latents(read(pictures), Encoder(), "vae", folder)
     for entry in cache.entries:
-        colour = COLOURS[entry.caption.removeprefix("caption ")]
+        colour = COLOURS[entry.texts[0][0].removeprefix("caption ")]
         expected = torch.tensor(colour)[:, None, None].expand(3, 8, 8) / 127.5 - 1
-        torch.testing.assert_close(cache.load(entry).mean, expected)
-        torch.testing.assert_close(cache.load(entry).std, expected.abs() + 1)
+        torch.testing.assert_close(cache.load(entry.name).mean, expected)
+        torch.testing.assert_close(cache.load(entry.name).std, expected.abs() + 1)
 
 
 def test_entries_describe_the_records_in_order(pictures: Path, folder: Path) -> None:
     dataset = read(pictures, repeats=2)
     cache = cache_latents(dataset, Encoder(), "vae", folder)
-    assert [(e.record, e.caption, e.repeats, e.width, e.height) for e in cache.entries] == [
-        (r.id, r.caption, 2, 64, 64) for r in dataset.records
+    assert [(e.record, e.texts, e.repeats, e.width, e.height) for e in cache.entries] == [
+        (r.id, r.texts, 2, 64, 64) for r in dataset.records
     ]
 
 
@@ -88,14 +89,14 @@ def test_a_changed_picture_encodes_just_itself(pictures: Path, folder: Path) -> 
     encoder = Encoder()
     cache = cache_latents(read(pictures), encoder, "vae", folder)
     assert encoder.num_pictures == 1
-    assert cache.load(cache.entries[1]).mean.min() == 1
+    assert cache.load(cache.entries[1].name).mean.min() == 1
 
 
 def test_an_added_picture_encodes_just_itself(pictures: Path, folder: Path) -> None:
     cache_latents(read(pictures), Encoder(), "vae", folder)
     Image.new("RGB", (80, 80)).save(pictures / "0 comes first.png")
     encoder = Encoder()
-    cache_latents(read(pictures, missing_captions="empty"), encoder, "vae", folder)
+    cache_latents(read(pictures, captions=CaptionSettings(missing="empty")), encoder, "vae", folder)
     assert encoder.num_pictures == 1
 
 
@@ -135,7 +136,7 @@ def test_the_key_is_the_hash_of_content_transform_and_encoder(pictures: Path, fo
     content = hashlib.sha256((pictures / "a.png").read_bytes()).hexdigest()
     facts = [content, {"height": 64, "version": 2, "width": 64}, "vae"]
     expected = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    assert cache_latents(dataset, Encoder(), "vae", folder).entries[0].key == expected
+    assert cache_latents(dataset, Encoder(), "vae", folder).entries[0].name == expected
 
 
 def test_a_picture_that_is_there_twice_is_encoded_once(pictures: Path, folder: Path) -> None:
@@ -151,7 +152,9 @@ def test_a_batch_has_pictures_of_one_size(pictures: Path, folder: Path) -> None:
     for name, size in (("d", (160, 80)), ("e", (160, 80))):
         Image.new("RGB", size, name and (len(name), 9, ord(name))).save(pictures / f"{name}.png")
     resolution = Resolution(width=64, height=64, mode="buckets")
-    dataset = image_folder(pictures, resolution=resolution, missing_captions="empty")
+    dataset = image_folder(
+        pictures, resolution=resolution, captions=CaptionSettings(missing="empty")
+    )
     encoder = Encoder()
     cache_latents(dataset, encoder, "vae", folder, batch_size=2)
     assert [batch[0] for batch in encoder.batches] == [2, 1, 2]
@@ -161,7 +164,7 @@ def test_batches_do_not_change_what_is_stored(pictures: Path, tmp_path: Path) ->
     one = cache_latents(read(pictures), Encoder(), "vae", tmp_path / "1")
     two = cache_latents(read(pictures), Encoder(), "vae", tmp_path / "2", batch_size=2)
     for left, right in zip(one.entries, two.entries, strict=True):
-        assert torch.equal(one.load(left).mean, two.load(right).mean)
+        assert torch.equal(one.load(left.name).mean, two.load(right.name).mean)
 
 
 def test_what_was_encoded_before_a_cancel_stays(pictures: Path, folder: Path) -> None:
@@ -187,18 +190,18 @@ def test_progress_counts_what_was_there_already(pictures: Path, folder: Path) ->
 
 def test_a_damaged_entry_is_refused_and_encoded_anew(pictures: Path, folder: Path) -> None:
     cache = cache_latents(read(pictures), Encoder(), "vae", folder)
-    expected = cache.load(cache.entries[1]).mean
+    expected = cache.load(cache.entries[1].name).mean
     (shard,) = folder.glob("*.safetensors")
     start = shard.read_bytes().index(expected.numpy().tobytes())
     with shard.open("r+b") as file:
         file.seek(start)
         file.write(b"\xff")
     with pytest.raises(ValueError, match=r"is missing or damaged\. Queue the graph"):
-        cache.load(cache.entries[1])
+        cache.load(cache.entries[1].name)
     encoder = Encoder()
     again = cache_latents(read(pictures), encoder, "vae", folder)
     assert encoder.num_pictures == 1
-    assert torch.equal(again.load(again.entries[1]).mean, expected)
+    assert torch.equal(again.load(again.entries[1].name).mean, expected)
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name(pictures: Path, folder: Path) -> None:
@@ -229,7 +232,9 @@ def test_the_fingerprint_ignores_folder_and_order(pictures: Path, tmp_path: Path
     assert other.fingerprint() == cache.fingerprint()
 
 
-@pytest.mark.parametrize("change", [{"key": "0"}, {"caption": "x"}, {"repeats": 9}])
+@pytest.mark.parametrize(
+    "change", [{"keys": ("0",)}, {"texts": (("x",),)}, {"repeats": 9}, {"dropout": 0.5}]
+)
 def test_the_fingerprint_tells_contents_apart(
     pictures: Path, folder: Path, change: dict[str, object]
 ) -> None:

@@ -502,8 +502,7 @@ SHARES = {"a": 1 / 3, "b": 1 / 6, "c": 1 / 6, "d": 1 / 9, "e": 1 / 9, "f": 1 / 9
 
 def draws(number: int, dropout: float, seed: int = 0) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
-    settings = CaptionSettings(dropout=dropout)
-    return [choose_text(TEXTS, settings, generator) for _ in range(number)]
+    return [choose_text(TEXTS, dropout, generator) for _ in range(number)]
 
 
 @pytest.mark.parametrize("dropout", [0, 0.1, 0.75])

@@ -1,12 +1,14 @@
 """Folders of pictures as datasets: what is read, and what is refused in which words."""
 
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
 
 import pytest
 from atelier.trainers.buckets import Resolution
-from atelier.trainers.dataset import Dataset, image_folder, open_picture
+from atelier.trainers.captions import CaptionSettings
+from atelier.trainers.dataset import Dataset, PictureSettings, image_folder, open_picture
 from PIL import Image, ImageFile
 
 RESOLUTION = Resolution(width=64, height=64)
@@ -82,7 +84,7 @@ def test_a_rotated_picture_has_the_size_that_viewers_show(tmp_path: Path) -> Non
 )
 def test_captions_are_read_literally(tmp_path: Path, data: bytes, expected: str) -> None:
     add_picture(tmp_path, "one.png").with_suffix(".txt").write_bytes(data)
-    assert read(tmp_path).records[0].caption == expected
+    assert read(tmp_path).records[0].texts == ((expected,),)
 
 
 @pytest.mark.parametrize(
@@ -93,19 +95,23 @@ def test_the_trigger_comes_before_captions_without_it(
     tmp_path: Path, caption: str, expected: str
 ) -> None:
     add_picture(tmp_path, "one.png", caption)
-    assert read(tmp_path, trigger=" sks ").records[0].caption == expected
+    assert (
+        read(tmp_path, captions=CaptionSettings(trigger=" sks ")).records[0].texts[0][0] == expected
+    )
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("file name", "a red cat"), ("empty", "")])
 def test_missing_captions_can_be_filled(tmp_path: Path, choice: str, expected: str) -> None:
     add_picture(tmp_path, "a_red_cat.png", caption=None)
-    assert read(tmp_path, missing_captions=choice).records[0].caption == expected
+    assert (
+        read(tmp_path, captions=CaptionSettings(missing=choice)).records[0].texts[0][0] == expected
+    )
 
 
 def test_distinct_captions_are_listed_once(tmp_path: Path) -> None:
     for name, caption in (("a.png", "x"), ("b.png", "y"), ("c.png", "x")):
         add_picture(tmp_path, name, caption)
-    assert read(tmp_path).captions == ("x", "y")
+    assert read(tmp_path).texts == ("x", "y")
 
 
 def test_repeats_count_into_the_samples_of_an_epoch(tmp_path: Path) -> None:
@@ -204,9 +210,9 @@ def test_no_repeats_are_refused(tmp_path: Path, repeats: int) -> None:
         read(tmp_path, repeats=repeats)
 
 
-def test_an_unknown_choice_for_missing_captions_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_choice_for_missing_captions_is_refused() -> None:
     with pytest.raises(ValueError, match="error, file name, empty, got 'skip'"):
-        read(tmp_path, missing_captions="skip")
+        CaptionSettings(missing="skip")
 
 
 def test_a_picture_that_changed_since_is_refused(tmp_path: Path) -> None:
@@ -223,3 +229,37 @@ def test_a_picture_that_is_gone_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"Cannot read the file .*one\.png"):
         open_picture(record)
+
+
+def test_shuffled_tags_are_texts_of_one_caption(tmp_path: Path) -> None:
+    add_picture(tmp_path, "one.png", "sks, cat, red, big")
+    settings = CaptionSettings(shuffle=True, keep_tokens=1, variants=4)
+    dataset = read(tmp_path, captions=settings)
+    ((texts,),) = (record.texts for record in dataset.records)
+    assert texts[0] == "sks, cat, red, big"
+    assert len(set(texts)) == 4
+    assert {tuple(sorted(text.split(", "))) for text in texts} == {("big", "cat", "red", "sks")}
+    assert dataset.texts == texts
+
+
+def test_every_line_of_a_file_can_be_a_caption(tmp_path: Path) -> None:
+    add_picture(tmp_path, "one.png", "a cat\na pet\n")
+    dataset = read(tmp_path, captions=CaptionSettings(lines="each"))
+    assert dataset.records[0].texts == (("a cat",), ("a pet",))
+
+
+def test_a_flipped_picture_is_a_second_transform() -> None:
+    upright, mirrored = PictureSettings(flip=True).transforms((64, 80), "seed")
+    assert (upright.width, upright.height, upright.flip) == (64, 80, False)
+    assert mirrored == dataclasses.replace(upright, flip=True)
+
+
+def test_a_random_crop_belongs_to_the_picture() -> None:
+    settings = PictureSettings(crop="random")
+    assert settings.transforms((64, 64), "a") == settings.transforms((64, 64), "a")
+    assert settings.transforms((64, 64), "a") != settings.transforms((64, 64), "b")
+
+
+def test_a_wrong_crop_is_refused() -> None:
+    with pytest.raises(ValueError, match="The crop must be one of center"):
+        PictureSettings(crop="middle")  # type: ignore[arg-type]

@@ -171,11 +171,11 @@ def plain_loop(
         for micro_step in range(step * accumulation, (step + 1) * accumulation):
             generator = seeded(train_settings.seed, "micro-step", micro_step)
             entries = order.batch(micro_step)
-            pictures = [data.latents.load(entry) for entry in entries]
+            pictures = [data.latents.load(entry.name) for entry in entries]
             mean = torch.stack([picture.mean for picture in pictures])
             std = torch.stack([picture.std for picture in pictures])
             latents = mean + std * torch.randn(mean.shape, generator=generator)
-            texts = [data.prompts.load(entry.caption) for entry in entries]
+            texts = [data.prompts.load(entry.texts[0][0]) for entry in entries]
             embeds = torch.stack([text.prompt_embeds for text in texts])
             pooled = torch.stack([text.pooled for text in texts])
             noise = torch.randn(latents.shape, generator=generator)

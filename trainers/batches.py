@@ -25,7 +25,7 @@ class BatchOrder:
         # Sorted by content, so that the order on disk does not matter.
         repeated = [entry for entry in entries for _ in range(entry.repeats)]
         self._groups: dict[tuple[int, int], list[LatentEntry]] = {}
-        for entry in sorted(repeated, key=lambda e: (e.width, e.height, e.record, e.key)):
+        for entry in sorted(repeated, key=lambda e: (e.width, e.height, e.record, e.name)):
             self._groups.setdefault((entry.width, entry.height), []).append(entry)
         sizes = [math.ceil(len(group) / batch_size) for group in self._groups.values()]
         self.batches_per_epoch = sum(sizes)

@@ -21,6 +21,9 @@ from torch import Tensor
 from .config import require
 from .shards import Shards
 
+_VERSION = 2
+"""Of a manifest. 2: several captions and keys of an entry."""
+
 
 @dataclass(frozen=True)
 class LatentDistribution:
@@ -44,18 +47,36 @@ class LatentEntry:
 
     record: str
     """`Record.id`."""
-    key: str
-    caption: str
+    keys: tuple[str, ...]
+    """Of its latents, and of those of the mirrored picture if it is trained too."""
+    texts: tuple[tuple[str, ...], ...]
+    """The captions of the record, and the variants of each."""
     width: int
     """Pixels trained at; latents are an eighth of it."""
     height: int
     repeats: int = 1
+    dropout: float = 0.0
+    """Share of its samples, 0 to 1, that train with the empty text."""
+
+    @property
+    def name(self) -> str:
+        """What tells one entry from another wherever the files lie."""
+        return self.keys[0]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LatentEntry:
+        texts = tuple(tuple(variants) for variants in values["texts"])
+        return cls(**{**values, "keys": tuple(values["keys"]), "texts": texts})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEntry:
     text: str
     key: str
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> PromptEntry:
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +89,9 @@ class LatentCache:
     """Identity of the autoencoder and its scaling."""
     entries: tuple[LatentEntry, ...]
 
-    def load(self, entry: LatentEntry, device: str | torch.device = "cpu") -> LatentDistribution:
-        """Read one entry. Raises ValueError when its file is missing or damaged."""
-        tensors = self._shards.read(entry.key)
+    def load(self, key: str, device: str | torch.device = "cpu") -> LatentDistribution:
+        """Read one of an entry's keys. Raises ValueError when it is missing or damaged."""
+        tensors = self._shards.read(key)
         return LatentDistribution(
             mean=tensors["mean"].to(device, torch.float32),
             std=tensors["std"].to(device, torch.float32),
@@ -78,12 +99,17 @@ class LatentCache:
 
     def fingerprint(self) -> str:
         """SHA-256 over everything here that training sees; the folder is not part of it."""
-        return digest(sorted([e.key, e.caption, e.repeats] for e in self.entries))
+        return digest(sorted([*e.keys, *e.texts, e.repeats, e.dropout] for e in self.entries))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key, in the order of the entries."""
+        return tuple(key for entry in self.entries for key in entry.keys)
 
     @property
     def total_bytes(self) -> int:
         """Size on disk."""
-        return self._shards.num_bytes(entry.key for entry in self.entries)
+        return self._shards.num_bytes(self.keys)
 
     @cached_property
     def _shards(self) -> Shards:
@@ -133,7 +159,12 @@ class PromptCache:
     @property
     def total_bytes(self) -> int:
         """Size on disk."""
-        return self._shards.num_bytes(entry.key for entry in self.entries)
+        return self._shards.num_bytes(self.keys)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key, in the order of the entries."""
+        return tuple(entry.key for entry in self.entries)
 
     def to_json(self) -> dict[str, Any]:
         return _to_json("prompts", self)
@@ -158,15 +189,20 @@ def digest(value: Any) -> str:
 
 
 def _to_json(kind: str, cache: LatentCache | PromptCache) -> dict[str, Any]:
-    return {"kind": kind, "version": 1, **dataclasses.asdict(cache)}
+    return {"kind": kind, "version": _VERSION, **dataclasses.asdict(cache)}
 
 
-def _from_json(kind: str, values: dict[str, Any], entry_class: type) -> dict[str, Any]:
+def _from_json(
+    kind: str, values: dict[str, Any], entry_class: type[LatentEntry | PromptEntry]
+) -> dict[str, Any]:
     try:
         fields = dict(values)
-        if (fields.pop("kind"), fields.pop("version")) != (kind, 1):
+        if (fields.pop("kind"), fields.pop("version")) != (kind, _VERSION):
             raise ValueError("another kind or version")
-        return {**fields, "entries": tuple(entry_class(**entry) for entry in fields["entries"])}
+        return {
+            **fields,
+            "entries": tuple(entry_class.from_json(entry) for entry in fields["entries"]),
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"This is not a manifest of cached {kind}. Make it again with a current version."

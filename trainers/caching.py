@@ -50,7 +50,7 @@ def prompt_cache(
 
 def num_missing(cache: LatentCache | PromptCache) -> int:
     """How many entries have no file yet."""
-    return len(Shards(cache.folder).missing(entry.key for entry in cache.entries))
+    return len(Shards(cache.folder).missing(cache.keys))
 
 
 def cache_latents(
@@ -70,17 +70,20 @@ def cache_latents(
         ValueError: a picture changed or broke, the disk is full, or the latents are not finite.
     """
     cache = latent_cache(dataset, encoder_id, folder)
-    records = dict(zip((entry.key for entry in cache.entries), dataset.records, strict=True))
+    wanted = {
+        key: (record, how)
+        for entry, record in zip(cache.entries, dataset.records, strict=True)
+        for key, how in zip(entry.keys, _transforms(dataset, record), strict=True)
+    }
 
     def encode_batch(keys: list[str]) -> Iterator[dict[str, Tensor]]:
-        batch = [records[key] for key in keys]
-        pixels = [transform(open_picture(r), _transform(dataset, r)) for r in batch]
-        mean, std = encode(torch.stack(pixels))
-        for index, record in enumerate(batch):
+        batch = [wanted[key] for key in keys]
+        mean, std = encode(torch.stack([transform(open_picture(r), how) for r, how in batch]))
+        for index, (record, _) in enumerate(batch):
             _require_finite(mean[index], f"the picture {record.path}")
             yield {"mean": mean[index], "std": std[index]}
 
-    sizes = {entry.key: (entry.width, entry.height) for entry in cache.entries}
+    sizes = {key: (how.width, how.height) for key, (_, how) in wanted.items()}
     _encode_missing(Shards(folder), sizes, batch_size, encode_batch, on_progress)
     return cache
 
@@ -150,20 +153,21 @@ def _batches(
 
 
 def _latent_entry(dataset: Dataset, record: Record, encoder_id: str) -> LatentEntry:
-    how = _transform(dataset, record)
+    transforms = _transforms(dataset, record)
+    keys = tuple(digest([record.content, how.facts(), encoder_id]) for how in transforms)
     return LatentEntry(
         record=record.id,
-        key=digest([record.content, how.facts(), encoder_id]),
-        caption=record.caption,
-        width=how.width,
-        height=how.height,
+        keys=keys,
+        texts=record.texts,
+        dropout=dataset.captions.dropout,
+        width=transforms[0].width,
+        height=transforms[0].height,
         repeats=record.repeats,
     )
 
 
-def _transform(dataset: Dataset, record: Record) -> Transform:
-    width, height = dataset.size_of(record)
-    return Transform(width=width, height=height)
+def _transforms(dataset: Dataset, record: Record) -> tuple[Transform, ...]:
+    return dataset.pictures.transforms(dataset.size_of(record), record.content)
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:

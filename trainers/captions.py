@@ -171,16 +171,14 @@ def caption_variants(
     return tuple(dict.fromkeys(texts))
 
 
-def choose_text(
-    texts: Sequence[Sequence[str]], settings: CaptionSettings, generator: torch.Generator
-) -> str:
+def choose_text(texts: Sequence[Sequence[str]], dropout: float, generator: torch.Generator) -> str:
     """The text of one sample, from the variants of each of its record's captions.
 
-    Empty with the probability `settings.dropout`, else a caption and then a variant of it, each
+    Empty with the probability `dropout`, else a caption and then a variant of it, each
     with equal probability. Takes three numbers from the generator, whatever comes out.
     """
     drop, caption, variant = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    if drop < settings.dropout:
+    if drop < dropout:
         return ""
     variants = texts[int(caption * len(texts))]
     return variants[int(variant * len(variants))]

@@ -5,30 +5,36 @@ A dataset is checked completely when it is made; the caches turn it into tensors
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from .buckets import Resolution, Size, is_enlarged
-from .captions import CaptionSettings, MissingCaptions, caption_text, listed, read_captions
+from .captions import CaptionSettings, caption_variants, listed, read_captions
 from .config import require
-from .pictures import decode, display_size
+from .pictures import Crop, Filter, Transform, decode, display_size
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+_SEED = 0
+"""Of the orders of shuffled tags: they are encoded once, whatever the seed of a training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One picture and its caption."""
+    """One picture and the texts it is trained with."""
 
     path: str
     """Absolute path of the picture."""
-    caption: str
-    """The text exactly as it is encoded, trigger word included."""
+    texts: tuple[tuple[str, ...], ...]
+    """One or more captions, and of each the variants that are encoded: trigger, prefix and suffix
+    included."""
     content: str
     """SHA-256 of the file's bytes, in hex."""
     width: int
@@ -40,26 +46,65 @@ class Record:
 
     @property
     def id(self) -> str:
-        """Name of the sample wherever it lies: 16 hex digits of its bytes and its caption."""
-        return hashlib.sha256(f"{self.content}\0{self.caption}".encode()).hexdigest()[:16]
+        """Name of the sample wherever it lies: 16 hex digits of its bytes and its captions."""
+        captions = "\0".join(variants[0] for variants in self.texts)
+        return hashlib.sha256(f"{self.content}\0{captions}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings:
+    """How the pictures of a dataset become pixels, their size aside."""
+
+    crop: Crop = "center"
+    """Which part is kept of a picture that has not the shape of its size."""
+    filter: Filter = "lanczos"
+    """How pixels are resampled."""
+    max_side: int = 0
+    """Pixels; a picture with a longer side is shrunk to it before the crop. 0 is off."""
+    flip: bool = False
+    """Train each picture also mirrored, every other time: a second entry in the cache."""
+
+    def __post_init__(self) -> None:
+        Transform(width=64, height=64, **self._facts("checked"))
+
+    def transforms(self, size: Size, seed: str) -> tuple[Transform, ...]:
+        """What is encoded of a picture at `size`; `seed` is a text that belongs to the picture."""
+        facts = self._facts(seed)
+        upright = Transform(width=size[0], height=size[1], **facts)
+        return (upright, dataclasses.replace(upright, flip=True)) if self.flip else (upright,)
+
+    def _facts(self, seed: str) -> dict[str, Any]:
+        random = {"seed": seed} if self.crop == "random" else {}
+        return {"crop": self.crop, "filter": self.filter, "max_side": self.max_side, **random}
+
+
+DEFAULT_CAPTIONS, DEFAULT_PICTURES = CaptionSettings(), PictureSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Records in a fixed order, and the size they are trained at."""
+    """Records in a fixed order, and how they are trained."""
 
     records: tuple[Record, ...]
     resolution: Resolution
     name: str
+    pictures: PictureSettings = DEFAULT_PICTURES
+    captions: CaptionSettings = DEFAULT_CAPTIONS
+    told: tuple[str, ...] = ()
+    """Warnings of reading it."""
 
     def size_of(self, record: Record) -> Size:
         """(width, height) in pixels at which the record is trained."""
         return self.resolution.size_for(record.width, record.height, record.content)
 
     @property
-    def captions(self) -> tuple[str, ...]:
-        """Every distinct caption, in the order of the records."""
-        return tuple(dict.fromkeys(record.caption for record in self.records))
+    def texts(self) -> tuple[str, ...]:
+        """Every distinct text that is encoded, in the order of the records."""
+        return tuple(
+            dict.fromkeys(
+                text for record in self.records for variants in record.texts for text in variants
+            )
+        )
 
     @property
     def num_samples(self) -> int:
@@ -70,8 +115,8 @@ class Dataset:
     def warnings(self) -> tuple[str, ...]:
         """Sentences about what trains but is probably not meant."""
         small = [_file_name(record) for record in self.records if self._is_upscaled(record)]
-        silent = [_file_name(record) for record in self.records if not record.caption]
-        messages = []
+        silent = [_file_name(record) for record in self.records if ("",) in record.texts]
+        messages = [*self.told]
         if small:
             messages.append(f"Pictures enlarged to the training size: {listed(small)}.")
         if silent:
@@ -87,11 +132,11 @@ def image_folder(
     *,
     resolution: Resolution,
     repeats: int = 1,
-    trigger: str = "",
-    missing_captions: MissingCaptions = "error",
+    pictures: PictureSettings = DEFAULT_PICTURES,
+    captions: CaptionSettings = DEFAULT_CAPTIONS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """The pictures of one folder, sorted by name, each with the text file of the same name.
+    """The pictures of one folder, sorted by name, each with its captions.
 
     Every picture is decoded once, so that a broken one is found here. Subfolders are not read.
     `on_progress(done, total)` is called after each picture and may raise to stop.
@@ -101,15 +146,21 @@ def image_folder(
             caption is missing or not UTF-8. The message names the file.
     """
     require(repeats >= 1, f"Repeats must be 1 or more, got {repeats}. 1 shows each picture once.")
-    settings = CaptionSettings(missing=missing_captions, trigger=trigger)
-    pictures = picture_files(path)
-    captions, _ = read_captions(pictures, settings)
+    files = picture_files(path)
+    written, warnings = read_captions(files, captions)
     records = []
-    for picture, texts in zip(pictures, captions, strict=True):
-        records.append(_record(picture, caption_text(texts[0], settings), repeats))
+    for file, some in zip(files, written, strict=True):
+        records.append(_record(file, some, captions, repeats))
         if on_progress:
-            on_progress(len(records), len(pictures))
-    return Dataset(records=tuple(records), resolution=resolution, name=Path(path).resolve().name)
+            on_progress(len(records), len(files))
+    return Dataset(
+        records=tuple(records),
+        resolution=resolution,
+        name=Path(path).resolve().name,
+        pictures=pictures,
+        captions=captions,
+        told=tuple(warnings),
+    )
 
 
 def picture_files(folder: str | Path) -> list[Path]:
@@ -147,13 +198,17 @@ def open_picture(record: Record) -> Image.Image:
     return decode(data, record.path)
 
 
-def _record(picture: Path, caption: str, repeats: int) -> Record:
+def _record(
+    picture: Path, captions: tuple[str, ...], settings: CaptionSettings, repeats: int
+) -> Record:
     data = _read(picture)
     width, height = display_size(decode(data, picture))
+    content = _digest(data)
+    texts = (caption_variants(caption, settings, _SEED, content) for caption in captions)
     return Record(
         path=str(picture),
-        caption=caption,
-        content=_digest(data),
+        texts=tuple(texts),
+        content=content,
         width=width,
         height=height,
         repeats=repeats,

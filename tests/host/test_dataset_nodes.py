@@ -105,7 +105,7 @@ GRAPHS = {"latents": latents_graph(), "prompts": prompts_graph()}
 
 def test_latents_of_all_pictures_are_cached(runner: Runner) -> None:
     cache = runner.run(latents_graph())
-    shapes = [tuple(cache.load(entry).mean.shape) for entry in cache.entries]
+    shapes = [tuple(cache.load(entry.name).mean.shape) for entry in cache.entries]
     assert shapes == [(16, 8, 8)] * 2
 
 
@@ -192,10 +192,10 @@ def test_a_damaged_entry_is_encoded_anew_when_the_graph_is_queued_again(runner: 
     for path in encoded_files():
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ValueError, match="missing or damaged"):
-        [cache.load(entry) for entry in cache.entries]
+        [cache.load(entry.name) for entry in cache.entries]
     assert CacheLatents.fingerprint_inputs() != mark  # ComfyUI runs the node again
     again = runner.run(latents_graph())
-    assert all(torch.isfinite(again.load(entry).mean).all() for entry in cache.entries)
+    assert all(torch.isfinite(again.load(entry.name).mean).all() for entry in cache.entries)
 
 
 def test_a_loader_that_cannot_be_remembered_runs_again(runner: Runner) -> None:

@@ -32,13 +32,13 @@ def training_data(
         shape, caption = (16, height // 8, width // 8), f"caption {index}"
         picture = LatentEntry(
             record=_key(f"record {index}"),
-            key=_key(f"picture {index}"),
-            caption=caption,
+            keys=(_key(f"picture {index}"),),
+            texts=((caption,),),
             width=width,
             height=height,
         )
         text = PromptEntry(text=caption, key=_key(caption))
-        stored[picture.key] = {"mean": draw(*shape), "std": torch.full(shape, std)}
+        stored[picture.name] = {"mean": draw(*shape), "std": torch.full(shape, std)}
         embeds = {"prompt_embeds": draw(text_tokens, widths[0]), "pooled": draw(widths[1])}
         stored[text.key] = embeds
         pictures.append(picture)
