@@ -38,8 +38,21 @@ FROZEN = {
         [
             *("folder COMBO", "width INT", "height INT", "mode COMBO", "repeats INT"),
             *("trigger STRING", "missing_captions COMBO"),
+            *("captions? ATELIER_CAPTION_SETTINGS", "pictures? ATELIER_PICTURE_SETTINGS"),
         ],
         ["dataset ATELIER_DATASET"],
+    ),
+    "AtelierCaptionSettings": (
+        [
+            *("source COMBO", "instance_prompt STRING", "column STRING", "lines COMBO"),
+            *("prefix STRING", "suffix STRING", "shuffle BOOLEAN", "keep_tokens INT"),
+            *("variants INT", "separator STRING", "dropout FLOAT"),
+        ],
+        ["captions ATELIER_CAPTION_SETTINGS"],
+    ),
+    "AtelierPictureSettings": (
+        ["crop COMBO", "filter COMBO", "max_side INT", "flip BOOLEAN"],
+        ["pictures ATELIER_PICTURE_SETTINGS"],
     ),
     "AtelierCacheLatents": (
         ["dataset ATELIER_DATASET", "vae VAE", "batch_size INT"],
