@@ -3,6 +3,8 @@
 Two loaders of ComfyUI are replaced by ones that count their runs and read the nano files.
 """
 
+import itertools
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -16,10 +18,11 @@ import pytest
 import torch
 from atelier.nodes import host, loader_memory
 from atelier.nodes.dataset import CacheLatents, EncodePrompts, ImageFolderDataset
+from atelier.nodes.settings import CaptionSettingsNode, PictureSettingsNode
 from executor import CountingLoader, Runner
-from PIL import Image
+from PIL import Image, ImageOps
 
-NODES = [ImageFolderDataset, CacheLatents, EncodePrompts]
+NODES = [ImageFolderDataset, CacheLatents, EncodePrompts, CaptionSettingsNode, PictureSettingsNode]
 MODEL_FILES = {"vae": ["a.safetensors"], "text_encoders": ["c.safetensors", "t.safetensors"]}
 
 
@@ -103,6 +106,26 @@ def prompts_graph(length: int = 77) -> dict[str, Any]:
 GRAPHS = {"latents": latents_graph(), "prompts": prompts_graph()}
 
 
+def with_captions(graph: dict[str, Any], **inputs: Any) -> dict[str, Any]:
+    """The graph with Caption Settings before its dataset."""
+    values = {"source": "text file", "instance_prompt": "", "column": "", "lines": "one"}
+    values |= {"prefix": "", "suffix": "", "shuffle": False, "keep_tokens": 1, "variants": 8}
+    values |= {"separator": ",", "dropout": 0.0, **inputs}
+    settings = {"class_type": "AtelierCaptionSettings", "inputs": values}
+    return {**graph, "dataset": dataset_node(captions=["settings", 0]), "settings": settings}
+
+
+def with_pictures(graph: dict[str, Any], **inputs: Any) -> dict[str, Any]:
+    """The graph with Picture Settings before its dataset."""
+    values = {"crop": "center", "filter": "lanczos", "max_side": 0, "flip": False, **inputs}
+    settings = {"class_type": "AtelierPictureSettings", "inputs": values}
+    return {**graph, "dataset": dataset_node(pictures=["settings", 0]), "settings": settings}
+
+
+def orders(first: str, *loose: str) -> set[str]:
+    return {", ".join((first, *order)) for order in itertools.permutations(loose)}
+
+
 def test_latents_of_all_pictures_are_cached(runner: Runner) -> None:
     cache = runner.run(latents_graph())
     shapes = [tuple(cache.load(entry.name).mean.shape) for entry in cache.entries]
@@ -114,6 +137,68 @@ def test_prompts_have_the_asked_length(runner: Runner, length: int) -> None:
     cache = runner.run(prompts_graph(length))
     assert [e.text for e in cache.entries] == ["caption one", "caption two", ""]
     assert cache.load("caption one").prompt_embeds.shape == (length, 128)
+
+
+def test_every_order_of_an_instance_prompts_tags_is_encoded(runner: Runner) -> None:
+    settings = {"source": "instance prompt", "instance_prompt": "sks, red, round", "shuffle": True}
+    cache = runner.run(with_captions(prompts_graph(), **settings))
+    texts = [entry.text for entry in cache.entries]
+    assert len(texts) == 3
+    assert set(texts) == {*orders("sks", "red", "round"), ""}
+    first, other, empty = (cache.load(text).prompt_embeds for text in texts)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, empty)
+
+
+def test_every_text_of_a_metadata_file_is_encoded(runner: Runner, workplace: Path) -> None:
+    rows = [
+        {"file_name": "one.png", "tags": ["one, red, round", "one, flat"]},
+        {"file_name": "two.png", "tags": "two, green, square, matt"},
+    ]
+    path = workplace / "input" / "red" / "metadata.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    settings = {"source": "metadata file", "column": "tags", "shuffle": True}
+    cache = runner.run(with_captions(prompts_graph(), **settings))
+    expected = orders("one", "red", "round") | orders("one", "flat")
+    expected |= orders("two", "green", "square", "matt") | {""}
+    assert {entry.text for entry in cache.entries} == expected
+
+
+def test_a_changed_metadata_file_is_read_again(workplace: Path) -> None:
+    before = ImageFolderDataset.fingerprint_inputs(folder="red")
+    (workplace / "input" / "red" / "metadata.jsonl").write_text("{}", encoding="utf-8")
+    assert ImageFolderDataset.fingerprint_inputs(folder="red") != before
+
+
+def test_samples_know_their_texts_and_their_dropout(runner: Runner) -> None:
+    settings = {"prefix": "a photo.", "suffix": "in colour", "dropout": 0.25}
+    cache = runner.run(with_captions(latents_graph(), **settings))
+    assert [(entry.texts, entry.dropout) for entry in cache.entries] == [
+        ((("a photo. caption one in colour",),), 0.25),
+        ((("a photo. caption two in colour",),), 0.25),
+    ]
+
+
+def test_the_mirror_image_is_that_of_a_mirrored_file(runner: Runner, workplace: Path) -> None:
+    pictures = [workplace / "input" / "red" / f"{name}.png" for name in ("one", "two")]
+    for index, path in enumerate(pictures):
+        image = Image.new("RGB", (64, 64), (255, 255, 255))
+        image.paste((200, 30, 60), (0, 16 * index, 24, 64))
+        image.save(path)
+    both = runner.run(with_pictures(latents_graph(), flip=True))
+    assert [len(entry.keys) for entry in both.entries] == [2, 2]
+    for path in pictures:
+        ImageOps.mirror(Image.open(path)).save(path)
+    mirrored = runner.run(latents_graph())
+    for entry, expected in zip(both.entries, mirrored.entries, strict=True):
+        upright, flipped = (both.load(key).mean for key in entry.keys)
+        assert torch.equal(flipped, mirrored.load(expected.keys[0]).mean)
+        assert not torch.allclose(upright, flipped, atol=1e-2)
+
+
+def test_settings_that_cannot_be_are_refused(runner: Runner) -> None:
+    with pytest.raises(RuntimeError, match="The instance prompt is empty"):
+        runner.run(with_captions(prompts_graph(), source="instance prompt"))
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
