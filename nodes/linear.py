@@ -28,7 +28,7 @@ class RuntimeLora:
     scale: float
     rows: slice
 
-    def require_fits(self, name: str, out_features: int, in_features: int) -> None:
+    def check_shape(self, name: str, out_features: int, in_features: int) -> None:
         """Raises ValueError if the Linear `name` has other widths: it is another model's LoRA."""
         rows = len(range(*self.rows.indices(out_features)))
         if (self.down.shape[1], self.up.shape[0]) != (in_features, rows):
@@ -111,7 +111,7 @@ class StoreLinear(_InStore, nn.Linear):
         loras = [runtime_lora(patch, device) for patch in weight]
         for lora in loras:
             if lora is not None:
-                lora.require_fits(self._name, self.out_features, self.in_features)
+                lora.check_shape(self._name, self.out_features, self.in_features)
         self._patches = weight
         as_dense = any(lora is None for lora in loras)
         self._loras = [] if as_dense else [lora for lora in loras if lora is not None]

@@ -20,7 +20,8 @@ from ..trainers.text_encoders import load_text_encoders
 from . import host
 from .encoders import build_clip, build_vae, checkpoint_parts
 from .inputs import QUANTIZE_ON, shared_input
-from .native import build_model, build_text_encoders
+from .native import build_model
+from .native_clip import build_text_encoders
 
 NANO = "nano (built in)"
 AUTO = "auto"

@@ -67,7 +67,7 @@ class CaptionSettingsNode(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "keep_tokens",
-                    default=1,
+                    default=0,
                     min=0,
                     max=100,
                     tooltip="How many tags at the start keep their place when tags are shuffled; 1 "
@@ -163,6 +163,16 @@ class PictureSettingsNode(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, max_side: int | None) -> bool | str:
+        if max_side is None:  # a linked input is not known yet
+            return True
+        try:
+            PictureSettings(max_side=max_side)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:

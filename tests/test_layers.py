@@ -19,7 +19,9 @@ HOST_MODULES = {
     "nodes",
     "server",
 }
-HOST_BORDER = {"nodes/host.py", "nodes/native.py", "nodes/encoders.py", "nodes/linear.py"}
+HOST_BORDER = {
+    f"nodes/{name}.py" for name in ("host", "native", "native_clip", "encoders", "linear")
+}
 SCHEMA_MODULE = "comfy_api"
 """The V3 schema may be imported anywhere in nodes/."""
 

@@ -23,7 +23,8 @@ from atelier.nodes import host, loader_memory, loaders
 from atelier.nodes.dataset import EncodePrompts, ImageFolderDataset
 from atelier.nodes.encoders import build_clip, prompt_encoder
 from atelier.nodes.loaders import LoadQuantizedTextEncoders
-from atelier.nodes.native import StorePatcher, build_text_encoders
+from atelier.nodes.native import StorePatcher
+from atelier.nodes.native_clip import build_text_encoders
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.text_encoders import load_text_encoders
 from comfy_server import ComfyServer, GraphError
