@@ -626,13 +626,17 @@ def test_a_changed_strength_is_another_run_and_the_same_one_is_answered_from_dis
     assert any(not torch.equal(other[name], one[name]) for name in one)
 
 
-def test_a_model_that_is_loaded_with_its_loras_trains_as_one_that_is_not(models: Path) -> None:
+def test_a_model_that_is_loaded_with_its_loras_trains_as_one_that_is_not(
+    models: Path, tmp_path: Path
+) -> None:
     expected = Runner().run(lora_graph(given(load(models, "tiny", dtype=torch.bfloat16))))
     model = load(models, "tiny", dtype=torch.bfloat16)
     patched = with_loras(model, ("plain", 0.7), ("without_alpha", -0.4))
     native_velocity(patched)
     assert model.backup
     assert_same(trained(given(patched), name="merged"), expected)
+    one, other = ((folder / "run.json").read_text() for folder in run_folders(tmp_path))
+    assert one == other  # but for the name, the same run
 
 
 @pytest.mark.parametrize("loader", [ours, lambda models, name: given(load(models, name))])
