@@ -203,6 +203,11 @@ def test_a_column_holds_one_caption_or_several(
     assert read(tmp_path, "a.png", source="metadata file", column=column) == ([captions], [])
 
 
+def test_a_line_break_in_a_csv_value_stays_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path, {"metadata.csv": 'file_name,text\r\na.png,"x\r\ny"\r\n'})
+    assert read(tmp_path, "a.png", source="metadata file") == ([("x\r\ny",)], [])
+
+
 def test_a_list_column_of_a_parquet_file_is_several_captions(tmp_path: Path) -> None:
     parquet(tmp_path, {"file_name": ["a.png", "b.png"], "text": [["x", "y"], ["z"]]})
     captions, _ = read(tmp_path, "b.png", "a.png", source="metadata file")

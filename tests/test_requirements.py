@@ -32,7 +32,7 @@ REQUIREMENTS = ROOT / "requirements.txt"
 PACKAGES = ROOT / "trainers" / "packages.py"
 OURS = ("diffusers", "peft", "bitsandbytes", "pyarrow")
 DIFFUSERS = "diffusers>=0.33.0"
-PYARROW = "pyarrow>=16.0.0"
+PYARROW = "pyarrow>=16.1.0"
 """Optional: only metadata.parquet needs it, so nothing installs it unasked."""
 NO_INDEX = ("No matching distribution found", "Failed to establish a new connection", "Max retries")
 

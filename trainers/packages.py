@@ -14,7 +14,7 @@ _NEEDED = {
     "diffusers": "diffusers>=0.33.0",
     "peft": "peft>=0.15.0",
     "bitsandbytes": "bitsandbytes>=0.50.0",  # the first with AdamW8bit on CPUs
-    "pyarrow": "pyarrow>=16.0.0",
+    "pyarrow": "pyarrow>=16.1.0",
 }
 _HELD = ("torch", "transformers", "huggingface_hub", "safetensors")
 """What the host itself needs in its version; pip would replace them for the newest of ours."""
