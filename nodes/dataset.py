@@ -22,6 +22,7 @@ from ..trainers.dataset import (
     picture_files,
 )
 from ..trainers.metadata_files import METADATA_FILES
+from ..trainers.scan import ON_BAD_FILE
 from ..trainers.shards import Shards
 from . import host
 from .encoders import cut_texts, latent_encoder, prompt_encoder
@@ -104,6 +105,16 @@ class ImageFolderDataset(io.ComfyNode):
                     tooltip="Crop, resampling and mirroring, from Picture Settings. Without it: "
                     "the middle of each picture.",
                 ),
+                host.make_input(
+                    io.Combo,
+                    "on_bad_file",
+                    options=list(ON_BAD_FILE),
+                    default=ON_BAD_FILE[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="A file that has a picture's name and is none, or cannot be read. "
+                    "stop: end with its name. skip: go on without it, and say so.",
+                ),
             ],
             outputs=[
                 AtelierDataset.Output(
@@ -145,6 +156,7 @@ class ImageFolderDataset(io.ComfyNode):
         missing_captions: str,
         captions: CaptionSettings = DEFAULT_CAPTIONS,
         pictures: PictureSettings = DEFAULT_PICTURES,
+        on_bad_file: str = ON_BAD_FILE[0],
     ) -> io.NodeOutput:
         dataset = image_folder(
             host.dataset_folder(folder),
@@ -152,6 +164,8 @@ class ImageFolderDataset(io.ComfyNode):
             repeats=repeats,
             captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),
             pictures=pictures,
+            on_bad_file=on_bad_file,
+            index_folder=host.cache_folder("files"),
             on_progress=host.Progress().update,
         )
         count = f"Pictures: {len(dataset.records)}, seen per epoch: {dataset.num_samples}."

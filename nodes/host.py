@@ -21,7 +21,7 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..trainers.dataset import PICTURE_EXTENSIONS
+from ..trainers.scan import PICTURE_EXTENSIONS
 
 DATASET_ROOTS_KEY = "atelier_datasets"
 """Key of extra_model_paths.yaml: folders besides input/ whose subfolders may be trained on."""
@@ -33,7 +33,8 @@ def atelier_output() -> Path:
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder of one kind of cache, `latents` or `prompts`. It may not exist yet."""
+    """The folder of one kind of cache: `latents`, `prompts`, or what is known of `files`. It may
+    not exist yet."""
     return atelier_output() / "cache" / kind
 
 

@@ -131,12 +131,12 @@ def test_empty_captions_are_named(tmp_path: Path) -> None:
     assert read(tmp_path).warnings == ("Pictures with an empty caption: silent.png.",)
 
 
-def test_progress_is_reported_after_each_picture(tmp_path: Path) -> None:
+def test_progress_is_reported_to_its_end(tmp_path: Path) -> None:
     seen = []
     for name in ("a.png", "b.png"):
         add_picture(tmp_path, name)
     read(tmp_path, on_progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 2), (2, 2)]
+    assert seen[-1] == (2, 2)
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_broken_picture_is_refused_by_name(tmp_path: Path, extension: str, how
     add_picture(tmp_path, "good.png")
     break_picture(add_picture(tmp_path, f"bad.{extension}"), how)
     with pytest.raises(ValueError, match=rf"bad\.{extension} is damaged, cut off or not a picture"):
-        read(tmp_path)
+        [open_picture(record) for record in read(tmp_path).records]
 
 
 def test_half_a_picture_is_refused_although_another_pack_accepts_it(
@@ -170,7 +170,7 @@ def test_half_a_picture_is_refused_although_another_pack_accepts_it(
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     break_picture(add_picture(tmp_path, "bad.jpg"), "half")
     with pytest.raises(ValueError, match=r"bad\.jpg is damaged"):
-        read(tmp_path)
+        [open_picture(record) for record in read(tmp_path).records]
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
@@ -263,3 +263,23 @@ def test_a_random_crop_belongs_to_the_picture() -> None:
 def test_a_wrong_crop_is_refused() -> None:
     with pytest.raises(ValueError, match="The crop must be one of center"):
         PictureSettings(crop="middle")  # type: ignore[arg-type]
+
+
+def test_a_bad_file_can_be_left_out(tmp_path: Path) -> None:
+    add_picture(tmp_path, "good.png")
+    break_picture(add_picture(tmp_path, "bad.png"), "text")
+    dataset = read(tmp_path, on_bad_file="skip")
+    assert [Path(record.path).name for record in dataset.records] == ["good.png"]
+    (warning,) = dataset.warnings
+    assert warning.startswith(f"Left out: The picture {tmp_path / 'bad.png'} is damaged")
+
+
+def test_files_are_known_by_their_index(tmp_path: Path) -> None:
+    """Nothing of an unchanged file is read again: it may hold anything now."""
+    path, index = add_picture(tmp_path / "pictures", "one.png"), tmp_path / "index"
+    long_ago = path.stat().st_mtime_ns - 10_000_000_000
+    os.utime(path, ns=(long_ago, long_ago))
+    first = read(tmp_path / "pictures", index_folder=index)
+    path.write_bytes(b"x" * path.stat().st_size)
+    os.utime(path, ns=(long_ago, long_ago))
+    assert read(tmp_path / "pictures", index_folder=index) == first

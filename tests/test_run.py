@@ -379,10 +379,15 @@ def test_what_does_not_change_the_weights_does_not_change_the_run(change: dict) 
     assert dataclasses.replace(IDENTITY, **change).hash8() == IDENTITY.hash8()
 
 
-@pytest.mark.parametrize("field", ["caption", "key", "repeats"])
-def test_the_run_follows_what_is_in_the_latent_cache(tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"texts": (("another",),)}, {"keys": ("another",)}, {"repeats": 2}, {"dropout": 0.1}],
+    ids=["texts", "keys", "repeats", "dropout"],
+)
+def test_the_run_follows_what_is_in_the_latent_cache(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
     cache = training_data(tmp_path).latents
-    change = {field: 2 if field == "repeats" else "another"}
     entries = (dataclasses.replace(cache.entries[0], **change), *cache.entries[1:])
     changed = dataclasses.replace(cache, entries=entries)
     assert changed.fingerprint() != cache.fingerprint()

@@ -1,6 +1,6 @@
 """Pictures and captions as a description: what to train on, without any pixels.
 
-A dataset is checked completely when it is made; the caches turn it into tensors later.
+The caches turn it into tensors later.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from PIL import Image
 from .buckets import Resolution, Size, is_enlarged
 from .captions import CaptionSettings, caption_variants, listed, read_captions
 from .config import require
-from .pictures import Crop, Filter, Transform, decode, display_size
-
-PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from .pictures import Crop, Filter, Transform, decode
+from .scan import PICTURE_EXTENSIONS, ContentHashes, OnBadFile, OnProgress, scan_folder
 
 _SEED = 0
 """Of the orders of shuffled tags: they are encoded once, whatever the seed of a training."""
@@ -134,32 +133,45 @@ def image_folder(
     repeats: int = 1,
     pictures: PictureSettings = DEFAULT_PICTURES,
     captions: CaptionSettings = DEFAULT_CAPTIONS,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_bad_file: OnBadFile = "stop",
+    index_folder: Path | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Dataset:
     """The pictures of one folder, sorted by name, each with its captions.
 
-    Every picture is decoded once, so that a broken one is found here. Subfolders are not read.
-    `on_progress(done, total)` is called after each picture and may raise to stop.
+    Headers are read and bytes hashed here, once for each version of a file if `index_folder` is
+    given to remember them; pixels are decoded when they are encoded. Subfolders are not read.
+    `on_progress(done, total)` may raise to stop.
 
     Raises:
-        ValueError: the folder is missing or holds no pictures, a picture does not decode, or a
-            caption is missing or not UTF-8. The message names the file.
+        ValueError: the folder is missing or holds no pictures, a file is no picture, or a caption
+            is missing or not UTF-8. The message names the file. With `on_bad_file` "skip" files
+            that are no pictures are left out, and named in the warnings.
     """
     require(repeats >= 1, f"Repeats must be 1 or more, got {repeats}. 1 shows each picture once.")
-    files = picture_files(path)
-    written, warnings = read_captions(files, captions)
-    records = []
-    for file, some in zip(files, written, strict=True):
-        records.append(_record(file, some, captions, repeats))
-        if on_progress:
-            on_progress(len(records), len(files))
+    scan = scan_folder(path, index_folder, on_bad_file=on_bad_file, on_progress=on_progress)
+    _require_some(scan.pictures, scan.folder)
+    written, warnings = read_captions([Path(p.path) for p in scan.pictures], captions)
+    hashes = ContentHashes(index_folder / "contents.json" if index_folder else None)
+    contents = hashes.of_all(scan.pictures, on_progress).digests
+    records = (
+        Record(
+            path=picture.path,
+            texts=tuple(caption_variants(caption, captions, _SEED, content) for caption in some),
+            content=content,
+            width=picture.width,
+            height=picture.height,
+            repeats=repeats,
+        )
+        for picture, some, content in zip(scan.pictures, written, contents, strict=True)
+    )
     return Dataset(
         records=tuple(records),
         resolution=resolution,
-        name=Path(path).resolve().name,
+        name=Path(scan.folder).name,
         pictures=pictures,
         captions=captions,
-        told=tuple(warnings),
+        told=(*warnings, *(f"Left out: {sentence}" for _, sentence in scan.skipped)),
     )
 
 
@@ -175,13 +187,17 @@ def picture_files(folder: str | Path) -> list[Path]:
     visible = (path for path in folder.iterdir() if not path.name.startswith("."))
     found = [path for path in visible if path.suffix.lower() in PICTURE_EXTENSIONS]
     files = sorted((path for path in found if path.is_file()), key=lambda path: path.name)
+    _require_some(files, folder)
+    return files
+
+
+def _require_some(pictures: Sequence[object], folder: str | Path) -> None:
     kinds = ", ".join(extension[1:] for extension in PICTURE_EXTENSIONS)
     require(
-        bool(files),
+        bool(pictures),
         f"The folder {folder} holds no pictures ({kinds}). Put them directly into it: "
         "subfolders are not read.",
     )
-    return files
 
 
 def open_picture(record: Record) -> Image.Image:
@@ -196,23 +212,6 @@ def open_picture(record: Record) -> Image.Image:
         f"The picture {record.path} changed after the dataset was read. Queue the graph again.",
     )
     return decode(data, record.path)
-
-
-def _record(
-    picture: Path, captions: tuple[str, ...], settings: CaptionSettings, repeats: int
-) -> Record:
-    data = _read(picture)
-    width, height = display_size(decode(data, picture))
-    content = _digest(data)
-    texts = (caption_variants(caption, settings, _SEED, content) for caption in captions)
-    return Record(
-        path=str(picture),
-        texts=tuple(texts),
-        content=content,
-        width=width,
-        height=height,
-        repeats=repeats,
-    )
 
 
 def _read(path: Path) -> bytes:

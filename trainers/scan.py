@@ -169,9 +169,10 @@ class ContentHashes:
     `file` is our own, for all folders. Two processes may use it: each adds to it what it hashed.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None) -> None:
+        """Without a `file` nothing is remembered."""
         self._file = file
-        self._rows = _read_rows(file, _HASH)
+        self._rows = _read_rows(file, _HASH) if file else {}
         self._fresh: dict[str, list] = {}
 
     def of(self, path: str, num_bytes: int, mtime_ns: int) -> str:
@@ -217,7 +218,7 @@ class ContentHashes:
         Raises:
             ValueError: if the disk is full or refuses.
         """
-        if self._fresh:
+        if self._fresh and self._file:
             # Another process may have written meanwhile. What is lost when both write in the same
             # moment is hashed again.
             self._rows = _read_rows(self._file, _HASH) | self._fresh

@@ -29,10 +29,10 @@ def half_written(base: Path) -> list[Path]:
     return [path for path in (base / "output").rglob("*") if path.suffix in (".tmp", ".part")]
 
 
-def prompts_graph(folder: str) -> Graph:
+def cache_graph(folder: str, cache: str = "prompts") -> Graph:
     graph = train_graph(folder, sampling=False)
-    wanted = {name: graph[name] for name in ("nano", "data", "prompts")}
-    return {**wanted, "end": node("PreviewAny", source=["prompts", 0])}
+    wanted = {name: graph[name] for name in ("nano", "data", cache)}
+    return {**wanted, "end": node("PreviewAny", source=[cache, 0])}
 
 
 def refused(server: ComfyServer, graph: Graph, message: str) -> None:
@@ -98,7 +98,8 @@ def test_a_spoilt_dataset_is_one_sentence(
     write_pictures(folder)
     server.object_info()  # the browser has listed it
     spoil(folder)
-    refused(server, prompts_graph(folder.name), message)
+    # Pixels are decoded when they are encoded.
+    refused(server, cache_graph(folder.name, "latents" if spoil is cut else "prompts"), message)
 
 
 def test_a_clip_of_another_model_is_one_sentence(server: ComfyServer, base: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_clip_of_another_model_is_one_sentence(server: ComfyServer, base: Path
         {"text_model.encoder.layers.0.mlp.fc1.weight": weight},
         base / "models" / "text_encoders" / "only_clip_l.safetensors",
     )
-    graph = prompts_graph("circles")
+    graph = cache_graph("circles")
     graph["clip"] = node("CLIPLoader", clip_name="only_clip_l.safetensors", type="stable_diffusion")
     graph["prompts"]["inputs"]["clip"] = ["clip", 0]
     message = r"This CLIP is not FLUX's, .*\. Load both with Load Quantized Text Encoders, or"

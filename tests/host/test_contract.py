@@ -39,6 +39,7 @@ FROZEN = {
             *("folder COMBO", "width INT", "height INT", "mode COMBO", "repeats INT"),
             *("trigger STRING", "missing_captions COMBO"),
             *("captions? ATELIER_CAPTION_SETTINGS", "pictures? ATELIER_PICTURE_SETTINGS"),
+            "on_bad_file? COMBO",
         ],
         ["dataset ATELIER_DATASET"],
     ),
