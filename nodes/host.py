@@ -179,8 +179,11 @@ def offload_device() -> torch.device:
 def free_memory() -> int:
     """Bytes of the compute device that are free, or held by models that ComfyUI can evict."""
     management, device = comfy.model_management, compute_device()
-    loaded = [entry for entry in management.current_loaded_models if entry.model is not None]
-    evictable = 0 if device.type == "cpu" else sum(e.model_loaded_memory() for e in loaded)
+    evictable = sum(
+        entry.model_loaded_memory()
+        for entry in management.current_loaded_models
+        if entry.model is not None and entry.device == device and device.type != "cpu"
+    )
     return management.get_free_memory(device) + evictable
 
 

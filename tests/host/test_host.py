@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import comfy.model_management
+import comfy.model_patcher
 import folder_paths
 import pytest
 import torch
@@ -74,3 +76,26 @@ def test_training_mode_leaves_inference_mode() -> None:
         weight = torch.ones(1, requires_grad=True)
         (weight * 2).backward()
     assert weight.grad is not None
+
+
+def free_memory(device: torch.device, torch_free_too: bool = False) -> int | tuple[int, int]:
+    """In place of ComfyUI's question to a driver that is not there."""
+    return (10**10, 0) if torch_free_too else 10**10
+
+
+def test_only_models_on_the_compute_device_count_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meta` stands for a GPU: ComfyUI moves a network there, whose bytes it could evict."""
+    gpu, cpu = torch.device("meta"), torch.device("cpu")
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free_memory)
+    monkeypatch.setattr(host, "compute_device", lambda: gpu)
+    patchers = [
+        comfy.model_patcher.ModelPatcher(torch.nn.Linear(width, 100, bias=False), device, cpu)
+        for width, device in ((1000, gpu), (3000, cpu))  # a network, and text encoders on the CPU
+    ]
+    try:
+        for patcher in patchers:
+            comfy.model_management.load_models_gpu([patcher])
+        assert [patcher.loaded_size() for patcher in patchers] == [400_000, 1_200_000]
+        assert host.free_memory() == 10**10 + 400_000
+    finally:
+        comfy.model_management.current_loaded_models.clear()
