@@ -77,7 +77,7 @@ PATCHES: dict[str, Callable[[Any], Any]] = {
     ),
     "calc_cond_batch": lambda model: model.set_model_sampler_calc_cond_batch_function(scaled_batch),
     "denoise_mask": lambda model: model.set_model_denoise_mask_function(
-        lambda sigma, mask, extra_options: mask * (sigma > 0.5)
+        lambda sigma, mask, extra_options: 0.5 * mask
     ),
     "post_input": lambda model: model.set_model_post_input_patch(
         lambda args: {**args, "img": args["img"].flip(-1)}
