@@ -213,8 +213,9 @@ def build_model(loaded: LoadedFlux, compute_dtype: torch.dtype) -> StorePatcher:
 
 
 def _model_class(config: FluxConfig):
-    if config.in_channels > 4 * LATENT_CHANNELS:
-        return comfy.supported_models.FluxInpaint
+    inpaint = comfy.supported_models.FluxInpaint
+    if config.in_channels == 4 * inpaint.unet_config["in_channels"]:  # Canny and Depth have fewer
+        return inpaint
     return comfy.supported_models.Flux if config.guidance else comfy.supported_models.FluxSchnell
 
 

@@ -20,7 +20,7 @@ from atelier.trainers.memory import estimate_training
 from dense import dense_transformer, stored_tensors
 from flux_files import write_flux
 from frozen_loras import frozen_loras, merged
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training import CONTEXT, VECTOR, training_data
 
@@ -240,6 +240,21 @@ def test_a_job_file_without_its_loras_is_refused(
     _, run = trained(tmp_path, load(flux_file), data, num_steps=1)
     (run.folder / "frozen_loras.safetensors").unlink()
     with pytest.raises(ValueError, match=r"frozen_loras\.safetensors' cannot be read"):
+        read_job(run.folder / "job.json")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{}, {"loras": "[{"}, {"loras": "3"}, {"loras": '[{"name": "txt_in"}]'}, {"loras": "[[]]"}],
+    ids=str,
+)
+def test_another_file_in_their_place_is_one_sentence_that_names_it(
+    flux_file: Path, data: TrainingData, tmp_path: Path, metadata: dict[str, str]
+) -> None:
+    _, run = trained(tmp_path, load(flux_file), data, num_steps=1)
+    other = {"0.down": torch.zeros(4, 128), "0.up": torch.zeros(256, 4)}
+    save_file(other, run.folder / "frozen_loras.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"^'frozen_loras\.safetensors' does not hold the LoRAs "):
         read_job(run.folder / "job.json")
 
 

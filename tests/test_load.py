@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +152,37 @@ def test_fp8_scales_are_multiplied_in(tmp_path: Path, tensors: Tensors, end: str
     assert found.content_hash() == store_of(original(tmp_path, expected)).content_hash()
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (256,), (256, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float32], ids=str)
+def test_scales_of_rows_are_multiplied_along_rows(
+    tmp_path: Path, tensors: Tensors, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """On a square matrix, where the other way would go unseen."""
+    name = "double_blocks.0.img_attn.proj.weight"
+    assert tensors[name].shape == (256, 256)
+    weight = tensors[name].to(dtype)
+    scale = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    rows = scale.numpy().reshape(-1, 1)
+    expected = torch.from_numpy(weight.float().numpy() * rows).to(torch.bfloat16)
+    scaled = {**tensors, name: weight, f"{name.removesuffix('weight')}scale_weight": scale}
+    store = store_of(original(tmp_path, scaled))
+    assert torch.equal(store.packed[name].data, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 256), (128,), (256, 2), (256, 256)], ids=str)
+def test_scales_of_anything_else_are_one_sentence(
+    tmp_path: Path, tensors: Tensors, shape: tuple[int, ...]
+) -> None:
+    name = "double_blocks.0.img_attn.proj."
+    path = original(tmp_path, {**tensors, f"{name}weight_scale": torch.ones(shape)})
+    sentence = (
+        f"The scale '{name}weight_scale' in 'flux.safetensors' has the shape {list(shape)}, and "
+        "its weight [256, 256]. Use a file whose scales are one number"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        store_of(path)
+
+
 def test_reading_one_tensor_does_not_change_another(tmp_path: Path, tensors: Tensors) -> None:
     """All are read through one buffer."""
     path = original(tmp_path, tensors)
@@ -218,6 +250,45 @@ def stable_diffusion(folder: Path, tensors: Tensors) -> Path:
     return save(folder / "sd15.safetensors", {name: torch.zeros(320, 4, 3, 3)})
 
 
+def sdxl(folder: Path, tensors: Tensors) -> Path:
+    """As sd_xl_base_1.0.safetensors."""
+    shapes = {
+        "conditioner.embedders.1.model.ln_final.weight": (1280,),
+        "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3),
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
+        "model.diffusion_model.time_embed.0.weight": (1280, 320),
+    }
+    named = {name: torch.zeros(shape).half() for name, shape in shapes.items()}
+    return save(folder / "sd_xl_base_1.0.safetensors", named)
+
+
+def sd3(folder: Path, tensors: Tensors) -> Path:
+    """As sd3_medium.safetensors."""
+    shapes = {
+        "model.diffusion_model.context_embedder.weight": (1536, 4096),
+        "model.diffusion_model.final_layer.linear.weight": (64, 1536),
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.bias": (4608,),
+        "model.diffusion_model.pos_embed": (1, 36864, 1536),
+        "model.diffusion_model.x_embedder.proj.weight": (1536, 16, 2, 2),
+    }
+    named = {name: torch.zeros(shape, dtype=torch.float8_e4m3fn) for name, shape in shapes.items()}
+    return save(folder / "sd3_medium.safetensors", named)
+
+
+def diffusers_sd3(folder: Path, tensors: Tensors) -> Path:
+    """A diffusers folder, whose names are near those of FLUX.1."""
+    shapes = {
+        "context_embedder.weight": (1536, 4096),
+        "pos_embed.proj.weight": (1536, 16, 2, 2),
+        "time_text_embed.text_embedder.linear_1.weight": (1536, 2048),
+        "transformer_blocks.0.attn.to_q.weight": (1536, 1536),
+    }
+    named = {name: torch.zeros(shape).half() for name, shape in shapes.items()}
+    save(folder / "transformer" / "diffusion_pytorch_model.safetensors", named)
+    return folder
+
+
 def flux_2(folder: Path, tensors: Tensors) -> Path:
     names = ("double_stream_modulation_img.lin.weight", "img_in.weight", "txt_in.weight")
     return save(folder / "flux2.safetensors", {name: torch.zeros(8, 8) for name in names})
@@ -282,6 +353,9 @@ BAD_FILES: dict[Callable, str] = {
     a_header_that_is_no_table: r"^'flux.safetensors' is not a whole safetensors file\. ",
     without_a_whole_index: r"^The index '.*index.json' is damaged: download it again\.$",
     stable_diffusion: r"^'sd15.safetensors' is not a FLUX.1 model: .*Choose a FLUX.1 file",
+    sdxl: r"^'sd_xl_base_1.0.safetensors' is not a FLUX.1 model: .*Choose a FLUX.1 file",
+    sd3: r"^'sd3_medium.safetensors' is not a FLUX.1 model: .*Choose a FLUX.1 file",
+    diffusers_sd3: r"^'.*' is not a FLUX.1 model: .*Choose a FLUX.1 file",
     flux_2: r"^'flux2.safetensors' is a FLUX.2 model, .* Choose a FLUX.1 file",
     lora_file: r"^'lora.safetensors' is not a FLUX.1 model: ",
     without_a_tensor: r"is an incomplete FLUX.1 model: 'single_blocks.1.linear2.bias' is missing\.",

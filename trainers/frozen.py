@@ -85,7 +85,13 @@ def load_frozen(path: Path) -> tuple[FrozenLora, ...]:
         ValueError: if the file is missing or damaged.
     """
     tensors, metadata = read_safetensors(path)
-    return tuple(
-        FrozenLora(**place, down=tensors[f"{number}.down"], up=tensors[f"{number}.up"])
-        for number, place in enumerate(json.loads(metadata["loras"]))
-    )
+    try:
+        return tuple(
+            FrozenLora(**place, down=tensors[f"{number}.down"], up=tensors[f"{number}.up"])
+            for number, place in enumerate(json.loads(metadata["loras"]))
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"'{path.name}' does not hold the LoRAs of a run's MODEL: {error!r}. Copy the file "
+            "of this name out of the run again, or start a new run."
+        ) from error

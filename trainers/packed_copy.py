@@ -81,22 +81,28 @@ class PackedCopies:
         """The store that was written under `key`, on `device`, or None.
 
         A copy of another source or version, or one with any byte changed, is removed.
+
+        Raises:
+            ValueError: if the copy is sound, but its numbers do not exist on `device`.
         """
-        return self._read(key, device, on_progress, blocks_stay=False)
+        store = self._read(key, on_progress, blocks_stay=False)
+        if store is not None:
+            _place(store, device)
+        return store
 
     def read_without_blocks(self, key: CopyKey, on_progress: OnProgress) -> WeightStore | None:
         """As `read`, but the matrices of blocks stay in the file and are read when they are used.
         It is read once all the same, to know that it is whole."""
-        return self._read(key, torch.device("cpu"), on_progress, blocks_stay=True)
+        return self._read(key, on_progress, blocks_stay=True)
 
     def _read(
-        self, key: CopyKey, device: torch.device, on_progress: OnProgress, *, blocks_stay: bool
+        self, key: CopyKey, on_progress: OnProgress, *, blocks_stay: bool
     ) -> WeightStore | None:
         path = self.folder / key.name
         if not path.is_file():
             return None
         try:
-            return _read(path, key, device, on_progress, blocks_stay=blocks_stay)
+            return _read(path, key, on_progress, blocks_stay=blocks_stay)
         except OSError as error:  # the file may be sound: too many open files, a lost network drive
             logger.warning(f"Cannot read the quantized copy {path}: {error.strerror}.")
         except (ValueError, LookupError, TypeError, AttributeError):  # a header may hold anything
@@ -159,10 +165,20 @@ class BlockInCopy:
             ) from error
 
 
-def _read(
-    path: Path, key: CopyKey, device: torch.device, on_progress: OnProgress, *, blocks_stay: bool
-) -> WeightStore:
-    """Raises ValueError, or what a header with wrong values leads to, if the copy is of no use."""
+def _place(store: WeightStore, device: torch.device) -> None:
+    try:
+        store.place(device)
+    except TypeError as error:
+        raise ValueError(
+            f"The device '{device.type}' has no fp8 numbers. Load the model as int8."
+        ) from error
+
+
+def _read(path: Path, key: CopyKey, on_progress: OnProgress, *, blocks_stay: bool) -> WeightStore:
+    """The store, on the CPU, so that what a device cannot hold is no fault of the copy.
+
+    Raises ValueError, or what a header with wrong values leads to, if the copy is of no use.
+    """
     entries, header = read_header(path)
     record = json.loads(header.pop("__metadata__")[_MARK])
     content, weights = record.pop("content"), record["weights"]
@@ -184,7 +200,7 @@ def _read(
             if name in staying:
                 tensors[name] = torch.zeros_like(data[:1]).expand(entry.shape)
             else:
-                tensors[name] = data.view(entry.shape).to(device)
+                tensors[name] = data.view(entry.shape)
             on_progress(done + 1, len(entries))
     if digest.hexdigest() != content:
         raise ValueError("damaged")

@@ -78,7 +78,11 @@ class TensorFiles:
         return name in self._entries
 
     def read(self, name: str, device: torch.device) -> Tensor:
-        """A fresh bf16 tensor on `device`: fp8 multiplied by its scale, 4 bits dequantized."""
+        """A fresh bf16 tensor on `device`: fp8 multiplied by its scale, 4 bits dequantized.
+
+        Raises:
+            ValueError: if it is of another type, or has a scale of another shape.
+        """
         if name in self._four_bit:
             data, state = self._read_four_bit(name, device)
             return dequantize(data, state).to(torch.bfloat16)
@@ -88,9 +92,21 @@ class TensorFiles:
         for end in _SCALE_NAMES:
             scale_name = name.removesuffix("weight") + end
             if scale_name in self._entries:
-                raw = raw.float()  # a copy: the buffer is used again
-                raw = raw * self._view(scale_name).float()
+                raw = raw.to(torch.float32, copy=True)  # the buffer is used again
+                raw *= self._scale(scale_name, raw.shape)
         return raw.to(device=device, dtype=torch.bfloat16, copy=True)
+
+    def _scale(self, name: str, shape: torch.Size) -> Tensor:
+        """The factor of a `weight` of this shape, or one for each of its rows."""
+        scale = self._view(name).float()
+        rows = (shape[0],)
+        if scale.numel() != 1 and scale.shape not in (rows, (*rows, 1)):
+            raise ValueError(
+                f"The scale '{name}' in '{self._entries[name].path.name}' has the shape "
+                f"{list(scale.shape)}, and its weight {list(shape)}. Use a file whose scales are "
+                "one number for each weight, or one for each of its rows."
+            )
+        return scale.view(-1, *[1] * (len(shape) - 1))
 
     def packed_format(self, name: str) -> str | None:
         """The format of the store in which the file already holds a matrix, if it does."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import comfy.cli_args
 import comfy.model_management
+import comfy.samplers
 import comfy.utils
 import executor
 import folder_paths
@@ -35,7 +36,7 @@ STEPS = 2
 CPU = torch.device("cpu")
 EXTRAS = [
     *("custom_sampler", "edit_model", "flux", "hooks"),
-    *("lora_extract", "model_advanced", "model_merging", "torch_compile"),
+    *("lora_extract", "model_advanced", "model_merging", "perpneg", "torch_compile"),
 ]
 
 
@@ -47,6 +48,16 @@ def reversed_block(kind: str) -> Callable[[Any], Any]:
         return {**out, "img": out["img"].flip(-1)}
 
     return lambda model: model.set_model_patch_replace(replace, "dit", kind, 0)
+
+
+def scaled_batch(args: dict) -> list[Tensor]:
+    """As the core computes the prompts of a step, each a little less."""
+    names = ("model", "conds", "input", "sigma", "model_options")
+    return [0.9 * out for out in comfy.samplers.calc_cond_batch(*(args[name] for name in names))]
+
+
+def reversed_values(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> dict[str, Tensor]:
+    return {"q": q, "k": k, "v": v.flip(-1)}
 
 
 PATCHES: dict[str, Callable[[Any], Any]] = {
@@ -61,7 +72,32 @@ PATCHES: dict[str, Callable[[Any], Any]] = {
     ),
     "double_block": reversed_block("double_block"),
     "single_block": reversed_block("single_block"),
+    "pre_cfg": lambda model: model.set_model_sampler_pre_cfg_function(
+        lambda args: [args["conds_out"][0], 0.5 * args["conds_out"][1]]
+    ),
+    "calc_cond_batch": lambda model: model.set_model_sampler_calc_cond_batch_function(scaled_batch),
+    "denoise_mask": lambda model: model.set_model_denoise_mask_function(
+        lambda sigma, mask, extra_options: 0.5 * mask
+    ),
+    "post_input": lambda model: model.set_model_post_input_patch(
+        lambda args: {**args, "img": args["img"].flip(-1)}
+    ),
+    "rope": lambda model: model.set_model_rope_options(
+        scale_x=1.5, shift_x=1.0, scale_y=0.5, shift_y=2.0, scale_t=1.0, shift_t=3.0
+    ),
+    "attn1": lambda model: model.set_model_attn1_patch(reversed_values),
+    "attn1_output": lambda model: model.set_model_attn1_output_patch(
+        lambda out, extra_options: out.flip(-1)
+    ),
+    "attn2": lambda model: model.set_model_attn2_patch(reversed_values),
+    "every_double_block": lambda model: model.set_model_double_block_patch(
+        lambda args: {**args, "img": args["img"].flip(-1)}
+    ),
 }
+ASKED_FOR_BY_SOME = {
+    f"patch {name}" for name in ("attn1", "attn1_output", "attn2", "every_double_block")
+}
+"""Patches that the FLUX of some versions does not look for, nor of 0.3.75 any of these."""
 
 
 class Patch:
@@ -127,8 +163,9 @@ def with_guider(**guider: Any) -> Graph:
     }
 
 
-GRAPHS: dict[str, Graph] = {
-    "ksampler": {},
+MASKED: Graph = {"masked": node("SetLatentNoiseMask", samples=["reference", 0], mask=["mask", 0])}
+
+GUIDERS: dict[str, Graph] = {
     "basic guider": with_guider(
         class_type="BasicGuider", model=["model", 0], conditioning=["positive", 0]
     ),
@@ -139,6 +176,43 @@ GRAPHS: dict[str, Graph] = {
         negative=["negative", 0],
         cfg=3.0,
     ),
+    **{
+        f"dual cfg guider, {style}": with_guider(
+            class_type="DualCFGGuider",
+            model=["model", 0],
+            cond1=["positive", 0],
+            cond2=["third", 0],
+            negative=["negative", 0],
+            cfg_conds=2.0,
+            cfg_cond2_negative=3.0,
+            style=style,
+        )
+        for style in ("regular", "nested")
+    },
+    "perp-neg guider": with_guider(
+        class_type="PerpNegGuider",
+        model=["model", 0],
+        positive=["positive", 0],
+        negative=["negative", 0],
+        empty_conditioning=["third", 0],
+        cfg=3.0,
+        neg_scale=0.8,
+    ),
+    "dual model guider": with_guider(
+        class_type="DualModelGuider",
+        model=["model", 0],
+        model_negative=["other model", 0],
+        positive=["positive", 0],
+        negative=["negative", 0],
+        cfg=3.0,
+    ),
+}
+GUIDERS_SINCE_2026 = {"DualModelGuider"}
+GUIDERS_OF_OTHER_MODELS = {"LTXVDualCFGGuider"}
+
+GRAPHS: dict[str, Graph] = {
+    "ksampler": {},
+    **GUIDERS,
     "flux guidance": {
         "told": node("FluxGuidance", conditioning=["positive", 0], guidance=1.5),
     },
@@ -166,8 +240,16 @@ GRAPHS: dict[str, Graph] = {
         "patched": lora("second", "lokr", 0.5),
     },
     **{
-        f"patch {name}": {"patched": node("Patch", model=["model", 0], name=name)}
+        f"patch {name}": {
+            "patched": node("Patch", model=["model", 0], name=name),
+            **(MASKED if name == "denoise_mask" else {}),
+        }
         for name in PATCHES
+    },
+    "patch perp-neg": {
+        "patched": node(
+            "PerpNeg", model=["model", 0], empty_conditioning=["third", 0], neg_scale=0.8
+        )
     },
     "reference latents": {
         "told": node("ReferenceLatent", conditioning=["positive", 0], latent=["reference", 0])
@@ -201,14 +283,14 @@ GRAPHS: dict[str, Graph] = {
 
 def whole(graph: Graph) -> Graph:
     """The graph with its loaders, its sampler and the node that keeps the latents."""
-    given = ("model", "other model", "positive", "negative", "empty", "no clip")
-    given += ("reference", "controlnet", "image")
+    given = ("model", "other model", "positive", "negative", "third", "empty", "no clip")
+    given += ("reference", "controlnet", "image", "mask")
     sampler = node(
         "KSampler",
         model=["patched" if "patched" in graph else "model", 0],
         positive=["told" if "told" in graph else "positive", 0],
         negative=["negative", 0],
-        latent_image=["empty", 0],
+        latent_image=["masked" if "masked" in graph else "empty", 0],
         seed=5,
         steps=STEPS,
         cfg=2.0,
@@ -274,6 +356,9 @@ def comfyui(tmp_path: Path, loras: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     values["reference"] = {"samples": torch.randn(1, 16, 8, 6, generator=generator)}
     values["image"] = torch.rand(1, 64, 64, 3, generator=generator)
     values["controlnet"] = core_controlnet()
+    values["third"] = prompt()
+    values["mask"] = torch.zeros(1, 64, 64)
+    values["mask"][:, 16:, :40] = 1.0
     monkeypatch.setattr(Give, "values", values)
 
 
@@ -294,17 +379,101 @@ def bytes_stay(ours: tuple[StorePatcher, StorePatcher]) -> Iterator[None]:
     assert [model.store.content_hash() for model in ours] == before
 
 
+def skip_if_unknown(graph: Graph) -> None:
+    """Newer hosts have guiders that older ones lack."""
+    import nodes
+
+    new = {entry["class_type"] for entry in graph.values()} & GUIDERS_SINCE_2026
+    if not new <= nodes.NODE_CLASS_MAPPINGS.keys():
+        pytest.skip(f"this ComfyUI has no {new}")
+
+
 @pytest.mark.usefixtures("bytes_stay")
 @pytest.mark.parametrize("name", list(GRAPHS))
 def test_a_graph_gives_what_it_gives_on_the_cores_model(
     ours: tuple[StorePatcher, StorePatcher], cores: tuple[Any, Any], name: str
 ) -> None:
+    skip_if_unknown(GRAPHS[name])
     result = run(GRAPHS[name], ours)
     assert relative_difference(result, run(GRAPHS[name], cores)) <= 1e-4
     plain = run({}, ours)
-    if name != "ksampler":
+    if name != "ksampler" and name not in ASKED_FOR_BY_SOME and "masked" not in GRAPHS[name]:
         assert relative_difference(result, plain) > 1e-3
     assert relative_difference(plain, run({}, cores)) <= 1e-4  # nothing stayed on
+
+
+def test_every_guider_of_the_host_is_among_the_graphs() -> None:
+    import nodes
+
+    extras = Path(nodes.__file__).parent / "comfy_extras"
+    for file in extras.glob("nodes_*.py"):
+        if "Guider.Output(" in file.read_text(encoding="utf-8"):
+            assert asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
+    found = {
+        name
+        for name, kind in nodes.NODE_CLASS_MAPPINGS.items()
+        if "GUIDER" in getattr(kind, "RETURN_TYPES", ())
+    }
+    tried = {graph["guider"]["class_type"] for graph in GUIDERS.values()}
+    assert {"BasicGuider", "CFGGuider"} < found
+    assert found - GUIDERS_OF_OTHER_MODELS == tried - (GUIDERS_SINCE_2026 - found)
+
+
+@pytest.mark.usefixtures("bytes_stay")
+def test_a_masked_latent_and_a_patch_of_its_mask(ours: tuple[StorePatcher, StorePatcher]) -> None:
+    """That the patch counts, which is compared with the core among the graphs."""
+    patched = run(GRAPHS["patch denoise_mask"], ours)
+    assert relative_difference(patched, run(MASKED, ours)) > 1e-3
+
+
+KINDS_OF_FLUX: dict[str, tuple[str, dict[str, int | bool]]] = {
+    "dev": ("Flux", {}),
+    "schnell": ("FluxSchnell", {"guidance": False}),
+    "Fill": ("FluxInpaint", {"channels": 384}),
+    "Canny and Depth": ("Flux", {"channels": 128}),
+}
+"""The host's class, and the sizes of a small file of that kind."""
+INPAINT: Graph = {
+    "vae": node("Give", name="vae"),
+    "inpaint": node(
+        "InpaintModelConditioning",
+        positive=["positive", 0],
+        negative=["negative", 0],
+        vae=["vae", 0],
+        pixels=["image", 0],
+        mask=["mask", 0],
+        noise_mask=True,
+    ),
+}
+IN_INPAINT = {
+    "positive": ["inpaint", 0],
+    "negative": ["inpaint", 1],
+    "latent_image": ["inpaint", 2],
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS_OF_FLUX))
+def test_every_kind_of_flux_has_the_cores_class_and_gives_what_it_gives(
+    tmp_path: Path, kind: str
+) -> None:
+    class_name, sizes = KINDS_OF_FLUX[kind]
+    file = write_flux(tmp_path / "flux.safetensors", **sizes)
+    model = build_model(load_flux(file, format=FORMAT), torch.float32)
+    core = core_model(FORMAT, **sizes)
+    assert type(model.model.model_config).__name__ == class_name
+    assert type(model.model.model_config) is type(core.model.model_config)
+    assert model.model.model_type == core.model.model_type
+    graph: Graph = {}
+    if "channels" in sizes:
+        Give.values["vae"] = executor.nano_vae()
+        sampler = whole({})["out"]
+        graph = {**INPAINT, "out": {**sampler, "inputs": {**sampler["inputs"], **IN_INPAINT}}}
+    result = run(graph, (model, None))
+    executor.forget_networks()
+    assert relative_difference(result, run(graph, (core, None))) <= 1e-4
+    if graph:
+        assert relative_difference(result, run({}, (model, None))) > 1e-3
+    comfy.model_management.unload_all_models()
 
 
 @pytest.fixture(scope="module")
@@ -435,6 +604,37 @@ def test_a_model_that_was_unloaded_samples_again(ours: tuple[StorePatcher, Store
     first = run(graph, ours)
     comfy.model_management.unload_all_models()
     assert torch.equal(run(graph, ours), first)
+
+
+@pytest.mark.usefixtures("bytes_stay")
+@pytest.mark.parametrize("kind", ["ours", "streamed"])
+@pytest.mark.parametrize("name", ["lora lokr", "lora hook on one prompt", "patch double_block"])
+def test_a_cancelled_sampling_leaves_nothing_on_the_model(
+    ours: tuple[StorePatcher, ...],
+    streamed: tuple[StorePatcher, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    name: str,
+) -> None:
+    """Cancel comes after a step, as in ComfyUI's own hook of the progress, and inside of one."""
+    models = {"ours": ours, "streamed": streamed}[kind]
+    whole_picture, plain = run(GRAPHS[name], models), run({}, models)
+
+    def cancel(*_: Any, **__: Any) -> None:
+        comfy.model_management.interrupt_current_processing()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    block = models[0].model.diffusion_model.single_blocks[0]
+    for inside in (False, True):
+        with monkeypatch.context() as patched:
+            if inside:
+                patched.setattr(block, "forward", cancel)
+            else:
+                patched.setattr(comfy.utils, "PROGRESS_BAR_HOOK", cancel)
+            with pytest.raises(RuntimeError, match="execution_interrupted"):
+                run(GRAPHS[name], models)
+        assert torch.equal(run({}, models), plain)
+        assert torch.equal(run(GRAPHS[name], models), whole_picture)
 
 
 def written(folder: Path) -> dict[str, Tensor]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 import comfy.controlnet
+import comfy.model_detection
 import comfy.model_patcher
 import comfy.ops
-import comfy.supported_models
 import torch
 from comfy.ldm.flux.controlnet import ControlNetFlux
 from comfy.ldm.flux.model import FluxParams
@@ -19,15 +19,16 @@ from flux_files import flux_tensors
 from torch import Tensor
 
 
-def core_model(format: str, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """`flux_files.flux_tensors(seed)` as a store in `format` holds them, in float32."""
-    return core_model_of(stored_tensors(format, seed=seed))
+def core_model(format: str, seed: int = 0, **sizes: int | bool) -> comfy.model_patcher.ModelPatcher:
+    """`flux_files.flux_tensors(seed, …)` as a store in `format` holds them, in float32."""
+    return core_model_of(stored_tensors(format, seed=seed, **sizes))
 
 
 def core_model_of(tensors: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """A FLUX of any size from float32 tensors under the original names."""
+    """A FLUX of any size from float32 tensors under the original names, of the class that the core
+    finds for it."""
     with torch.inference_mode(False):
-        config = comfy.supported_models.Flux(_sizes(tensors))
+        config = comfy.model_detection.model_config_from_unet_config(_sizes(tensors))
         config.set_inference_dtype(torch.float32, None)
         model = config.get_model({}, device=torch.device("cpu"))
         model.load_model_weights(dict(tensors))
@@ -53,7 +54,7 @@ def _sizes(tensors: dict[str, Tensor]) -> dict:
     width = tensors["img_in.weight"].shape[0]
     sizes = {
         "image_model": "flux",
-        "in_channels": 16,
+        "in_channels": tensors["img_in.weight"].shape[1] // 4,
         "out_channels": 16,
         "vec_in_dim": tensors["vector_in.in_layer.weight"].shape[1],
         "context_in_dim": tensors["txt_in.weight"].shape[1],
@@ -66,7 +67,7 @@ def _sizes(tensors: dict[str, Tensor]) -> dict:
         "theta": 10000,
         "patch_size": 2,
         "qkv_bias": True,
-        "guidance_embed": True,
+        "guidance_embed": "guidance_in.in_layer.weight" in tensors,
     }
     newer = {"txt_ids_dims": []}  # since FLUX.2
     known = {field.name for field in dataclasses.fields(FluxParams)}
