@@ -15,6 +15,7 @@ from torch import Tensor
 from ..trainers import loop
 from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings, TrainSettings
+from ..trainers.devices import describe_device
 from ..trainers.files import write_atomically
 from ..trainers.load import BaseFlux
 from ..trainers.preflight import Plan, require_fits
@@ -156,11 +157,14 @@ class Session:
     def _plan(self) -> Plan:
         device = host.compute_device()
         workload = loop.workload(self._job, self._base, self._data, device)
-        other_copy = self._model.model_size() if is_paged(self._model) else 0
-        return replace(Plan.of(self._base, workload, device), other_copy=other_copy)
+        plan = Plan.of(self._base, workload, device)
+        if not is_paged(self._model):
+            return plan
+        return replace(plan, other_copy=self._model.model_size(), is_from_core=True)
 
     def _check_memory(self) -> None:
-        self._forecast = require_fits(self._plan(), host.free_memory())
+        plan = self._plan()
+        self._forecast = [*require_fits(plan, host.free_memory()), describe_device(plan.device)]
 
     def _on_start(self, step: int, num_steps: int) -> None:
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]

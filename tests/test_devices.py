@@ -1,5 +1,7 @@
 """What a device is said to do; none but the CPU is needed to ask."""
 
+import sys
+
 import pytest
 import torch
 from atelier.trainers.devices import describe_device, require_trainable_on
@@ -28,3 +30,12 @@ def test_apples_gpus_are_refused_for_training() -> None:
     require_trainable_on(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"Start ComfyUI with --cpu"):
         require_trainable_on(torch.device("mps"))
+
+
+def test_without_bitsandbytes_it_is_said_what_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_it = describe_device(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    sentence, missing = describe_device(torch.device("cpu")).splitlines()
+    assert sentence == with_it
+    assert missing.startswith("The package bitsandbytes is missing here, ")
+    assert "every format but nf4 and fp4" in missing

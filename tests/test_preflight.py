@@ -1,6 +1,8 @@
 """What is said of a training before it starts: whether it fits, and what would."""
 
 import dataclasses
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ WORKLOAD = Workload(
 )
 
 
-def plan(device: str = "cuda", streaming: str = "auto", **workload: int) -> Plan:
+def plan(device: str = "cuda", streaming: str = "auto", **workload: Any) -> Plan:
     return Plan(
         config=CONFIG,
         format="bf16",
@@ -36,9 +38,9 @@ def plan(device: str = "cuda", streaming: str = "auto", **workload: int) -> Plan
     )
 
 
-def beside_weights(**workload: int) -> int:
+def beside_weights(format: str = "bf16", **workload: Any) -> int:
     changed = dataclasses.replace(WORKLOAD, **workload)
-    return estimate_training(CONFIG, "bf16", changed).beside_weights
+    return estimate_training(CONFIG, format, changed).beside_weights
 
 
 def test_the_hosts_own_copy_is_counted_too() -> None:
@@ -110,14 +112,46 @@ def test_weights_that_the_host_keeps_wider_count_as_they_are() -> None:
         ("activations_in_ram", {"activations_in_ram": True}),
         ("a batch size of 1", {"batch_size": 1}),
         ("pictures of 128x96", {"width": 128, "height": 96}),
+        ("a rank of 4", {"lora": LoraSettings(rank=4, targets="all+ffs")}),
+        ("the targets qlora", {"lora": LoraSettings(rank=64)}),
     ],
-    ids=["checkpointing", "activations", "batch", "pictures"],
+    ids=["checkpointing", "activations", "batch", "pictures", "rank", "targets"],
 )
-def test_what_does_not_fit_is_answered_by_what_does(words: str, change: dict[str, int]) -> None:
-    enough = streamed_bytes(CONFIG, "bf16") + beside_weights(**change)
+def test_what_does_not_fit_is_answered_by_what_does(words: str, change: dict[str, Any]) -> None:
+    wide = plan(lora=LoraSettings(rank=64, targets="all+ffs"))
+    enough = streamed_bytes(CONFIG, "bf16") + beside_weights(
+        **{"lora": wide.workload.lora, **change}
+    )
     said = f"With {words} {enough / 1e9:.2f} GB are enough."
-    assert said in describe(plan(), enough)
-    assert said not in describe(plan(), enough - 1)
+    assert said in describe(wide, enough)
+    assert said not in describe(wide, enough - 1)
+
+
+def test_what_the_recipe_has_already_is_not_proposed() -> None:
+    lines = "\n".join(describe(plan(lora=LoraSettings()), plan().least_bytes // 2))
+    assert "rank" not in lines
+    assert "targets" not in lines
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4", "int2"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_most_exact_format_that_fits_is_named(device: str, format: str) -> None:
+    """With `off` and on a CPU, it is the weights that are too large."""
+    enough = store_bytes(CONFIG, format) + beside_weights(format)
+    said = f"With format {format} of Load Quantized FLUX {enough / 1e9:.2f} GB are enough."
+    for free, is_said in ((enough, True), (enough - 1, False)):
+        lines = describe(plan(device, "off"), free)
+        assert (said in lines) == is_said
+        assert sum("With format " in line for line in lines) == (1 if format != "int2" else is_said)
+
+
+def test_a_model_of_a_core_loader_is_told_no_setting_that_it_lacks() -> None:
+    core = dataclasses.replace(plan("cpu"), is_from_core=True)
+    enough = store_bytes(CONFIG, "nf4") + beside_weights("nf4")
+    lines = describe(core, enough)
+    said = f"Loaded by Load Quantized FLUX in the format nf4, {enough / 1e9:.2f} GB are enough."
+    assert said in lines
+    assert not any("block_streaming" in line or "With format" in line for line in lines)
 
 
 def test_where_no_single_change_is_enough_several_are_named() -> None:
@@ -136,3 +170,11 @@ def test_where_no_single_change_is_enough_several_are_named() -> None:
 )
 def test_auto_takes_the_most_exact_that_fits(file: FluxFile, share: float, chosen: str) -> None:
     assert choose_format(file, int(share * store_bytes(CONFIG, "bf16"))) == chosen
+
+
+def test_without_bitsandbytes_auto_takes_the_four_bits_that_do_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for free, chosen in ((store_bytes(CONFIG, "int8"), "int8"), (0, "int4")):
+        assert choose_format(FluxFile(CONFIG, None), free) == chosen

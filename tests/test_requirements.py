@@ -24,6 +24,7 @@ from atelier.trainers.load import load_flux
 from atelier.trainers.metadata_files import read_metadata
 from atelier.trainers.optimizers import make_adamw8bit
 from atelier.trainers.packages import importing, install_command
+from atelier.trainers.store import PackedWeight
 from flux_files import write_flux
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,6 +188,18 @@ def test_what_needs_a_missing_package_says_so(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"^The package {module.partition('.')[0]} is missing"):
         MISSING[module](flux)
+
+
+def test_where_bitsandbytes_is_missing_its_formats_name_one_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrix = torch.linspace(-1, 1, 64 * 64, dtype=torch.bfloat16).view(64, 64)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ValueError, match=r"For pictures, choose the format int4") as caught:
+        PackedWeight.pack(matrix, "nf4")
+    assert str(caught.value).endswith(install_command("bitsandbytes"))
+    kept = PackedWeight.pack(matrix, "int4").dequantize(torch.float32)
+    assert (kept - matrix.float()).norm() < 0.1 * matrix.float().norm()
 
 
 @pytest.mark.slow

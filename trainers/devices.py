@@ -8,6 +8,12 @@ import sys
 import psutil  # a package that peft needs
 import torch
 
+from .packages import is_usable
+
+_NO_BITSANDBYTES = (
+    "The package bitsandbytes is missing here, or does not fit the others: without it nothing is "
+    "trained, and pictures are made in every format but nf4 and fp4."
+)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -55,7 +61,18 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def describe_device(device: torch.device) -> str:
-    """What runs on a device, in one sentence; bitsandbytes' part after the table of its 0.50."""
+    """What runs on a device, in a sentence for a user.
+
+    Raises nothing where bitsandbytes is missing, but says on a second line what does not run then.
+    """
+    sentence = _what_runs(device)
+    if is_usable("bitsandbytes"):
+        return sentence
+    return "\n".join([sentence, _NO_BITSANDBYTES])
+
+
+def _what_runs(device: torch.device) -> str:
+    """With bitsandbytes, whose part is after the table of its 0.50."""
     if device.type == "cuda" and torch.version.hip is not None:
         return "On AMD cards every format and the training should run; it was not tried."
     if device.type == "cuda" and _has_bf16(device):

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .packages import importing
+from .packages import importing, install_command
 
 SLICE_BYTES = 32 << 20
 """A matrix that is larger than this when unpacked is packed and computed by row slices."""
@@ -175,8 +175,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def bitsandbytes_functional():
     """The module, or ValueError where it cannot be imported."""
-    with importing("bitsandbytes"):
-        import bitsandbytes.functional as functional
+    try:
+        with importing("bitsandbytes"):
+            import bitsandbytes.functional as functional
+    except ValueError as error:
+        raise ValueError(
+            "The package bitsandbytes is missing, or does not fit the others here. For pictures, "
+            "choose the format int4, which does without it; or run this with the Python of "
+            f"ComfyUI, then start ComfyUI again: {install_command('bitsandbytes')}"
+        ) from error
     return functional
 
 

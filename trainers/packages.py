@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 
 _NEEDED = {
@@ -36,6 +37,16 @@ def importing(package: str) -> Iterator[None]:
             f"The package {package} is missing, or does not fit the others here. Run this with the "
             f"Python of ComfyUI, then start ComfyUI again: {install_command(package)}"
         ) from error
+
+
+def is_usable(package: str) -> bool:
+    """Whether one of our packages can be imported, in a version that is new enough."""
+    try:
+        with importing(package):
+            import_module(package)
+    except ValueError:
+        return False
+    return True
 
 
 def _numbers(version: str) -> list[int]:

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from .config import LoraSettings
 from .flux import FluxConfig
-from .load import BaseFlux, FluxFile
+from .load import BaseFlux, FluxFile, LoadedFlux
 from .memory import MemoryEstimate, Workload, estimate_training, store_bytes, streamed_bytes
-
-AUTO_FORMATS = ("bf16", "int8", "nf4")
-"""What `auto` chooses from, the most exact first (docs/formats.md). fp8 takes as much as int8 with
-a larger error; below nf4 the error is so large that streaming nf4 is the better choice."""
+from .packages import is_usable
 
 _NOTHING_FITS = (
-    "No single change is enough: take smaller pictures, a batch size of 1 and "
+    "No single change is enough: take a smaller format, smaller pictures, a batch size of 1 and "
     "gradient_checkpointing together."
 )
 
 
+def auto_formats() -> tuple[str, ...]:
+    """What `auto` chooses from, the most exact first (docs/formats.md).
+
+    fp8 takes as much as int8 with a larger error. Of the two with 4 bits nf4 is the recipe's, and
+    bitsandbytes' kernels unpack it several times faster; int4, whose error is smaller by less than
+    a tenth and which takes more, is for where there is no bitsandbytes. Below them the error is so
+    large that streaming 4 bits is the better choice.
+    """
+    return "bf16", "int8", "nf4" if is_usable("bitsandbytes") else "int4"
+
+
 def choose_format(file: FluxFile, free_bytes: int) -> str:
-    """The most exact of AUTO_FORMATS whose weights fit into `free_bytes`, else the last of them.
+    """The most exact of `auto_formats` whose weights fit into `free_bytes`, else the last of them.
 
     A file that is packed already stays as it is: nothing would be won.
     """
     if file.format is not None:
         return file.format
-    fitting = (name for name in AUTO_FORMATS if store_bytes(file.config, name) <= free_bytes)
-    return next(fitting, AUTO_FORMATS[-1])
+    formats = auto_formats()
+    fitting = (name for name in formats if store_bytes(file.config, name) <= free_bytes)
+    return next(fitting, formats[-1])
 
 
 def describe_choice(file: FluxFile, format: str, *, free_gb: float, reserve_gb: float) -> str:
@@ -55,6 +65,8 @@ class Plan:
     """A value of config.STREAMING."""
     other_copy: int = 0
     """Bytes of the same weights that the host keeps for itself, in system memory."""
+    is_from_core: bool = False
+    """Whether a loader of the host gave the model: it has none of our loader's settings."""
 
     @classmethod
     def of(cls, base: BaseFlux, workload: Workload, device: torch.device) -> Plan:
@@ -66,6 +78,7 @@ class Plan:
             workload=workload,
             device=device,
             streaming=base.store.streaming,
+            is_from_core=not isinstance(base, LoadedFlux),
         )
 
     @property
@@ -74,7 +87,7 @@ class Plan:
         keeps = self.workload.activations_in_ram and self.device.type == "cpu"
         workload = self._workload(activations_in_ram=False) if keeps else self.workload
         estimate = estimate_training(self.config, self.format, workload)
-        return dataclasses.replace(estimate, weights=self.weights)
+        return replace(estimate, weights=self.weights)
 
     @property
     def least_bytes(self) -> int:
@@ -89,11 +102,15 @@ class Plan:
             return self.streaming == "disk"
         return self.streaming != "off"
 
-    def with_workload(self, **changes: int) -> Plan:
-        return dataclasses.replace(self, workload=self._workload(**changes))
+    def with_workload(self, **changes: Any) -> Plan:
+        return replace(self, workload=self._workload(**changes))
 
-    def _workload(self, **changes: int) -> Workload:
-        return dataclasses.replace(self.workload, **changes)
+    def with_format(self, format: str) -> Plan:
+        weights = store_bytes(self.config, format)
+        return replace(self, format=format, weights=weights)
+
+    def _workload(self, **changes: Any) -> Workload:
+        return replace(self.workload, **changes)
 
 
 def require_fits(plan: Plan, free_bytes: int) -> list[str]:
@@ -151,15 +168,28 @@ def what_would_fit(plan: Plan, free_bytes: int) -> list[str]:
             "are free."
         )
     fitting = [sentence for size, sentence in _smaller(plan) if size <= free_bytes]
+    fitting += _fitting_format(plan, free_bytes)
     return [first, *(fitting or [_NOTHING_FITS])]
+
+
+def _fitting_format(plan: Plan, free_bytes: int) -> list[str]:
+    """A sentence for the most exact format in which the training fits, if there is one."""
+    for name in (*auto_formats(), "int2"):
+        size = plan.with_format(name).least_bytes
+        if size > free_bytes:
+            continue
+        if plan.is_from_core:
+            return [f"Loaded by Load Quantized FLUX in the format {name}, {_gb(size)} are enough."]
+        return [f"With format {name} of Load Quantized FLUX {_gb(size)} are enough."]
+    return []
 
 
 def _smaller(plan: Plan) -> Iterator[tuple[int, str]]:
     """Single changes that take less memory: the bytes, and a sentence for when they fit."""
     is_on_cpu, workload = plan.device.type == "cpu", plan.workload
-    if not plan.can_stream:
+    if not plan.can_stream and not plan.is_from_core:
         streaming = "disk" if is_on_cpu else "auto"
-        size = dataclasses.replace(plan, streaming=streaming).least_bytes
+        size = replace(plan, streaming=streaming).least_bytes
         yield (
             size,
             f"With block_streaming {streaming} of Load Quantized FLUX {_gb(size)} are enough.",
@@ -173,6 +203,13 @@ def _smaller(plan: Plan) -> Iterator[tuple[int, str]]:
     if workload.batch_size > 1:
         size = plan.with_workload(batch_size=1).least_bytes
         yield size, f"With a batch size of 1 {_gb(size)} are enough."
+    recipe = LoraSettings()
+    if workload.lora.rank > recipe.rank:
+        size = plan.with_workload(lora=replace(workload.lora, rank=recipe.rank)).least_bytes
+        yield size, f"With a rank of {recipe.rank} {_gb(size)} are enough."
+    if workload.lora.targets != recipe.targets:
+        size = plan.with_workload(lora=replace(workload.lora, targets=recipe.targets)).least_bytes
+        yield size, f"With the targets {recipe.targets} {_gb(size)} are enough."
     width, height = _half(workload.width), _half(workload.height)
     size = plan.with_workload(width=width, height=height).least_bytes
     yield size, f"With pictures of {width}x{height} {_gb(size)} are enough."

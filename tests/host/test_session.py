@@ -17,6 +17,7 @@ from atelier.nodes.native import build_model
 from atelier.nodes.session import Sampling, Session
 from atelier.nodes.train import TrainLora
 from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.devices import describe_device
 from atelier.trainers.load import load_flux
 from atelier.trainers.loop import TrainingData
 from atelier.trainers.memory import Workload, estimate_training
@@ -77,11 +78,12 @@ def test_the_start_says_epochs_resuming_and_memory(
     """Four pictures in batches of two: two steps are an epoch."""
     for num_steps, said in ((2, "2 steps = 1.0 epochs."), (3, "3 steps = 1.5 epochs.")):
         Session(model, data, job(num_steps), "1", NO_SAMPLES).train()
-        epochs, *resumed, takes, fits = shown[0]
+        epochs, *resumed, takes, fits, device = shown[0]
         assert epochs == said
         assert resumed == (["The run goes on from step 2."] if num_steps == 3 else [])
         assert takes.startswith("The training takes 0.")
         assert fits.startswith("It fits: ")
+        assert device == describe_device(torch.device("cpu"))
         shown.clear()
     Session(model, data, job(3), "1", NO_SAMPLES).train()
     assert shown == [["3 steps = 1.5 epochs."]]  # answered from disk
