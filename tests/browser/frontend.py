@@ -121,11 +121,17 @@ class Frontend:
         self._call("open", url=self._server.url, locale=locale, width=width, height=height)
 
     def load(self, workflow: dict[str, Any]) -> None:
-        """Open a workflow in UI form, as if its file had been chosen."""
+        """Open a workflow in UI form, as if its file had been chosen.
+
+        A page that is slow may replace it by what it opens with; then it is opened again.
+        """
         self.evaluate(
             """
-            await app.loadGraphData(argument, true, true)
-            await new Promise((resolve) => setTimeout(resolve, 1500))
+            for (let attempt = 0; attempt < 5; attempt++) {
+              await app.loadGraphData(argument, true, true)
+              await new Promise((resolve) => setTimeout(resolve, 1500))
+              if (app.graph.nodes.length === argument.nodes.length) return
+            }
             """,
             workflow,
         )

@@ -104,7 +104,8 @@ def test_the_page_queues_what_the_command_line_queues(
 def test_a_small_learning_rate_survives_a_visit_of_its_field(frontend: Frontend) -> None:
     frontend.open(vue_nodes=True)
     frontend.load(read(ROOT / "workflows" / "atelier_flux1_dev_qlora.json"))
-    assert frontend.evaluate(TOUCH_LEARNING_RATE) == {"shown": "0.0001", "value": 1e-4}
+    touched = frontend.evaluate(TOUCH_LEARNING_RATE)
+    assert (float(touched["shown"]), touched["value"]) == (1e-4, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,13 @@ def test_errors_speak_the_language_of_the_page(
     frontend.open(locale=locale)
     frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
     frontend.evaluate(RUN_WITH_FOLDER, "damaged")
-    assert message in frontend.wait_for(f".p-dialog:has-text('{message}')")
+    dialog, summary = f".p-dialog:has-text('{message}')", "[data-testid=error-overlay-see-errors]"
+    if message not in frontend.wait_for(
+        f"{dialog}, {summary}"
+    ):  # newer pages: the text is behind it
+        frontend.click(summary)
+    panel = f"[data-testid=runtime-error-panel]:has-text('{message}')"
+    assert message in frontend.wait_for(f"{dialog}, {panel}")
 
 
 def test_refusals_speak_the_language_of_the_page(frontend: Frontend) -> None:
