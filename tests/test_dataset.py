@@ -126,6 +126,20 @@ def test_pictures_smaller_than_the_size_are_named(tmp_path: Path) -> None:
     assert read(tmp_path).warnings == ("Pictures enlarged to the training size: small.png.",)
 
 
+def test_random_sizes_are_drawn_for_each_content(tmp_path: Path) -> None:
+    for number in range(30):
+        path = add_picture(tmp_path, f"{number}.png")
+        Image.new("RGB", (80, 80), (number, 0, 0)).save(path)
+    resolution = Resolution(width=512, height=512, mode="random")
+    first = image_folder(tmp_path, resolution=resolution)
+    sizes = {record.content: first.size_of(record) for record in first.records}
+    assert len(set(sizes.values())) > 10  # of 28 that can be drawn
+    for path in [*tmp_path.iterdir()]:
+        path.rename(path.with_stem(f"renamed {path.stem}"))
+    again = image_folder(tmp_path, resolution=resolution)
+    assert {record.content: again.size_of(record) for record in again.records} == sizes
+
+
 def test_empty_captions_are_named(tmp_path: Path) -> None:
     add_picture(tmp_path, "silent.png", caption="")
     assert read(tmp_path).warnings == ("Pictures with an empty caption: silent.png.",)

@@ -49,8 +49,8 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 _RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
 
-_PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Pillow's mode for the colour space in a profile's header."""
+_PROFILE_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
+"""Pillow's modes for colour spaces, which are bytes 16 to 19 of a profile (ICC.1, 7.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,16 +211,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     """How the picture's colours become sRGB, or None without a profile that can be used."""
-    data = image.info.get("icc_profile")
-    if not data:
+    data = image.info.get("icc_profile") or b""
+    mode = _PROFILE_MODES.get(data[16:20])
+    if mode is None or not _fits(mode, image):  # left behind by an editor
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        mode = _PROFILE_MODES.get(profile.profile.xcolor_space)  # pyright: ignore[reportAttributeAccessIssue]
-        if mode is None or not _fits(mode, image):  # left behind by an editor
-            return None
-        # Perceptual is what browsers show; for the profiles of cameras and screens all are equal.
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        # Perceptual is what browsers show; for the profiles of cameras and screens all are equal.
         return ImageCms.ImageCmsTransform(profile, srgb, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
     except (OSError, ValueError):
         return None
