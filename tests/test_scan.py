@@ -411,7 +411,7 @@ def test_folders_with_the_same_names_do_not_share_facts(pictures: Path) -> None:
     assert scan(pictures).num_read == 0
 
 
-def with_rows(change) -> bytes:
+def with_change(change) -> bytes:
     def damage(data: bytes) -> bytes:
         index = json.loads(data)
         change(index)
@@ -427,12 +427,15 @@ DAMAGES = {
     "nested too deep": lambda data: b"[" * 100_000,
     "a list": lambda data: b"[1, 2]",
     "a number": lambda data: b"3",
-    "no rows": with_rows(lambda index: index.pop("rows")),
-    "rows are a list": with_rows(lambda index: index.update(rows=[1])),
-    "a row is a number": with_rows(lambda index: index["rows"].update({"one.png": 3})),
-    "a short row": with_rows(lambda index: index["rows"]["one.png"].pop()),
-    "a row of texts": with_rows(lambda index: index["rows"].update({"one.png": ["x"] * 6})),
-    "older version": with_rows(lambda index: index.update(version=0)),
+    "no columns": with_change(lambda index: index.pop("columns")),
+    "names are a number": with_change(lambda index: index.update(names=3)),
+    "a name is a number": with_change(lambda index: index.update(names=[3])),
+    "columns are a number": with_change(lambda index: index.update(columns=3)),
+    "a column is missing": with_change(lambda index: index["columns"].pop()),
+    "a column is short": with_change(lambda index: index["columns"][2].pop()),
+    "a column is a number": with_change(lambda index: index["columns"].__setitem__(2, 3)),
+    "a column of texts": with_change(lambda index: index["columns"].__setitem__(2, ["x"])),
+    "older version": with_change(lambda index: index.update(version=0)),
 }
 
 
@@ -639,7 +642,9 @@ def test_two_users_of_one_file_keep_each_others_hashes(tmp_path: Path, hash_file
     assert [hash_of(ContentHashes(hash_file), p) for p in paths] == [sha256(b"one"), sha256(b"two")]
 
 
-@pytest.mark.parametrize("how", ["empty", "half", "no JSON", "a list", "no rows", "older version"])
+@pytest.mark.parametrize(
+    "how", ["empty", "half", "no JSON", "a list", "no columns", "older version"]
+)
 def test_damaged_hashes_are_made_again(tmp_path: Path, hash_file: Path, how: str) -> None:
     path = write(tmp_path / "one", b"before")
     hashes = ContentHashes(hash_file)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from PIL import Image
 
@@ -51,9 +51,8 @@ _WORKERS = 2
 _FILES_PER_TURN = 64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """One picture file."""
+class Picture(NamedTuple):
+    """One picture file. A tuple, since a folder may have 100,000."""
 
     path: str
     """Absolute."""
@@ -117,30 +116,30 @@ def scan_folder(
     prefix_length = len(os.path.join(folder, ""))
     report = _throttled(on_progress)
     pictures: list[Picture] = []
-    fresh: dict[str, list] = {}
+    fresh: dict[str, tuple] = {}
     num_read = 0
     try:
-        for number, (path, *version) in enumerate(files, start=1):
+        for number, (path, num_bytes, mtime_ns) in enumerate(files, start=1):
             name = path[prefix_length:]
             row = known.get(name)
-            if row is None or row[:2] != version:
-                row = None
+            if row and row[:2] == (num_bytes, mtime_ns):
+                pictures.append(Picture(path, *row))
+            else:
                 num_read += 1
                 try:
-                    row = [*version, *_read_header(path)]
+                    picture = Picture(path, num_bytes, mtime_ns, *_read_header(path))
                 except ValueError as error:
                     bad.add(path, error)
-                if row and _is_settled(row[1]):
-                    fresh[name] = row
-            if row:
-                pictures.append(_picture(path, row))
+                else:
+                    pictures.append(picture)
+                    if _is_settled(mtime_ns):
+                        fresh[name] = picture[1:]
             report(number, len(files))
     finally:
-        if index:
+        if index and (fresh or len(pictures) != len(known)):
             names = {path[prefix_length:] for path, *_ in files}
             kept = {name: row for name, row in known.items() if name in names}
-            if fresh or len(kept) < len(known):
-                _write_rows(index, kept | fresh)
+            _write_rows(index, kept | fresh)
     return Scan(
         folder=str(folder),
         pictures=tuple(pictures),
@@ -173,7 +172,7 @@ class ContentHashes:
         """Without a `file` nothing is remembered."""
         self._file = file
         self._rows = _read_rows(file, _HASH) if file else {}
-        self._fresh: dict[str, list] = {}
+        self._fresh: dict[str, tuple] = {}
 
     def of(self, path: str, num_bytes: int, mtime_ns: int) -> str:
         """The hash in hex of the file that had this size and time when it was listed.
@@ -244,7 +243,7 @@ class ContentHashes:
         # It may have changed since it was listed: then this is not the hash of the listed content.
         is_same = (now.st_size, now.st_mtime_ns) == (num_bytes, mtime_ns)
         if is_same and _is_settled(mtime_ns):
-            self._fresh[path] = [num_bytes, mtime_ns, digest.hexdigest()]
+            self._fresh[path] = (num_bytes, mtime_ns, digest.hexdigest())
         return digest.hexdigest()
 
 
@@ -346,19 +345,6 @@ def _may_be_rotated(png: Image.Image, file: BinaryIO) -> bool:
     return any(mark in tail for mark in _LATE_METADATA)
 
 
-def _picture(path: str, row: list) -> Picture:
-    num_bytes, mtime_ns, width, height, has_alpha, num_frames = row
-    return Picture(
-        path=path,
-        num_bytes=num_bytes,
-        mtime_ns=mtime_ns,
-        width=width,
-        height=height,
-        has_alpha=has_alpha,
-        num_frames=num_frames,
-    )
-
-
 def _is_settled(mtime_ns: int) -> bool:
     return time.time_ns() - mtime_ns > _SETTLED_NS
 
@@ -384,21 +370,25 @@ def _index_name(folder: Path, recursive: bool) -> str:
     return f"{digest}_tree.json" if recursive else f"{digest}.json"
 
 
-def _read_rows(file: Path, kinds: tuple[type, ...]) -> dict[str, list]:
+def _read_rows(file: Path, kinds: tuple[type, ...]) -> dict[str, tuple]:
     """Rows by name; none if the file is missing, damaged or of another version."""
     try:
         index: Any = json.loads(file.read_bytes())
-        rows = index["rows"]
-        is_ours = index["version"] == _VERSION
-        is_whole = all(tuple(map(type, row)) == kinds for row in rows.values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        names, columns = index["names"], index["columns"]
+        is_ours = index["version"] == _VERSION and set(map(type, names)) <= {str}
+        is_whole = [(len(column), *set(map(type, column))) for column in columns] == [
+            (len(names), kind) for kind in kinds
+        ]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
-    return rows if is_ours and is_whole else {}
+    return dict(zip(names, zip(*columns, strict=True), strict=True)) if is_ours and is_whole else {}
 
 
-def _write_rows(file: Path, rows: dict[str, list]) -> None:
-    # ASCII, since names on Linux may hold bytes that are no UTF-8.
-    text = json.dumps({"version": _VERSION, "rows": rows}, separators=(",", ":"))
+def _write_rows(file: Path, rows: dict[str, tuple]) -> None:
+    # Columns are read in half the time of rows. ASCII, since names on Linux may be no UTF-8.
+    columns = list(zip(*rows.values(), strict=True))
+    index = {"version": _VERSION, "names": list(rows), "columns": columns}
+    text = json.dumps(index, separators=(",", ":"))
     write_atomically(file, lambda temporary: _write_text(temporary, text))
 
 
