@@ -27,7 +27,7 @@ from pack import load_pack  # noqa: E402
 load_pack()
 
 from atelier.trainers.caches import LatentCache, LatentEntry, PromptCache, PromptEntry  # noqa: E402
-from atelier.trainers.loop import TrainingData  # noqa: E402
+from atelier.trainers.data import TrainingData  # noqa: E402
 from atelier.trainers.shards import Shards  # noqa: E402
 
 WIDTH, HEIGHT, TOKENS = 512, 768, 77

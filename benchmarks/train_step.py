@@ -47,6 +47,7 @@ from atelier.trainers.caches import (  # noqa: E402
     PromptEntry,
 )
 from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings  # noqa: E402
+from atelier.trainers.data import Sample, TrainingData  # noqa: E402
 from atelier.trainers.devices import compute_dtype, default_device, dtype_name  # noqa: E402
 from atelier.trainers.flow import add_noise, flow_loss, sample_sigmas, seeded  # noqa: E402
 from atelier.trainers.flux import image_ids, pack_latents, unpack_latents  # noqa: E402
@@ -55,7 +56,7 @@ from flux_files import write_flux  # noqa: E402
 from training import write_entries  # noqa: E402
 
 
-def make_data(folder: Path, base: LoadedFlux) -> loop.TrainingData:
+def make_data(folder: Path, base: LoadedFlux) -> TrainingData:
     """Caches of one random picture and caption."""
     size, config = PIXELS // 8, base.config
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +67,7 @@ def make_data(folder: Path, base: LoadedFlux) -> loop.TrainingData:
     text = {"prompt_embeds": embeds, "pooled": pooled}
     write_entries(folder, {"a" * 64: picture, "b" * 64: text})
     entry = LatentEntry(record="a", keys=("a" * 64,), texts=(("a",),), width=PIXELS, height=PIXELS)
-    return loop.TrainingData(
+    return TrainingData(
         latents=LatentCache(folder=str(folder), encoder="", entries=(entry,)),
         prompts=PromptCache(
             folder=str(folder),
@@ -77,14 +78,14 @@ def make_data(folder: Path, base: LoadedFlux) -> loop.TrainingData:
     )
 
 
-def our_step(base: LoadedFlux, data: loop.TrainingData, job: JobSettings) -> Callable[[], float]:
+def our_step(base: LoadedFlux, data: TrainingData, job: JobSettings) -> Callable[[], float]:
     state = loop.TrainState(base, job)
     order = BatchOrder(data.latents.entries, batch_size=1, seed=job.train.seed)
     return lambda: loop.optimizer_step(state, 0, order, data, loop.Hooks())[0]
 
 
 def plain_step(
-    base: LoadedFlux, data: loop.TrainingData, job: JobSettings, adapter_dtype: torch.dtype
+    base: LoadedFlux, data: TrainingData, job: JobSettings, adapter_dtype: torch.dtype
 ) -> Callable[[], float]:
     """The loop of the Hugging Face script, down to what one step needs."""
     from bitsandbytes.optim import AdamW8bit
@@ -101,7 +102,7 @@ def plain_step(
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = AdamW8bit(parameters, lr=job.train.learning_rate, weight_decay=1e-4)
     generator = seeded(job.train.seed, "micro-step", 0)
-    latents, prompt_embeds, pooled = data.load([loop.Sample("a" * 64, "a")], device, generator)
+    latents, prompt_embeds, pooled = data.load([Sample("a" * 64, "a")], device, generator)
     noise = torch.randn(latents.shape, generator=generator).to(device)
     sigma = sample_sigmas(1, generator).to(device)
     height, width = latents.shape[-2:]

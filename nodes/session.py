@@ -15,6 +15,7 @@ from torch import Tensor
 from ..trainers import loop
 from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings, TrainSettings
+from ..trainers.data import TrainingData
 from ..trainers.devices import describe_device
 from ..trainers.files import write_atomically
 from ..trainers.load import BaseFlux
@@ -92,7 +93,7 @@ class Session:
     def __init__(
         self,
         model: Any,
-        data: loop.TrainingData,
+        data: TrainingData,
         job: JobSettings,
         node_id: str,
         sampling: Sampling,

@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers import loop
 from ..trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from ..trainers.data import TrainingData
 from . import host
 from .inputs import shared_input
 from .native import add_lora
@@ -63,7 +63,7 @@ class TrainLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, latents: Any, prompts: Any, **settings: Any) -> io.NodeOutput:
-        data = loop.TrainingData(latents=latents, prompts=prompts)
+        data = TrainingData(latents=latents, prompts=prompts)
         session = Session(model, data, _job(settings), cls.hidden.unique_id, _sampling(settings))
         result = session.train()
         return io.NodeOutput(

@@ -12,11 +12,12 @@ from atelier.trainers import loop
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.batches import BatchOrder
 from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.data import TrainingData
 from atelier.trainers.flow import seeded
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
-from atelier.trainers.loop import Hooks, Step, Trained, TrainingData, open_run, train
+from atelier.trainers.loop import Hooks, Step, Trained, open_run, train
 from atelier.trainers.run import Checkpoint, Run
 from bitsandbytes.optim import AdamW8bit
 from dense import dense_transformer, stored_tensors

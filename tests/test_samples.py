@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers.caches import PromptEntry
+from atelier.trainers.data import TrainingData
 from atelier.trainers.flow import seeded
-from atelier.trainers.loop import TrainingData
+from atelier.trainers.flux import FluxConfig
+from atelier.trainers.shards import Shards
 from scipy.stats import chisquare
 from training import CONTEXT, TEXT_TOKENS, VECTOR, training_data, write_entries
 
@@ -71,3 +73,58 @@ def test_choices_are_those_of_their_micro_step(data: TrainingData) -> None:
     first = data.choose(batch, seeded(1, "choice", 7))
     assert data.choose(batch, seeded(1, "choice", 7)) == first
     assert data.choose(batch, seeded(1, "choice", 8)) != first
+
+
+CONFIG = FluxConfig(
+    hidden_size=128,
+    depth=1,
+    depth_single=1,
+    in_channels=64,
+    context_dim=CONTEXT,
+    vector_dim=VECTOR,
+    guidance=True,
+)
+LOST = "An entry of the cache .* is missing or damaged"
+
+
+@pytest.mark.parametrize("name", ["no text", "other text", "mirrored"])
+def test_whatever_a_step_may_draw_is_looked_for_before_the_first(
+    data: TrainingData, tmp_path: Path, name: str
+) -> None:
+    data.check_fits(CONFIG)
+    entries = {key: Shards(tmp_path).read(key) for key in _keys(data) if key != name}
+    Shards(tmp_path).clear()
+    write_entries(tmp_path, entries)
+    with pytest.raises(ValueError, match=LOST):
+        data.check_fits(CONFIG)
+
+
+def test_the_empty_caption_is_needed_for_dropout_only(data: TrainingData) -> None:
+    (entry,) = data.latents.entries
+    described = tuple(e for e in data.prompts.entries if e.text)
+    prompts = dataclasses.replace(data.prompts, entries=described)
+    with pytest.raises(ValueError, match="The caption '' is not in the prompt cache"):
+        dataclasses.replace(data, prompts=prompts).check_fits(CONFIG)
+    latents = dataclasses.replace(data.latents, entries=(dataclasses.replace(entry, dropout=0.0),))
+    TrainingData(latents=latents, prompts=prompts).check_fits(CONFIG)
+
+
+def test_the_check_reads_one_entry_of_each_kind(data: TrainingData, tmp_path: Path) -> None:
+    """Damage is found when an entry is read, so a check that read all would find it."""
+    unread = "other text"
+    tensors = Shards(tmp_path).read(unread)
+    everything = {key: Shards(tmp_path).read(key) for key in _keys(data) if key != unread}
+    Shards(tmp_path).clear()
+    write_entries(tmp_path, everything)
+    before = {*tmp_path.glob("*.safetensors")}
+    write_entries(tmp_path, {unread: tensors})
+    (path,) = {*tmp_path.glob("*.safetensors")} - before
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    data.check_fits(CONFIG)
+    with pytest.raises(ValueError, match=LOST):
+        Shards(tmp_path).read(unread)
+
+
+def _keys(data: TrainingData) -> list[str]:
+    pictures = [key for entry in data.latents.entries for key in entry.keys]
+    return [*pictures, *(entry.key for entry in data.prompts.entries)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -97,6 +98,10 @@ class LatentCache:
             std=tensors["std"].to(device, torch.float32),
         )
 
+    def require_complete(self) -> None:
+        """Raises ValueError if an entry is not on disk; contents are not read."""
+        self._shards.require(self.keys)
+
     def fingerprint(self) -> str:
         """SHA-256 over everything here that training sees; the folder is not part of it."""
         return digest(sorted([*e.keys, *e.texts, e.repeats, e.dropout] for e in self.entries))
@@ -142,15 +147,14 @@ class PromptCache:
         Raises:
             ValueError: the text was not encoded, or its file is missing or damaged.
         """
-        require(
-            text in self._keys,
-            f"The caption {text[:80]!r} is not in the prompt cache. Connect Encode Prompts to the "
-            "same dataset as Cache Latents and queue again.",
-        )
-        tensors = self._shards.read(self._keys[text])
+        tensors = self._shards.read(self._key(text))
         return PromptEmbeds(
             prompt_embeds=tensors["prompt_embeds"].to(device), pooled=tensors["pooled"].to(device)
         )
+
+    def require(self, texts: Iterable[str]) -> None:
+        """Raises ValueError if a text was not encoded or is not on disk; contents are not read."""
+        self._shards.require(self._key(text) for text in texts)
 
     def fingerprint(self) -> str:
         """SHA-256 over everything here that training sees; the folder is not part of it."""
@@ -177,6 +181,14 @@ class PromptCache:
     @cached_property
     def _shards(self) -> Shards:
         return Shards(self.folder)
+
+    def _key(self, text: str) -> str:
+        require(
+            text in self._keys,
+            f"The caption {text[:80]!r} is not in the prompt cache. Connect Encode Prompts to the "
+            "same dataset as Cache Latents and queue again.",
+        )
+        return self._keys[text]
 
     @cached_property
     def _keys(self) -> dict[str, str]:

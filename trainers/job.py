@@ -11,10 +11,11 @@ import torch
 
 from .caches import LatentCache, PromptCache
 from .config import JobSettings, job_from_json
+from .data import TrainingData
 from .devices import default_device, free_bytes
 from .frozen import FrozenLora, load_frozen
 from .load import load_flux
-from .loop import Hooks, TrainingData, open_run, save_trained, train, workload
+from .loop import Hooks, open_run, save_trained, train, workload
 from .packed_copy import PackedCopies
 from .preflight import Plan, require_fits
 

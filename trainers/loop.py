@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +15,14 @@ from torch.autograd.graph import save_on_cpu
 
 from .adapters import Lora, attach_lora, file_tensors, lora_metadata, save_lora
 from .batches import BatchOrder
-from .caches import LatentCache, LatentEntry, PromptCache
-from .captions import choose_text
+from .caches import LatentEntry
 from .config import JobSettings, TrainSettings, to_json
+from .data import TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
 from .flow import add_noise, flow_loss, sample_sigmas, seeded
 from .flux import (
-    LATENT_CHANNELS,
-    FluxConfig,
     build_transformer,
     recompute_blocks,
-    require_trainable,
     velocity,
 )
 from .frozen import fingerprint, frozen_bytes
@@ -78,64 +74,6 @@ class Trained:
     losses: list[float]
     """Training loss of every optimizer step."""
     step: int
-
-
-class Sample(NamedTuple):
-    """What one place of a batch trains."""
-
-    key: str
-    """Of the latents."""
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """The two caches, paired by record, and how a batch of them becomes tensors."""
-
-    latents: LatentCache
-    prompts: PromptCache
-
-    def check_fits(self, config: FluxConfig) -> None:
-        """Look at every caption and one entry of each kind, before any time is spent.
-
-        Raises:
-            ValueError: if a caption was not encoded, an encoder belongs to another model, or LoRAs
-                are not trained on this kind of model.
-        """
-        require_trainable(config)
-        texts = {t for e in self.latents.entries for variants in e.texts for t in variants}
-        embeds = [self.prompts.load(text) for text in texts]
-        widths = (embeds[0].prompt_embeds.shape[-1], embeds[0].pooled.shape[-1])
-        if widths != (config.context_dim, config.vector_dim):
-            raise ValueError(
-                f"The prompts come from text encoders of widths {widths[0]} and {widths[1]}; this "
-                f"model needs {config.context_dim} and {config.vector_dim}. Connect the CLIP that "
-                "belongs to the model to Encode Prompts."
-            )
-        channels = self.latents.load(self.latents.keys[0]).mean.shape[0]
-        if channels != LATENT_CHANNELS:
-            raise ValueError(
-                f"The latents have {channels} channels; FLUX needs {LATENT_CHANNELS}. Connect "
-                "FLUX's VAE to Cache Latents."
-            )
-
-    def choose(self, entries: list[LatentEntry], generator: torch.Generator) -> list[Sample]:
-        """Of each entry one of its texts, and the picture or its mirror image."""
-        texts = [choose_text(entry.texts, entry.dropout, generator) for entry in entries]
-        places = torch.rand(len(entries), generator=generator).tolist()
-        keys = [e.keys[int(place * len(e.keys))] for e, place in zip(entries, places, strict=True)]
-        return [Sample(key, text) for key, text in zip(keys, texts, strict=True)]
-
-    def load(self, samples: list[Sample], device: torch.device, generator: torch.Generator):
-        """Latents [B, C, H, W] drawn from their distributions, prompt embeddings, pooled ones."""
-        pictures = [self.latents.load(sample.key) for sample in samples]
-        texts = [self.prompts.load(sample.text) for sample in samples]
-        mean = torch.stack([picture.mean for picture in pictures])
-        std = torch.stack([picture.std for picture in pictures])
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        prompt_embeds = torch.stack([text.prompt_embeds for text in texts])
-        pooled = torch.stack([text.pooled for text in texts])
-        return latents.to(device), prompt_embeds.to(device), pooled.to(device)
 
 
 def open_run(root: Path, job: JobSettings, base: BaseFlux, data: TrainingData) -> Run:

@@ -66,6 +66,11 @@ class Shards:
         self._refresh()
         return [key for key in dict.fromkeys(keys) if key not in self._index]
 
+    def require(self, keys: Iterable[str]) -> None:
+        """Raises ValueError, as `read` does, if an entry is missing. Contents are not read."""
+        for key in self.missing(keys)[:1]:
+            self.read(key)  # also tells ComfyUI, by the generation, that it has to be made anew
+
     def num_bytes(self, keys: Iterable[str]) -> int:
         """Bytes on disk of the entries that are there."""
         self._refresh()

@@ -17,9 +17,9 @@ from atelier.nodes.native import build_model
 from atelier.nodes.session import Sampling, Session
 from atelier.nodes.train import TrainLora
 from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.data import TrainingData
 from atelier.trainers.devices import describe_device
 from atelier.trainers.load import load_flux
-from atelier.trainers.loop import TrainingData
 from atelier.trainers.memory import Workload, estimate_training
 from executor import Give, Keep, Runner
 from flux_files import write_flux

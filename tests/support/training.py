@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from atelier.trainers.caches import LatentCache, LatentEntry, PromptCache, PromptEntry
-from atelier.trainers.loop import TrainingData
+from atelier.trainers.data import TrainingData
 from atelier.trainers.shards import Shards
 
 CONTEXT, VECTOR, TEXT_TOKENS = 128, 64, 8
