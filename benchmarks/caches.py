@@ -26,7 +26,7 @@ from pack import load_pack  # noqa: E402
 
 load_pack()
 
-from atelier.trainers.caches import LatentCache, LatentEntry, PromptCache, PromptEntry  # noqa: E402
+from atelier.trainers.caches import LatentCache, LatentEntry, LatentSubset, PromptCache, PromptEntry  # noqa: E402
 from atelier.trainers.data import TrainingData  # noqa: E402
 from atelier.trainers.shards import Shards  # noqa: E402
 
@@ -51,7 +51,11 @@ def batch_fetch_ms(folder: Path, dtype: torch.dtype, pictures: int = 64) -> floa
             )
     texts = [PromptEntry(text=e.texts[0][0], key=f"{n:063x}t") for n, e in enumerate(entries)]
     data = TrainingData(
-        latents=LatentCache(folder=str(folder), encoder="", entries=tuple(entries)),
+        latents=LatentCache(
+            folder=str(folder),
+            encoder="",
+            subsets=(LatentSubset(name="pictures", entries=tuple(entries)),),
+        ),
         prompts=PromptCache(folder=str(folder), encoder="", length=TOKENS, entries=tuple(texts)),
     )
     generator = torch.Generator().manual_seed(0)

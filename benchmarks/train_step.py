@@ -43,6 +43,7 @@ from atelier.trainers.batches import BatchOrder  # noqa: E402
 from atelier.trainers.caches import (  # noqa: E402
     LatentCache,
     LatentEntry,
+    LatentSubset,
     PromptCache,
     PromptEntry,
 )
@@ -68,7 +69,11 @@ def make_data(folder: Path, base: LoadedFlux) -> TrainingData:
     write_entries(folder, {"a" * 64: picture, "b" * 64: text})
     entry = LatentEntry(record="a", keys=("a" * 64,), texts=(("a",),), width=PIXELS, height=PIXELS)
     return TrainingData(
-        latents=LatentCache(folder=str(folder), encoder="", entries=(entry,)),
+        latents=LatentCache(
+            folder=str(folder),
+            encoder="",
+            subsets=(LatentSubset(name="picture", entries=(entry,)),),
+        ),
         prompts=PromptCache(
             folder=str(folder),
             encoder="",
@@ -80,7 +85,7 @@ def make_data(folder: Path, base: LoadedFlux) -> TrainingData:
 
 def our_step(base: LoadedFlux, data: TrainingData, job: JobSettings) -> Callable[[], float]:
     state = loop.TrainState(base, job)
-    order = BatchOrder(data.latents.entries, batch_size=1, seed=job.train.seed)
+    order = BatchOrder(data.latents.subsets, batch_size=1, seed=job.train.seed)
     return lambda: loop.optimizer_step(state, 0, order, data, loop.Hooks())[0]
 
 
@@ -102,7 +107,8 @@ def plain_step(
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = AdamW8bit(parameters, lr=job.train.learning_rate, weight_decay=1e-4)
     generator = seeded(job.train.seed, "micro-step", 0)
-    latents, prompt_embeds, pooled = data.load([Sample("a" * 64, "a")], device, generator)
+    batch = data.load([Sample("a" * 64, "a")], device, generator)
+    latents = batch.latents
     noise = torch.randn(latents.shape, generator=generator).to(device)
     sigma = sample_sigmas(1, generator).to(device)
     height, width = latents.shape[-2:]
@@ -110,8 +116,8 @@ def plain_step(
     def step() -> float:
         tokens = transformer(
             hidden_states=pack_latents(add_noise(latents, noise, sigma).to(dtype)),
-            encoder_hidden_states=prompt_embeds.to(dtype),
-            pooled_projections=pooled.to(dtype),
+            encoder_hidden_states=batch.prompt_embeds.to(dtype),
+            pooled_projections=batch.pooled.to(dtype),
             timestep=sigma,
             img_ids=image_ids(height, width, device),
             txt_ids=torch.zeros(TEXT_TOKENS, 3, device=device),

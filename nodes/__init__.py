@@ -2,7 +2,8 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .dataset import CacheLatents, EncodePrompts, ImageFolderDataset
+from .caches import CacheLatents, EncodePrompts
+from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
 from .memory import EstimateMemory
@@ -20,6 +21,8 @@ NODES: list[type[io.ComfyNode]] = [
     EstimateMemory,
     CaptionSettingsNode,
     PictureSettingsNode,
+    ScheduleDataset,
+    CombineDatasets,
 ]
 
 

@@ -1,18 +1,16 @@
-"""Nodes from a folder of pictures to the two caches that training reads."""
+"""Nodes that say what is trained on: pictures, captions and masks as a description."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers import caching
-from ..trainers.buckets import MODES, STEP, Resolution
-from ..trainers.caches import LatentCache, PromptCache
+from ..trainers.buckets import MODES, STEP, Resolution, parse_sizes
 from ..trainers.captions import MISSING_CAPTIONS, CaptionSettings
-from ..trainers.config import PROMPT_LENGTH
+from ..trainers.config import Schedule
 from ..trainers.dataset import (
     DEFAULT_CAPTIONS,
     DEFAULT_PICTURES,
@@ -21,24 +19,15 @@ from ..trainers.dataset import (
     image_folder,
     picture_files,
 )
+from ..trainers.masks import ALPHA
 from ..trainers.metadata_files import METADATA_FILES
 from ..trainers.scan import ON_BAD_FILE
-from ..trainers.shards import Shards
 from . import host
-from .encoders import cut_texts, latent_encoder, prompt_encoder
-from .loader_memory import LoaderMemory
 from .wires import (
     AtelierCaptionSettings,
     AtelierDataset,
-    AtelierLatentCache,
     AtelierPictureSettings,
-    AtelierPromptCache,
 )
-
-logger = logging.getLogger("atelier")
-
-HOST_MIN_LENGTH = 256
-"""T5 tokens that CLIP Text Encode gives at least for FLUX; longer texts give more."""
 
 
 class ImageFolderDataset(io.ComfyNode):
@@ -112,8 +101,25 @@ class ImageFolderDataset(io.ComfyNode):
                     default=ON_BAD_FILE[0],
                     optional=True,
                     advanced=True,
-                    tooltip="A file that has a picture's name and is none, or cannot be read. "
-                    "stop: end with its name. skip: go on without it, and say so.",
+                    tooltip="A file that has a picture's name and is none, cannot be read, or has "
+                    "no right mask. stop: end with its name. skip: go on without it, and say so.",
+                ),
+                io.String.Input(
+                    "more_sizes",
+                    default="",
+                    optional=True,
+                    tooltip="Further sizes at which every picture is trained too, such as "
+                    "'768x768, 1024x1024'. Each picture is then seen once more in an epoch at each "
+                    "of them, and cached once more.",
+                ),
+                io.Combo.Input(
+                    "masks",
+                    options=["none", ALPHA, *host.dataset_folders()],
+                    default="none",
+                    optional=True,
+                    tooltip="Which parts of the pictures are learned: white is, black is not. "
+                    "alpha channel: what is not transparent. A folder: its pictures of the same "
+                    "names and sizes.",
                 ),
             ],
             outputs=[
@@ -126,21 +132,25 @@ class ImageFolderDataset(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str | None) -> bool | str:
-        if folder is None:  # a linked input is not known yet
-            return True
+    def validate_inputs(cls, folder: str | None, more_sizes: str | None = "") -> bool | str:
         try:
-            picture_files(host.dataset_folder(folder))
+            if folder is not None:  # a linked input is not known yet
+                picture_files(host.dataset_folder(folder))
+            parse_sizes(more_sizes or "")
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **_: Any) -> list[tuple[str, int, int]]:
+    def fingerprint_inputs(
+        cls, folder: str, masks: str = "none", **_: Any
+    ) -> list[tuple[str, int, int]]:
         pictures = picture_files(host.dataset_folder(folder))
         captions = [picture.with_suffix(".txt") for picture in pictures]
         tables = [pictures[0].with_name(name) for name in METADATA_FILES]
-        files = [*pictures, *captions, *tables]
+        mask_folder = _mask_folder(masks)
+        weights = picture_files(mask_folder) if isinstance(mask_folder, Path) else []
+        files = [*pictures, *captions, *tables, *weights]
         stats = [(path, path.stat()) for path in files if path.is_file()]
         return [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
@@ -157,158 +167,120 @@ class ImageFolderDataset(io.ComfyNode):
         captions: CaptionSettings = DEFAULT_CAPTIONS,
         pictures: PictureSettings = DEFAULT_PICTURES,
         on_bad_file: str = ON_BAD_FILE[0],
+        more_sizes: str = "",
+        masks: str = "none",
     ) -> io.NodeOutput:
-        dataset = image_folder(
+        subset = image_folder(
             host.dataset_folder(folder),
             resolution=Resolution(width=width, height=height, mode=mode),
             repeats=repeats,
             captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),
             pictures=pictures,
+            masks=_mask_folder(masks),
             on_bad_file=on_bad_file,
             index_folder=host.cache_folder("files"),
             on_progress=host.Progress().update,
         )
-        count = f"Pictures: {len(dataset.records)}, seen per epoch: {dataset.num_samples}."
-        return io.NodeOutput(dataset, ui=_texts(cls.hidden.unique_id, count, *dataset.warnings))
+        dataset = Dataset(subsets=(subset,)).at_sizes(parse_sizes(more_sizes))
+        return _output(dataset, cls.hidden.unique_id)
 
 
-class CacheLatents(io.ComfyNode):
+class ScheduleDataset(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return host.schema(
-            node_id="AtelierCacheLatents",
-            display_name="Cache Latents",
+            node_id="AtelierScheduleDataset",
+            display_name="Schedule Dataset",
             category="Atelier/dataset",
-            description="Encodes the pictures of a dataset with the VAE, once, and keeps the "
-            "result on disk. Only new or changed pictures are encoded; when there are none, the "
-            "VAE is not even loaded. A cancelled run goes on where it stopped.",
-            search_aliases=["vae encode dataset"],
-            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            description="How a dataset takes its turn beside others: how often, from which step "
+            "on, and whether it teaches or preserves. Before Combine Datasets.",
+            search_aliases=["regularization", "class images", "probability", "sampling weight"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
-                AtelierDataset.Input("dataset", tooltip="The pictures to encode."),
-                io.Vae.Input(
-                    "vae",
-                    lazy=True,
-                    tooltip="The VAE of the model that is trained, for FLUX ae.safetensors.",
-                ),
-                host.make_input(
-                    io.Int,
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=64,
-                    advanced=True,
-                    tooltip="Pictures encoded at once. More is faster on a large GPU and needs "
-                    "more memory; the training does not depend on it.",
-                ),
-            ],
-            outputs=[
-                AtelierLatentCache.Output(
-                    display_name="latents",
-                    tooltip="The encoded pictures on disk, for Train LoRA.",
-                )
-            ],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, **_: Any) -> str:
-        return Shards(host.cache_folder("latents")).generation()
-
-    @classmethod
-    def check_lazy_status(cls, dataset: Dataset, **_: Any) -> list[str]:
-        folder = host.cache_folder("latents")
-        encoder_id = LoaderMemory(cls.hidden, "vae", folder).recall()
-        if not encoder_id:
-            return ["vae"]
-        wanted = caching.latent_cache(dataset, encoder_id, folder)
-        return ["vae"] if caching.num_missing(wanted) else []
-
-    @classmethod
-    def execute(cls, dataset: Dataset, batch_size: int, vae: Any = None) -> io.NodeOutput:
-        folder = host.cache_folder("latents")
-        memory = LoaderMemory(cls.hidden, "vae", folder)
-        encoder_id = memory.recall()
-        encode = _not_loaded
-        if vae is not None or not encoder_id:
-            encode, encoder_id = latent_encoder(vae)
-        cache = caching.cache_latents(
-            dataset,
-            encode,
-            encoder_id,
-            folder,
-            batch_size=batch_size,
-            on_progress=host.Progress().update,
-        )
-        memory.remember(encoder_id)
-        done = f"Pictures cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
-        return io.NodeOutput(cache, ui=_texts(cls.hidden.unique_id, done))
-
-
-class EncodePrompts(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return host.schema(
-            node_id="AtelierEncodePrompts",
-            display_name="Encode Prompts",
-            category="Atelier/dataset",
-            description="Encodes the captions of a dataset with both text encoders, once, and "
-            "keeps the result on disk. Captions are taken literally: brackets are no weights. "
-            "Only new captions are encoded; when there are none, the encoders are not loaded.",
-            search_aliases=["cache captions", "text embeddings"],
-            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
-            inputs=[
-                AtelierDataset.Input("dataset", tooltip="The captions to encode."),
-                io.Clip.Input(
-                    "clip",
-                    lazy=True,
-                    tooltip="FLUX's two text encoders, from Load Quantized Text Encoders, or from "
-                    "DualCLIPLoader with type flux.",
+                AtelierDataset.Input("dataset", tooltip="The dataset to schedule."),
+                io.Float.Input(
+                    "probability",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.05,
+                    tooltip="How many of the batches come from this dataset, in proportion to the "
+                    "probabilities of the others, however many pictures each has. 0: every "
+                    "picture in every epoch. Give one to each dataset, or to none.",
                 ),
                 io.Int.Input(
-                    "length",
-                    default=PROMPT_LENGTH,
-                    min=8,
-                    max=512,
-                    tooltip="T5 tokens of every caption, padded or cut; a word is one or two. 77 "
-                    "is fast and small, 512 is the most that FLUX.1-dev knows (schnell: 256).",
+                    "start_step",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="The step of the training from which on its pictures are seen. At "
+                    "least one dataset starts at 0.",
+                ),
+                io.Boolean.Input(
+                    "is_regularization",
+                    default=False,
+                    tooltip="These pictures keep what the model can draw already: it learns to "
+                    "draw them as it would without the LoRA. For pictures of the class, such as "
+                    "other dogs.",
                 ),
             ],
             outputs=[
-                AtelierPromptCache.Output(
-                    display_name="prompts",
-                    tooltip="The encoded captions on disk, for Train LoRA.",
+                AtelierDataset.Output(
+                    display_name="dataset", tooltip="The same pictures, for Combine Datasets."
                 )
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_: Any) -> str:
-        return Shards(host.cache_folder("prompts")).generation()
+    def execute(
+        cls, dataset: Dataset, probability: float, start_step: int, is_regularization: bool
+    ) -> io.NodeOutput:
+        schedule = Schedule(probability=probability, start_step=start_step)
+        return io.NodeOutput(dataset.scheduled(schedule, is_regularization=is_regularization))
 
-    @classmethod
-    def check_lazy_status(cls, dataset: Dataset, length: int, **_: Any) -> list[str]:
-        folder = host.cache_folder("prompts")
-        encoder_id = LoaderMemory(cls.hidden, "clip", folder).recall()
-        if not encoder_id:
-            return ["clip"]
-        wanted = caching.prompt_cache(dataset.texts, encoder_id, length, folder)
-        return ["clip"] if caching.num_missing(wanted) else []
 
+class CombineDatasets(io.ComfyNode):
     @classmethod
-    def execute(cls, dataset: Dataset, length: int, clip: Any = None) -> io.NodeOutput:
-        folder = host.cache_folder("prompts")
-        memory = LoaderMemory(cls.hidden, "clip", folder)
-        encoder_id = memory.recall()
-        encode = _not_loaded
-        if clip is not None or not encoder_id:
-            encode, encoder_id = prompt_encoder(clip, length)
-        cache = caching.cache_prompts(
-            dataset.texts, encode, encoder_id, length, folder, on_progress=host.Progress().update
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierCombineDatasets",
+            display_name="Combine Datasets",
+            category="Atelier/dataset",
+            description="Trains on several datasets at once, each with its own size, captions, "
+            "repeats and schedule. A batch never mixes two of them. For more, combine again.",
+            search_aliases=["merge datasets", "concepts", "multi dataset"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                AtelierDataset.Input(
+                    f"dataset_{number}",
+                    optional=number > 2,
+                    tooltip="One of the datasets. Their order changes the order of the pictures.",
+                )
+                for number in range(1, 7)
+            ],
+            outputs=[
+                AtelierDataset.Output(display_name="dataset", tooltip="All of their pictures.")
+            ],
         )
-        memory.remember(encoder_id)
-        warnings = _length_warnings(dataset.texts, length)
-        done = f"Captions cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
-        return io.NodeOutput(cache, ui=_texts(cls.hidden.unique_id, done, *warnings))
+
+    @classmethod
+    def execute(cls, **datasets: Dataset) -> io.NodeOutput:
+        combined = [datasets[name] for name in sorted(datasets)]
+        subsets = tuple(subset for dataset in combined for subset in dataset.subsets)
+        return _output(Dataset(subsets=subsets), cls.hidden.unique_id)
+
+
+def _output(dataset: Dataset, node_id: str) -> io.NodeOutput:
+    pictures = sum(len(subset.records) for subset in dataset.subsets)
+    count = f"Pictures: {pictures}, seen per epoch: {dataset.num_samples}."
+    return io.NodeOutput(dataset, ui=host.report(node_id, count, *dataset.warnings))
+
+
+def _mask_folder(masks: str) -> str | Path | None:
+    """What `image_folder` takes for a choice of the input masks."""
+    if masks in ("none", ALPHA):
+        return None if masks == "none" else ALPHA
+    return host.dataset_folder(masks)
 
 
 def _side(name: str, default: int) -> Any:
@@ -321,35 +293,3 @@ def _side(name: str, default: int) -> Any:
         tooltip=f"The {name} in pixels at which pictures are trained, a multiple of {STEP}. Time "
         "and memory grow with width x height.",
     )
-
-
-def _not_loaded(_: Any) -> Any:
-    raise ValueError("The cache changed while this ran. Queue the graph again.")
-
-
-def _mib(cache: LatentCache | PromptCache) -> str:
-    return f"{cache.total_bytes / 2**20:.1f}"
-
-
-def _length_warnings(texts: tuple[str, ...], length: int) -> list[str]:
-    warnings = []
-    if length != HOST_MIN_LENGTH:
-        warnings.append(
-            f"Captions are encoded to {length} T5 tokens; CLIP Text Encode will use "
-            f"{HOST_MIN_LENGTH} or more. Set length to {HOST_MIN_LENGTH} to train on the same."
-        )
-    cut = cut_texts(texts, length)
-    if cut:
-        warnings.append(
-            f"Captions longer than {length} tokens, whose end is cut off: {len(cut)}, for example "
-            f"{cut[0][:60]!r}."
-        )
-    return warnings
-
-
-def _texts(node_id: str, message: str, *warnings: str) -> dict[str, list[str]]:
-    """Text for the node's face and the history; warnings go to the log as well."""
-    for warning in warnings:
-        logger.warning(warning)
-    host.show_text("\n".join([message, *warnings]), node_id)
-    return {"text": [message, *warnings]}

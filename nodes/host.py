@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import inspect
+import logging
 import os
 import signal
 import threading
@@ -22,6 +23,8 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..trainers.scan import PICTURE_EXTENSIONS
+
+logger = logging.getLogger("atelier")
 
 DATASET_ROOTS_KEY = "atelier_datasets"
 """Key of extra_model_paths.yaml: folders besides input/ whose subfolders may be trained on."""
@@ -146,6 +149,14 @@ def show_text(text: str, node_id: str) -> None:
     server = _server()
     if server is not None:
         server.send_progress_text(text, node_id)
+
+
+def report(node_id: str, message: str, *warnings: str) -> dict[str, list[str]]:
+    """Text for the node's face and, as its `ui` output, the history; warnings go to the log too."""
+    for warning in warnings:
+        logger.warning(warning)
+    show_text("\n".join([message, *warnings]), node_id)
+    return {"text": [message, *warnings]}
 
 
 def _server() -> Any:

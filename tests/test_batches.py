@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 from atelier.trainers.batches import BatchOrder
-from atelier.trainers.caches import LatentEntry
+from atelier.trainers.caches import LatentEntry, LatentSubset
 
 SIZES = [(512, 512)] * 5 + [(768, 512)] * 3 + [(512, 768)]
 REPEATS = [1, 2, 1, 3, 1, 1, 2, 1, 4]
@@ -28,6 +28,11 @@ def make_entries() -> list[LatentEntry]:
     ]
 
 
+def make_order(entries: list[LatentEntry], *, batch_size: int = 2, seed: int = 0) -> BatchOrder:
+    subset = LatentSubset(name="pictures", entries=tuple(entries))
+    return BatchOrder([subset], batch_size=batch_size, seed=seed)
+
+
 def keys(order: BatchOrder, steps: range) -> list[list[str]]:
     return [[entry.name for entry in order.batch(step)] for step in steps]
 
@@ -40,21 +45,21 @@ def epoch(order: BatchOrder, number: int) -> list[list[str]]:
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 @pytest.mark.parametrize("number", [0, 1, 7])
 def test_every_epoch_holds_every_entry_its_repeats(batch_size: int, number: int) -> None:
-    order = BatchOrder(make_entries(), batch_size=batch_size, seed=0)
+    order = make_order(make_entries(), batch_size=batch_size, seed=0)
     seen = Counter(key for batch in epoch(order, number) for key in batch)
     assert seen == {f"key {index}": repeats for index, repeats in enumerate(REPEATS)}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_a_batch_never_mixes_sizes(batch_size: int) -> None:
-    order = BatchOrder(make_entries(), batch_size=batch_size, seed=0)
+    order = make_order(make_entries(), batch_size=batch_size, seed=0)
     for step in range(3 * order.batches_per_epoch):
         assert len({(entry.width, entry.height) for entry in order.batch(step)}) == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_only_the_last_batch_of_a_size_is_smaller(batch_size: int) -> None:
-    order = BatchOrder(make_entries(), batch_size=batch_size, seed=0)
+    order = make_order(make_entries(), batch_size=batch_size, seed=0)
     of_size = Counter()
     for size, repeats in zip(SIZES, REPEATS, strict=True):
         of_size[size] += repeats
@@ -65,7 +70,7 @@ def test_only_the_last_batch_of_a_size_is_smaller(batch_size: int) -> None:
 
 
 def test_a_batch_depends_on_nothing_that_was_asked_before() -> None:
-    first, second = (BatchOrder(make_entries(), batch_size=2, seed=4) for _ in range(2))
+    first, second = (make_order(make_entries(), batch_size=2, seed=4) for _ in range(2))
     steps = list(range(40))
     in_order = {step: first.batch(step) for step in steps}
     random.Random(0).shuffle(steps)
@@ -73,30 +78,30 @@ def test_a_batch_depends_on_nothing_that_was_asked_before() -> None:
 
 
 def test_the_order_of_the_entries_does_not_matter() -> None:
-    one, entries = BatchOrder(make_entries(), batch_size=2, seed=4), make_entries()
+    one, entries = make_order(make_entries(), batch_size=2, seed=4), make_entries()
     random.Random(1).shuffle(entries)
-    assert epoch(BatchOrder(entries, batch_size=2, seed=4), 0) == epoch(one, 0)
+    assert epoch(make_order(entries, batch_size=2, seed=4), 0) == epoch(one, 0)
 
 
 def test_another_seed_is_another_order() -> None:
-    one, other = (BatchOrder(make_entries(), batch_size=2, seed=seed) for seed in (0, 1))
+    one, other = (make_order(make_entries(), batch_size=2, seed=seed) for seed in (0, 1))
     assert epoch(one, 0) != epoch(other, 0)
 
 
 def test_epochs_differ() -> None:
-    order = BatchOrder(make_entries(), batch_size=2, seed=0)
+    order = make_order(make_entries(), batch_size=2, seed=0)
     assert epoch(order, 0) != epoch(order, 1)
 
 
 def test_pictures_meet_others_in_another_epoch() -> None:
     """Batches are made anew, not only called in another order."""
-    order = BatchOrder(make_entries(), batch_size=2, seed=0)
+    order = make_order(make_entries(), batch_size=2, seed=0)
     pairs = [{tuple(sorted(batch)) for batch in epoch(order, number)} for number in (0, 1)]
     assert pairs[0] != pairs[1]
 
 
 def test_sizes_are_shuffled_among_each_other() -> None:
-    order = BatchOrder(make_entries(), batch_size=1, seed=0)
+    order = make_order(make_entries(), batch_size=1, seed=0)
     widths = [order.batch(step)[0].width for step in range(order.batches_per_epoch)]
     changes = sum(a != b for a, b in itertools.pairwise(widths))
     assert changes > len(set(SIZES))
@@ -105,7 +110,7 @@ def test_sizes_are_shuffled_among_each_other() -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_the_largest_batch_has_the_most_pixels(batch_size: int) -> None:
     """A size with few pictures never fills a large batch."""
-    order = BatchOrder(make_entries(), batch_size=batch_size, seed=0)
+    order = make_order(make_entries(), batch_size=batch_size, seed=0)
     batches = [order.batch(step) for step in range(order.batches_per_epoch)]
     pixels = [sum(entry.width * entry.height for entry in batch) for batch in batches]
     width, height, count = order.largest_batch(prompt_length=0)
@@ -122,5 +127,5 @@ def test_the_largest_batch_counts_the_tokens_of_the_prompts(
         LatentEntry(record=key, keys=(key,), texts=(("",),), width=width, height=height)
         for key, width, height in [*((k, 256, 256) for k in "abcd"), ("e", 560, 512)]
     ]
-    order = BatchOrder(entries, batch_size=4, seed=0)
+    order = make_order(entries, batch_size=4, seed=0)
     assert order.largest_batch(prompt_length) == expected

@@ -18,6 +18,7 @@ from atelier.trainers.caching import cache_latents
 from atelier.trainers.captions import CaptionSettings
 from atelier.trainers.dataset import Dataset, image_folder
 from PIL import Image
+from training import with_entries
 
 COLOURS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
 
@@ -58,7 +59,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(pictures: Path, width: int = 64, height: int = 64, **options: object) -> Dataset:
-    return image_folder(pictures, resolution=Resolution(width=width, height=height), **options)
+    resolution = Resolution(width=width, height=height)
+    return Dataset(subsets=(image_folder(pictures, resolution=resolution, **options),))
 
 
 def test_every_entry_loads_the_latents_of_its_own_picture(pictures: Path, folder: Path) -> None:
@@ -74,7 +76,7 @@ def test_entries_describe_the_records_in_order(pictures: Path, folder: Path) -> 
     dataset = read(pictures, repeats=2)
     cache = cache_latents(dataset, Encoder(), "vae", folder)
     assert [(e.record, e.texts, e.repeats, e.width, e.height) for e in cache.entries] == [
-        (r.id, r.texts, 2, 64, 64) for r in dataset.records
+        (r.id, r.texts, 2, 64, 64) for r in dataset.subsets[0].records
     ]
 
 
@@ -152,9 +154,10 @@ def test_a_batch_has_pictures_of_one_size(pictures: Path, folder: Path) -> None:
     for name, size in (("d", (160, 80)), ("e", (160, 80))):
         Image.new("RGB", size, name and (len(name), 9, ord(name))).save(pictures / f"{name}.png")
     resolution = Resolution(width=64, height=64, mode="buckets")
-    dataset = image_folder(
+    subset = image_folder(
         pictures, resolution=resolution, captions=CaptionSettings(missing="empty")
     )
+    dataset = Dataset(subsets=(subset,))
     encoder = Encoder()
     cache_latents(dataset, encoder, "vae", folder, batch_size=2)
     assert [batch[0] for batch in encoder.batches] == [2, 1, 2]
@@ -228,7 +231,7 @@ def test_a_foreign_manifest_is_refused(values: Any) -> None:
 
 def test_the_fingerprint_ignores_folder_and_order(pictures: Path, tmp_path: Path) -> None:
     cache = cache_latents(read(pictures), Encoder(), "vae", tmp_path / "1")
-    other = dataclasses.replace(cache, folder="elsewhere", entries=cache.entries[::-1])
+    other = dataclasses.replace(with_entries(cache, cache.entries[::-1]), folder="elsewhere")
     assert other.fingerprint() == cache.fingerprint()
 
 
@@ -240,4 +243,4 @@ def test_the_fingerprint_tells_contents_apart(
 ) -> None:
     cache = cache_latents(read(pictures), Encoder(), "vae", folder)
     changed = (dataclasses.replace(cache.entries[0], **change), *cache.entries[1:])
-    assert dataclasses.replace(cache, entries=changed).fingerprint() != cache.fingerprint()
+    assert with_entries(cache, changed).fingerprint() != cache.fingerprint()

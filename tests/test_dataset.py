@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.captions import CaptionSettings
-from atelier.trainers.dataset import Dataset, PictureSettings, image_folder, open_picture
+from atelier.trainers.dataset import Dataset, PictureSettings, Subset, image_folder, open_picture
 from PIL import Image, ImageFile
 
 RESOLUTION = Resolution(width=64, height=64)
@@ -23,7 +23,7 @@ def add_picture(folder: Path, name: str, caption: str | None = "a caption", side
     return path
 
 
-def read(folder: Path, **options: object) -> Dataset:
+def read(folder: Path, **options: object) -> Subset:
     return image_folder(folder, resolution=RESOLUTION, **options)
 
 
@@ -111,7 +111,7 @@ def test_missing_captions_can_be_filled(tmp_path: Path, choice: str, expected: s
 def test_distinct_captions_are_listed_once(tmp_path: Path) -> None:
     for name, caption in (("a.png", "x"), ("b.png", "y"), ("c.png", "x")):
         add_picture(tmp_path, name, caption)
-    assert read(tmp_path).texts == ("x", "y")
+    assert Dataset(subsets=(read(tmp_path),)).texts == ("x", "y")
 
 
 def test_repeats_count_into_the_samples_of_an_epoch(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_shuffled_tags_are_texts_of_one_caption(tmp_path: Path) -> None:
     assert texts[0] == "sks, cat, red, big"
     assert len(set(texts)) == 4
     assert {tuple(sorted(text.split(", "))) for text in texts} == {("big", "cat", "red", "sks")}
-    assert dataset.texts == texts
+    assert Dataset(subsets=(dataset,)).texts == texts
 
 
 def test_every_line_of_a_file_can_be_a_caption(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def plain_loop(
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     order = BatchOrder(
-        data.latents.entries, batch_size=train_settings.batch_size, seed=train_settings.seed
+        data.latents.subsets, batch_size=train_settings.batch_size, seed=train_settings.seed
     )
     accumulation, losses, norms = train_settings.gradient_accumulation, [], []
     for step in range(settings.length.amount):
@@ -283,13 +283,13 @@ def test_an_error_in_a_hook_saves_the_step_before_it(run_job, tmp_path: Path) ->
 
 
 def diverging_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = loop.batch_loss, iter(range(1000))
+    original, calls = loop.squared_error, iter(range(1000))
 
-    def batch_loss(*args: object, **options: object) -> torch.Tensor:
-        loss = original(*args, **options)  # pyright: ignore[reportArgumentType]
+    def squared_error(*args: torch.Tensor) -> torch.Tensor:
+        loss = original(*args)
         return loss * float("nan") if next(calls) == count else loss
 
-    monkeypatch.setattr(loop, "batch_loss", batch_loss)
+    monkeypatch.setattr(loop, "squared_error", squared_error)
 
 
 @pytest.mark.parametrize("count", [0, 2])

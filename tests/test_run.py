@@ -18,7 +18,7 @@ from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSett
 from atelier.trainers.run import Checkpoint, Run, RunIdentity
 from safetensors import SafetensorError
 from small_disk import fill, small_disk
-from training import training_data
+from training import training_data, with_entries
 
 ROOT = Path(__file__).resolve().parent.parent
 IDENTITY = RunIdentity(
@@ -389,11 +389,11 @@ def test_the_run_follows_what_is_in_the_latent_cache(
 ) -> None:
     cache = training_data(tmp_path).latents
     entries = (dataclasses.replace(cache.entries[0], **change), *cache.entries[1:])
-    changed = dataclasses.replace(cache, entries=entries)
+    changed = with_entries(cache, entries)
     assert changed.fingerprint() != cache.fingerprint()
 
 
 def test_the_run_follows_neither_the_folder_nor_the_order_of_the_cache(tmp_path: Path) -> None:
     cache = training_data(tmp_path).latents
-    moved = dataclasses.replace(cache, folder="/elsewhere", entries=cache.entries[::-1])
+    moved = dataclasses.replace(with_entries(cache, cache.entries[::-1]), folder="/elsewhere")
     assert moved.fingerprint() == cache.fingerprint()

@@ -14,7 +14,7 @@ from atelier.trainers.flow import seeded
 from atelier.trainers.flux import FluxConfig
 from atelier.trainers.shards import Shards
 from scipy.stats import chisquare
-from training import CONTEXT, TEXT_TOKENS, VECTOR, training_data, write_entries
+from training import CONTEXT, TEXT_TOKENS, VECTOR, training_data, with_entries, write_entries
 
 DRAWS = 4000
 
@@ -35,7 +35,7 @@ def data(tmp_path: Path) -> TrainingData:
         texts=(("caption 0",), ("other", "caption 0")),
         dropout=0.2,
     )
-    latents = dataclasses.replace(data.latents, entries=(entry,))
+    latents = with_entries(data.latents, (entry,))
     return TrainingData(latents=latents, prompts=prompts)
 
 
@@ -60,12 +60,13 @@ def test_a_batch_has_the_tensors_of_what_was_chosen(data: TrainingData) -> None:
     entry = data.latents.entries[0]
     samples = data.choose([entry] * 8, seeded(0, "choice", 0))
     assert {sample.key for sample in samples} == set(entry.keys)
-    latents, embeds, pooled = data.load(samples, torch.device("cpu"), seeded(0, "noise", 0))
+    batch = data.load(samples, torch.device("cpu"), seeded(0, "noise", 0))
+    assert batch.weights is None
     for index, sample in enumerate(samples):
         mean, text = data.latents.load(sample.key).mean, data.prompts.load(sample.text)
-        assert (latents[index] - mean).abs().max() < 1  # the deviation is 0.1, or 0
-        assert torch.equal(embeds[index], text.prompt_embeds)
-        assert torch.equal(pooled[index], text.pooled)
+        assert (batch.latents[index] - mean).abs().max() < 1  # the deviation is 0.1, or 0
+        assert torch.equal(batch.prompt_embeds[index], text.prompt_embeds)
+        assert torch.equal(batch.pooled[index], text.pooled)
 
 
 def test_choices_are_those_of_their_micro_step(data: TrainingData) -> None:
@@ -105,7 +106,7 @@ def test_the_empty_caption_is_needed_for_dropout_only(data: TrainingData) -> Non
     prompts = dataclasses.replace(data.prompts, entries=described)
     with pytest.raises(ValueError, match="The caption '' is not in the prompt cache"):
         dataclasses.replace(data, prompts=prompts).check_fits(CONFIG)
-    latents = dataclasses.replace(data.latents, entries=(dataclasses.replace(entry, dropout=0.0),))
+    latents = with_entries(data.latents, (dataclasses.replace(entry, dropout=0.0),))
     TrainingData(latents=latents, prompts=prompts).check_fits(CONFIG)
 
 

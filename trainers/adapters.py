@@ -7,6 +7,8 @@ an `alpha` per module: ComfyUI, diffusers and kohya's tools read it at the same 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,15 @@ class Lora:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[name])
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the transformer computes as if it had no LoRA."""
+        self._enable(False)
+        try:
+            yield
+        finally:
+            self._enable(True)
+
     def is_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.parameters.values())
 
@@ -59,6 +70,13 @@ class Lora:
             if isinstance(module, BaseTunerLayer):
                 self._transformer.set_submodule(name, module.get_base_layer())
         del self._transformer.peft_config  # else peft warns of a second adapter
+
+    def _enable(self, enabled: bool) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in self._transformer.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(enabled)
 
 
 def attach_lora(transformer: nn.Module, settings: LoraSettings, *, seed: int) -> Lora:

@@ -5,6 +5,7 @@ Sizes are (width, height) in pixels, after the EXIF rotation.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -67,6 +68,10 @@ class Resolution:
         )
         require(self.max_aspect >= 1, f"max_aspect must be 1 or more, got {self.max_aspect}.")
 
+    def at(self, size: Size) -> Resolution:
+        """The same with another (width, height)."""
+        return dataclasses.replace(self, width=size[0], height=size[1])
+
     def size_for(self, width: int, height: int, seed: str = "") -> Size:
         """The size at which a picture of `width` x `height` is trained.
 
@@ -98,6 +103,24 @@ class Resolution:
             drawn = hashlib.sha256(f"size {seed}".encode()).digest()[:8]
             return sizes[int.from_bytes(drawn, "big") % len(sizes)]
         return nearest_bucket(width, height, sizes)
+
+
+def parse_sizes(text: str) -> tuple[Size, ...]:
+    """The sizes in a text such as "768x768, 1024x1024"; none in an empty one.
+
+    Raises:
+        ValueError: a part of it is no size.
+    """
+    sizes = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        width, times, height = part.lower().partition("x")
+        require(
+            times == "x" and width.strip().isdecimal() and height.strip().isdecimal(),
+            f"{part!r} is no size. Write sizes as width x height with commas between them, such as "
+            "768x768, 1024x1024.",
+        )
+        sizes.append((int(width), int(height)))
+    return tuple(sizes)
 
 
 @lru_cache  # asked once per picture

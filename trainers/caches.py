@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import require
+from .config import ALWAYS, Schedule, require
 from .shards import Shards
 
-_VERSION = 2
-"""Of a manifest. 2: several captions and keys of an entry."""
+_VERSION = 3
+"""Of a manifest. 3: subsets."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class LatentEntry:
     """`Record.id`."""
     keys: tuple[str, ...]
     """Of its latents, and of those of the mirrored picture if it is trained too."""
+    masks: tuple[str, ...] = ()
+    """Keys of the weights of those latents; without, all of the picture counts."""
     texts: tuple[tuple[str, ...], ...]
     """The captions of the record, and the variants of each."""
     width: int
@@ -58,6 +60,8 @@ class LatentEntry:
     repeats: int = 1
     dropout: float = 0.0
     """Share of its samples, 0 to 1, that train with the empty text."""
+    is_regularization: bool = False
+    """Whether it trains towards what the model draws without the LoRA. All of a subset do."""
 
     @property
     def name(self) -> str:
@@ -67,7 +71,36 @@ class LatentEntry:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LatentEntry:
         texts = tuple(tuple(variants) for variants in values["texts"])
-        return cls(**{**values, "keys": tuple(values["keys"]), "texts": texts})
+        return cls(
+            **{
+                **values,
+                "keys": tuple(values["keys"]),
+                "masks": tuple(values["masks"]),
+                "texts": texts,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSubset:
+    """The entries of one subset of the dataset. Batches never mix two of them."""
+
+    name: str
+    entries: tuple[LatentEntry, ...]
+    schedule: Schedule = ALWAYS
+
+    def fingerprint(self) -> str:
+        """SHA-256 over everything here that training sees, the name aside."""
+        entries = sorted(
+            [*e.keys, *e.masks, *e.texts, e.repeats, e.dropout, e.is_regularization]
+            for e in self.entries
+        )
+        return digest([entries, dataclasses.astuple(self.schedule)])
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LatentSubset:
+        entries = tuple(LatentEntry.from_json(entry) for entry in values["entries"])
+        return cls(**{**values, "entries": entries, "schedule": Schedule(**values["schedule"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +115,36 @@ class PromptEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentCache:
-    """The latents of a dataset, in the order of its records."""
+    """The latents of a dataset, in the order of its subsets and their records.
+
+    Raises:
+        ValueError: if only some subsets have a probability, or none starts at the first step.
+    """
 
     folder: str
     """Absolute path."""
     encoder: str
     """Identity of the autoencoder and its scaling."""
-    entries: tuple[LatentEntry, ...]
+    subsets: tuple[LatentSubset, ...]
+
+    def __post_init__(self) -> None:
+        drawn = [subset.name for subset in self.subsets if subset.schedule.probability]
+        always = [subset.name for subset in self.subsets if not subset.schedule.probability]
+        require(
+            not drawn or not always,
+            f"The dataset {''.join(always[:1])!r} has no probability and others have one. Give "
+            "each one a probability, or none.",
+        )
+        require(
+            not all(subset.schedule.start_step for subset in self.subsets),
+            "No dataset starts at step 0, so there would be nothing to train at first. Set the "
+            "start step of one of them to 0.",
+        )
+
+    @property
+    def entries(self) -> tuple[LatentEntry, ...]:
+        """Of all subsets, in order."""
+        return tuple(entry for subset in self.subsets for entry in subset.entries)
 
     def load(self, key: str, device: str | torch.device = "cpu") -> LatentDistribution:
         """Read one of an entry's keys. Raises ValueError when it is missing or damaged."""
@@ -98,18 +154,26 @@ class LatentCache:
             std=tensors["std"].to(device, torch.float32),
         )
 
+    def load_mask(self, key: str) -> Tensor:
+        """Weights [h, w] of latents, float32 in 0..1, under one of an entry's masks.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        return self._shards.read(key)["mask"]
+
     def require_complete(self) -> None:
         """Raises ValueError if an entry is not on disk; contents are not read."""
         self._shards.require(self.keys)
 
     def fingerprint(self) -> str:
         """SHA-256 over everything here that training sees; the folder is not part of it."""
-        return digest(sorted([*e.keys, *e.texts, e.repeats, e.dropout] for e in self.entries))
+        return digest([subset.fingerprint() for subset in self.subsets])
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Every key, in the order of the entries."""
-        return tuple(key for entry in self.entries for key in entry.keys)
+        return tuple(key for entry in self.entries for key in (*entry.keys, *entry.masks))
 
     @property
     def total_bytes(self) -> int:
@@ -126,7 +190,7 @@ class LatentCache:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LatentCache:
         """Raises ValueError when `values` are not a manifest of latents."""
-        return cls(**_from_json("latents", values, LatentEntry))
+        return cls(**_from_json("latents", values, "subsets", LatentSubset))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +240,7 @@ class PromptCache:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> PromptCache:
         """Raises ValueError when `values` are not a manifest of prompts."""
-        return cls(**_from_json("prompts", values, PromptEntry))
+        return cls(**_from_json("prompts", values, "entries", PromptEntry))
 
     @cached_property
     def _shards(self) -> Shards:
@@ -205,16 +269,13 @@ def _to_json(kind: str, cache: LatentCache | PromptCache) -> dict[str, Any]:
 
 
 def _from_json(
-    kind: str, values: dict[str, Any], entry_class: type[LatentEntry | PromptEntry]
+    kind: str, values: dict[str, Any], name: str, item: type[LatentSubset | PromptEntry]
 ) -> dict[str, Any]:
     try:
         fields = dict(values)
         if (fields.pop("kind"), fields.pop("version")) != (kind, _VERSION):
             raise ValueError("another kind or version")
-        return {
-            **fields,
-            "entries": tuple(entry_class.from_json(entry) for entry in fields["entries"]),
-        }
+        return {**fields, name: tuple(item.from_json(one) for one in fields[name])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"This is not a manifest of cached {kind}. Make it again with a current version."

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .caches import LatentCache, LatentEntry, PromptCache, PromptEntry, digest
+from .caches import LatentCache, LatentEntry, LatentSubset, PromptCache, PromptEntry, digest
 from .config import require
-from .dataset import Dataset, Record, open_picture
+from .dataset import Dataset, Record, Subset, mask_weights, open_picture
+from .masks import Mask
 from .pictures import Transform, transform
 from .shards import Shards
 
@@ -33,9 +34,13 @@ OnProgress = Callable[[int, int], None]
 
 
 def latent_cache(dataset: Dataset, encoder_id: str, folder: str | Path) -> LatentCache:
-    """What `cache_latents` will return, computed without touching a picture or the disk."""
-    entries = tuple(_latent_entry(dataset, record, encoder_id) for record in dataset.records)
-    return LatentCache(folder=os.path.abspath(folder), encoder=encoder_id, entries=entries)
+    """What `cache_latents` will return, computed without touching a picture or the disk.
+
+    Raises:
+        ValueError: as `LatentCache`.
+    """
+    subsets = tuple(_latent_subset(subset, encoder_id) for subset in dataset.subsets)
+    return LatentCache(folder=os.path.abspath(folder), encoder=encoder_id, subsets=subsets)
 
 
 def prompt_cache(
@@ -70,11 +75,15 @@ def cache_latents(
         ValueError: a picture changed or broke, the disk is full, or the latents are not finite.
     """
     cache = latent_cache(dataset, encoder_id, folder)
-    wanted = {
-        key: (record, how)
-        for entry, record in zip(cache.entries, dataset.records, strict=True)
-        for key, how in zip(entry.keys, _transforms(dataset, record), strict=True)
-    }
+    wanted: dict[str, tuple[Record, Transform]] = {}
+    masks: dict[str, tuple[Mask, Transform]] = {}
+    for subset, cached in zip(dataset.subsets, cache.subsets, strict=True):
+        for record, entry in zip(subset.records, cached.entries, strict=True):
+            transforms = _transforms(subset, record)
+            wanted |= {key: (record, how) for key, how in zip(entry.keys, transforms, strict=True)}
+            if record.mask:
+                hows = zip(entry.masks, transforms, strict=True)
+                masks |= {key: (record.mask, how) for key, how in hows}
 
     def encode_batch(keys: list[str]) -> Iterator[dict[str, Tensor]]:
         batch = [wanted[key] for key in keys]
@@ -83,8 +92,15 @@ def cache_latents(
             _require_finite(mean[index], f"the picture {record.path}")
             yield {"mean": mean[index], "std": std[index]}
 
+    def weigh(keys: list[str]) -> Iterator[dict[str, Tensor]]:
+        for mask, how in (masks[key] for key in keys):
+            yield {"mask": mask_weights(mask, how)}
+
+    shards = Shards(folder)
     sizes = {key: (how.width, how.height) for key, (_, how) in wanted.items()}
-    _encode_missing(Shards(folder), sizes, batch_size, encode_batch, on_progress)
+    _encode_missing(shards, sizes, batch_size, encode_batch, on_progress)
+    if masks:
+        _encode_missing(shards, dict.fromkeys(masks), 1, weigh, on_progress)
     return cache
 
 
@@ -152,22 +168,36 @@ def _batches(
             yield group[start : start + batch_size]
 
 
-def _latent_entry(dataset: Dataset, record: Record, encoder_id: str) -> LatentEntry:
-    transforms = _transforms(dataset, record)
+def _latent_subset(subset: Subset, encoder_id: str) -> LatentSubset:
+    return LatentSubset(
+        name=subset.name,
+        entries=tuple(_latent_entry(subset, record, encoder_id) for record in subset.records),
+        schedule=subset.schedule,
+    )
+
+
+def _latent_entry(subset: Subset, record: Record, encoder_id: str) -> LatentEntry:
+    transforms = _transforms(subset, record)
     keys = tuple(digest([record.content, how.facts(), encoder_id]) for how in transforms)
     return LatentEntry(
         record=record.id,
         keys=keys,
+        masks=tuple(_mask_key(record.mask, how) for how in transforms) if record.mask else (),
         texts=record.texts,
-        dropout=dataset.captions.dropout,
+        dropout=subset.captions.dropout,
+        is_regularization=subset.is_regularization,
         width=transforms[0].width,
         height=transforms[0].height,
         repeats=record.repeats,
     )
 
 
-def _transforms(dataset: Dataset, record: Record) -> tuple[Transform, ...]:
-    return dataset.pictures.transforms(dataset.size_of(record), record.content)
+def _mask_key(mask: Mask, how: Transform) -> str:
+    return digest(["mask", mask.content, mask.is_alpha, how.facts()])
+
+
+def _transforms(subset: Subset, record: Record) -> tuple[Transform, ...]:
+    return subset.pictures.transforms(subset.size_of(record), record.content)
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:

@@ -112,6 +112,30 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When the pictures of a dataset are trained beside those of others."""
+
+    probability: float = 0.0
+    """Its share of the batches, in proportion to the shares of the others; 0 trains every picture
+    in every epoch. All datasets of a training have one, or none has."""
+    start_step: int = 0
+    """The optimizer step from which on they are trained."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.probability < math.inf,
+            f"The probability of a dataset must be 0 (off) or more, got {self.probability}.",
+        )
+        require(
+            self.start_step >= 0,
+            f"The start step of a dataset must be 0 or more, got {self.start_step}.",
+        )
+
+
+ALWAYS = Schedule()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Length:
     """How long to train, in optimizer steps or in passes over the dataset."""
 

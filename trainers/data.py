@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .caches import LatentCache, LatentEntry, PromptCache
 from .captions import choose_text
@@ -18,6 +19,26 @@ class Sample(NamedTuple):
     key: str
     """Of the latents."""
     text: str
+    mask: str = ""
+    """Key of the weights of the latents; empty where all of them count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """The tensors of some samples.
+
+    Shapes: B batch, C latent channels, h w latent size, L text tokens, D width.
+    """
+
+    latents: Tensor
+    """[B, C, h, w] float32, drawn from their distributions."""
+    prompt_embeds: Tensor
+    """[B, L, D] of T5."""
+    pooled: Tensor
+    """[B, D2] of CLIP."""
+    weights: Tensor | None
+    """[B, 1, h, w] in 0..1 by which the error of each latent counts, or None if no sample has a
+    mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +79,17 @@ class TrainingData:
         """Of each entry one of its texts, and the picture or its mirror image."""
         texts = [choose_text(entry.texts, entry.dropout, generator) for entry in entries]
         places = torch.rand(len(entries), generator=generator).tolist()
-        keys = [e.keys[int(place * len(e.keys))] for e, place in zip(entries, places, strict=True)]
-        return [Sample(key, text) for key, text in zip(keys, texts, strict=True)]
+        samples = []
+        for entry, text, place in zip(entries, texts, places, strict=True):
+            index = int(place * len(entry.keys))
+            mask = entry.masks[index] if entry.masks else ""
+            samples.append(Sample(entry.keys[index], text, mask))
+        return samples
 
-    def load(self, samples: list[Sample], device: torch.device, generator: torch.Generator):
-        """Latents [B, C, H, W] drawn from their distributions, prompt embeddings, pooled ones."""
+    def load(
+        self, samples: list[Sample], device: torch.device, generator: torch.Generator
+    ) -> TrainingBatch:
+        """Read what was chosen, and draw the latents."""
         pictures = [self.latents.load(sample.key) for sample in samples]
         texts = [self.prompts.load(sample.text) for sample in samples]
         mean = torch.stack([picture.mean for picture in pictures])
@@ -70,4 +97,18 @@ class TrainingData:
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         prompt_embeds = torch.stack([text.prompt_embeds for text in texts])
         pooled = torch.stack([text.pooled for text in texts])
-        return latents.to(device), prompt_embeds.to(device), pooled.to(device)
+        return TrainingBatch(
+            latents=latents.to(device),
+            prompt_embeds=prompt_embeds.to(device),
+            pooled=pooled.to(device),
+            weights=self._weights(samples, latents, device),
+        )
+
+    def _weights(
+        self, samples: list[Sample], latents: Tensor, device: torch.device
+    ) -> Tensor | None:
+        if not any(sample.mask for sample in samples):
+            return None
+        seen = torch.ones(latents.shape[-2:])
+        masks = [self.latents.load_mask(s.mask) if s.mask else seen for s in samples]
+        return torch.stack(masks)[:, None].to(device)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from .buckets import Resolution, Size, is_enlarged
 from .captions import CaptionSettings, caption_variants, listed, read_captions
-from .config import require
+from .config import ALWAYS, Schedule, require
+from .masks import ALPHA, Mask, alpha_masks, folder_masks, latent_weights
 from .pictures import Crop, Filter, Transform, decode
 from .scan import PICTURE_EXTENSIONS, ContentHashes, OnBadFile, OnProgress, scan_folder
 
@@ -40,6 +42,8 @@ class Record:
     """Pixels, after the EXIF rotation."""
     height: int
     """Pixels, after the EXIF rotation."""
+    mask: Mask | None = None
+    """Without one all of the picture counts."""
     repeats: int = 1
     """How often the picture is seen in an epoch."""
 
@@ -81,29 +85,23 @@ DEFAULT_CAPTIONS, DEFAULT_PICTURES = CaptionSettings(), PictureSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """Records in a fixed order, and how they are trained."""
+class Subset:
+    """Records in a fixed order that are trained alike, at sizes of one area."""
 
     records: tuple[Record, ...]
     resolution: Resolution
     name: str
     pictures: PictureSettings = DEFAULT_PICTURES
     captions: CaptionSettings = DEFAULT_CAPTIONS
+    schedule: Schedule = ALWAYS
+    is_regularization: bool = False
+    """Whether its pictures train towards what the model draws without the LoRA."""
     told: tuple[str, ...] = ()
     """Warnings of reading it."""
 
     def size_of(self, record: Record) -> Size:
         """(width, height) in pixels at which the record is trained."""
         return self.resolution.size_for(record.width, record.height, record.content)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """Every distinct text that is encoded, in the order of the records."""
-        return tuple(
-            dict.fromkeys(
-                text for record in self.records for variants in record.texts for text in variants
-            )
-        )
 
     @property
     def num_samples(self) -> int:
@@ -126,6 +124,55 @@ class Dataset:
         return is_enlarged((record.width, record.height), self.size_of(record))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What a training sees: one subset, or several that take turns."""
+
+    subsets: tuple[Subset, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every distinct text that is encoded, in the order of the records."""
+        records = (record for subset in self.subsets for record in subset.records)
+        texts = (text for record in records for variants in record.texts for text in variants)
+        return tuple(dict.fromkeys(texts))
+
+    @property
+    def num_samples(self) -> int:
+        """Pictures seen in one epoch."""
+        return sum(subset.num_samples for subset in self.subsets)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about what trains but is probably not meant, each once."""
+        return tuple(dict.fromkeys(text for subset in self.subsets for text in subset.warnings))
+
+    def at_sizes(self, sizes: Sequence[Size]) -> Dataset:
+        """This, and every picture of it once more at each further (width, height) in pixels."""
+        further = (
+            dataclasses.replace(subset, resolution=subset.resolution.at(size))
+            for size in sizes
+            for subset in self.subsets
+        )
+        return Dataset(subsets=(*self.subsets, *further))
+
+    def scheduled(self, schedule: Schedule, *, is_regularization: bool) -> Dataset:
+        """This with one schedule for all of it: subsets share the probability by their samples."""
+
+        def share(subset: Subset) -> Schedule:
+            probability = schedule.probability * subset.num_samples / self.num_samples
+            return dataclasses.replace(schedule, probability=probability)
+
+        return Dataset(
+            subsets=tuple(
+                dataclasses.replace(
+                    subset, schedule=share(subset), is_regularization=is_regularization
+                )
+                for subset in self.subsets
+            )
+        )
+
+
 def image_folder(
     path: str | Path,
     *,
@@ -133,20 +180,23 @@ def image_folder(
     repeats: int = 1,
     pictures: PictureSettings = DEFAULT_PICTURES,
     captions: CaptionSettings = DEFAULT_CAPTIONS,
+    masks: str | Path | None = None,
     on_bad_file: OnBadFile = "stop",
     index_folder: Path | None = None,
     on_progress: OnProgress | None = None,
-) -> Dataset:
+) -> Subset:
     """The pictures of one folder, sorted by name, each with its captions.
 
-    Headers are read and bytes hashed here, once for each version of a file if `index_folder` is
+    `masks` is a folder of masks, or `masks.ALPHA` for the transparency of the pictures. Headers are
+    read and bytes hashed here, once for each version of a file if `index_folder` is
     given to remember them; pixels are decoded when they are encoded. Subfolders are not read.
     `on_progress(done, total)` may raise to stop.
 
     Raises:
-        ValueError: the folder is missing or holds no pictures, a file is no picture, or a caption
-            is missing or not UTF-8. The message names the file. With `on_bad_file` "skip" files
-            that are no pictures are left out, and named in the warnings.
+        ValueError: the folder is missing or holds no pictures, a file is no picture, a caption is
+            missing or not UTF-8, or a mask is missing or no mask of its picture. The message names
+            the file. With `on_bad_file` "skip" pictures that are none or whose mask is wrong are
+            left out, and named in the warnings.
     """
     require(repeats >= 1, f"Repeats must be 1 or more, got {repeats}. 1 shows each picture once.")
     scan = scan_folder(path, index_folder, on_bad_file=on_bad_file, on_progress=on_progress)
@@ -154,24 +204,37 @@ def image_folder(
     written, warnings = read_captions([Path(p.path) for p in scan.pictures], captions)
     hashes = ContentHashes(index_folder / "contents.json" if index_folder else None)
     contents = hashes.of_all(scan.pictures, on_progress).digests
-    records = (
+    found: Sequence[Mask | str | None] = [None] * len(contents)
+    if masks == ALPHA:
+        found = alpha_masks(scan.pictures, contents)
+    elif masks:
+        found = folder_masks(scan.pictures, masks, index_folder, hashes, on_progress)
+    left_out = [sentence for _, sentence in scan.skipped]
+    left_out += (mask for mask in found if isinstance(mask, str))
+    require(on_bad_file == "skip" or not left_out, "".join(left_out[:1]))
+    records = [
         Record(
             path=picture.path,
             texts=tuple(caption_variants(caption, captions, _SEED, content) for caption in some),
             content=content,
             width=picture.width,
             height=picture.height,
+            mask=mask,
             repeats=repeats,
         )
-        for picture, some, content in zip(scan.pictures, written, contents, strict=True)
-    )
-    return Dataset(
+        for picture, some, content, mask in zip(
+            scan.pictures, written, contents, found, strict=True
+        )
+        if not isinstance(mask, str)
+    ]
+    require(bool(records), "".join(left_out[:1]))
+    return Subset(
         records=tuple(records),
         resolution=resolution,
         name=Path(scan.folder).name,
         pictures=pictures,
         captions=captions,
-        told=(*warnings, *(f"Left out: {sentence}" for _, sentence in scan.skipped)),
+        told=(*warnings, *(f"Left out: {sentence}" for sentence in left_out)),
     )
 
 
@@ -206,23 +269,28 @@ def open_picture(record: Record) -> Image.Image:
     Raises:
         ValueError: the file is gone, or its content is no longer the one the record describes.
     """
-    data = _read(Path(record.path))
-    require(
-        _digest(data) == record.content,
-        f"The picture {record.path} changed after the dataset was read. Queue the graph again.",
-    )
-    return decode(data, record.path)
+    return decode(_read(record.path, record.content), record.path)
 
 
-def _read(path: Path) -> bytes:
+def mask_weights(mask: Mask, how: Transform) -> Tensor:
+    """Weights [h, w] in 0..1 of the latents of the picture that `how` transforms.
+
+    Raises:
+        ValueError: as `open_picture`.
+    """
+    return latent_weights(mask, _read(mask.path, mask.content), how)
+
+
+def _read(path: str, content: str) -> bytes:
     try:
-        return path.read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"Cannot read the file {path}: {error.strerror}.") from error
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    require(
+        hashlib.sha256(data).hexdigest() == content,
+        f"The picture {path} changed after the dataset was read. Queue the graph again.",
+    )
+    return data
 
 
 def _file_name(record: Record) -> str:

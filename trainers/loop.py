@@ -17,9 +17,9 @@ from .adapters import Lora, attach_lora, file_tensors, lora_metadata, save_lora
 from .batches import BatchOrder
 from .caches import LatentEntry
 from .config import JobSettings, TrainSettings, to_json
-from .data import TrainingData
+from .data import TrainingBatch, TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
-from .flow import add_noise, flow_loss, sample_sigmas, seeded
+from .flow import add_noise, flow_target, sample_sigmas, seeded, squared_error
 from .flux import (
     build_transformer,
     recompute_blocks,
@@ -126,7 +126,12 @@ def workload(
 
 def _order(job: JobSettings, data: TrainingData) -> BatchOrder:
     settings = job.train
-    return BatchOrder(data.latents.entries, batch_size=settings.batch_size, seed=settings.seed)
+    return BatchOrder(
+        data.latents.subsets,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        gradient_accumulation=settings.gradient_accumulation,
+    )
 
 
 def train(
@@ -307,18 +312,16 @@ def _forward_backward(
     generator = seeded(settings.seed, "micro-step", micro_step)
     # Draws of their own: another caption or a flip trains with the same noise.
     samples = data.choose(entries, seeded(settings.seed, "choice", micro_step))
-    latents, prompt_embeds, pooled = data.load(samples, state.device, generator)
+    batch = data.load(samples, state.device, generator)
+    noise = torch.randn(batch.latents.shape, generator=generator).to(state.device)
+    sigma = sample_sigmas(len(entries), generator).to(state.device)
+    target = flow_target(batch.latents, noise)
+    if entries[0].is_regularization:  # as are all of its subset: the model without the LoRA teaches
+        with state.lora.disabled(), torch.no_grad():
+            target = _predict(state, batch, noise, sigma)
     with state.saving():
-        loss = batch_loss(
-            state.transformer,
-            latents,
-            noise=torch.randn(latents.shape, generator=generator).to(state.device),
-            sigma=sample_sigmas(len(entries), generator).to(state.device),
-            prompt_embeds=prompt_embeds,
-            pooled=pooled,
-            guidance=settings.guidance,
-            dtype=state.dtype,
-        ).mean()
+        prediction = _predict(state, batch, noise, sigma)
+        loss = squared_error(prediction, target, batch.weights).mean()
     if not torch.isfinite(loss):
         raise ValueError(_diverged(micro_step // settings.gradient_accumulation, settings))
     if state.gives_back_memory:
@@ -327,27 +330,16 @@ def _forward_backward(
     return float(loss.detach())
 
 
-def batch_loss(
-    transformer,
-    latents: Tensor,
-    *,
-    noise: Tensor,
-    sigma: Tensor,
-    prompt_embeds: Tensor,
-    pooled: Tensor,
-    guidance: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Loss [B] of the network on `latents` [B, C, H, W] mixed with `noise` at `sigma` [B]."""
-    prediction = velocity(
-        transformer,
-        add_noise(latents, noise, sigma).to(dtype),
+def _predict(state: TrainState, batch: TrainingBatch, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The velocity [B, C, h, w] of the network on the latents mixed with `noise` at `sigma` [B]."""
+    return velocity(
+        state.transformer,
+        add_noise(batch.latents, noise, sigma).to(state.dtype),
         sigma=sigma,
-        prompt_embeds=prompt_embeds,
-        pooled=pooled,
-        guidance=guidance,
+        prompt_embeds=batch.prompt_embeds,
+        pooled=batch.pooled,
+        guidance=state.settings.guidance,
     )
-    return flow_loss(prediction, latents, noise)
 
 
 def _diverged(step: int, settings: TrainSettings) -> str:

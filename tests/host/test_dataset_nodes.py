@@ -17,7 +17,8 @@ import folder_paths
 import pytest
 import torch
 from atelier.nodes import host, loader_memory
-from atelier.nodes.dataset import CacheLatents, EncodePrompts, ImageFolderDataset
+from atelier.nodes.caches import CacheLatents, EncodePrompts
+from atelier.nodes.dataset import ImageFolderDataset
 from atelier.nodes.settings import CaptionSettingsNode, PictureSettingsNode
 from executor import CountingLoader, Runner
 from PIL import Image, ImageOps

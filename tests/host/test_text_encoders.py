@@ -20,7 +20,8 @@ import pytest
 import text_files
 import torch
 from atelier.nodes import host, loader_memory, loaders
-from atelier.nodes.dataset import EncodePrompts, ImageFolderDataset
+from atelier.nodes.caches import EncodePrompts
+from atelier.nodes.dataset import ImageFolderDataset
 from atelier.nodes.encoders import build_clip, prompt_encoder
 from atelier.nodes.loaders import LoadQuantizedTextEncoders
 from atelier.nodes.native import StorePatcher

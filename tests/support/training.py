@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 import torch
-from atelier.trainers.caches import LatentCache, LatentEntry, PromptCache, PromptEntry
+from atelier.trainers.caches import LatentCache, LatentEntry, LatentSubset, PromptCache, PromptEntry
 from atelier.trainers.data import TrainingData
 from atelier.trainers.shards import Shards
 
@@ -45,11 +46,21 @@ def training_data(
         texts.append(text)
     write_entries(folder, stored)
     return TrainingData(
-        latents=LatentCache(folder=str(folder), encoder="vae", entries=tuple(pictures)),
+        latents=LatentCache(
+            folder=str(folder),
+            encoder="vae",
+            subsets=(LatentSubset(name="pictures", entries=tuple(pictures)),),
+        ),
         prompts=PromptCache(
             folder=str(folder), encoder="clip", length=text_tokens, entries=tuple(texts)
         ),
     )
+
+
+def with_entries(cache: LatentCache, entries: tuple[LatentEntry, ...]) -> LatentCache:
+    """A cache of one subset with other entries."""
+    (subset,) = cache.subsets
+    return dataclasses.replace(cache, subsets=(dataclasses.replace(subset, entries=entries),))
 
 
 def write_entries(folder: Path, entries: dict[str, dict[str, torch.Tensor]]) -> None:

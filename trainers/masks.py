@@ -1,0 +1,104 @@
+"""Masks: which parts of a picture count in the loss. White counts, black does not.
+
+A mask is a picture of the same size, in a folder of masks under the same name, or the transparency
+of the picture itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import ImageOps
+from torch import Tensor
+
+from .config import require
+from .pictures import Transform, decode, transform_mask
+from .scan import ContentHashes, OnProgress, Picture, scan_folder
+
+ALPHA = "alpha channel"
+"""The source of masks that is no folder."""
+
+_LATENT_STEP = 8
+"""Pixels along a side of one latent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Where a record's mask lies."""
+
+    path: str
+    """Absolute path of the picture that is the mask, or has it as its alpha channel."""
+    content: str
+    """SHA-256 of the file's bytes, in hex."""
+    is_alpha: bool = False
+
+
+def alpha_masks(pictures: Sequence[Picture], contents: Sequence[str]) -> list[Mask | None]:
+    """The transparency of each picture; None where all of it is seen."""
+    return [
+        Mask(path=picture.path, content=content, is_alpha=True) if picture.has_alpha else None
+        for picture, content in zip(pictures, contents, strict=True)
+    ]
+
+
+def folder_masks(
+    pictures: Iterable[Picture],
+    folder: str | Path,
+    index_folder: Path | None,
+    hashes: ContentHashes,
+    on_progress: OnProgress | None,
+) -> list[Mask | str]:
+    """The mask of each picture: that of its name in `folder`, whatever the extension; or the
+    sentence that says what is wrong.
+
+    Raises:
+        ValueError: the folder is missing, or two masks have one name.
+    """
+    scan = scan_folder(folder, index_folder, on_bad_file="skip", on_progress=on_progress)
+    by_name: dict[str, Picture] = {}
+    for picture in scan.pictures:
+        other = by_name.setdefault(Path(picture.path).stem, picture)
+        require(
+            other is picture,
+            f"The masks {other.path} and {picture.path} have one name. Remove one of them.",
+        )
+    bad = {Path(path).stem: sentence for path, sentence in scan.skipped}
+    contents = dict(
+        zip(by_name, hashes.of_all([*by_name.values()], on_progress).digests, strict=True)
+    )
+
+    def mask_of(picture: Picture) -> Mask | str:
+        name = Path(picture.path).stem
+        found = by_name.get(name)
+        if found is None:
+            missing = (
+                f"The picture {picture.path} has no mask in {scan.folder}. Put one there under the "
+                "same name: white is trained, black is not."
+            )
+            return bad.get(name, missing)
+        if (found.width, found.height) != (picture.width, picture.height):
+            return (
+                f"The mask {found.path} has {found.width}x{found.height} pixels and its picture "
+                f"{picture.width}x{picture.height}. Make them equal."
+            )
+        return Mask(path=found.path, content=contents[name])
+
+    return [mask_of(picture) for picture in pictures]
+
+
+def latent_weights(mask: Mask, data: bytes, how: Transform) -> Tensor:
+    """Weights [h, w] in 0..1 of the latents of a picture: the mean of the pixels under each.
+
+    `data` are the bytes of the mask's file, `how` the transform of its picture.
+
+    Raises:
+        ValueError: it is no picture.
+    """
+    image = decode(data, mask.path)
+    if mask.is_alpha:
+        image = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    pixels = transform_mask(image, how)
+    return torch.nn.functional.avg_pool2d(pixels, _LATENT_STEP)[0]
