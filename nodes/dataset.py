@@ -104,19 +104,23 @@ class ImageFolderDataset(io.ComfyNode):
                     tooltip="A file that has a picture's name and is none, cannot be read, or has "
                     "no right mask. stop: end with its name. skip: go on without it, and say so.",
                 ),
-                io.String.Input(
+                host.make_input(
+                    io.String,
                     "more_sizes",
                     default="",
                     optional=True,
+                    advanced=True,
                     tooltip="Further sizes at which every picture is trained too, such as "
                     "'768x768, 1024x1024'. Each picture is then seen once more in an epoch at each "
                     "of them, and cached once more.",
                 ),
-                io.Combo.Input(
+                host.make_input(
+                    io.Combo,
                     "masks",
                     options=["none", ALPHA, *host.dataset_folders()],
                     default="none",
                     optional=True,
+                    advanced=True,
                     tooltip="Which parts of the pictures are learned: white is, black is not. "
                     "alpha channel: what is not transparent. A folder: its pictures of the same "
                     "names and sizes.",

@@ -69,6 +69,25 @@ def test_a_batch_has_the_tensors_of_what_was_chosen(data: TrainingData) -> None:
         assert torch.equal(batch.pooled[index], text.pooled)
 
 
+def test_a_picture_and_its_mirror_image_have_their_own_masks(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    (entry,) = data.latents.entries
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    write_entries(tmp_path, {"left": {"mask": left}, "right": {"mask": left.flip(1)}})
+    masked = dataclasses.replace(entry, masks=("left", "right"))
+    samples = data.choose([masked] * 8, seeded(0, "choice", 0))
+    assert {(s.key, s.mask) for s in samples} == {(entry.name, "left"), ("mirrored", "right")}
+    (plain,) = data.choose([entry], seeded(0, "choice", 0))
+    batch = data.load([*samples, plain], torch.device("cpu"), seeded(0, "noise", 0))
+    assert batch.weights is not None
+    assert batch.weights.shape == (9, 1, 8, 8)
+    for weights, sample in zip(batch.weights, samples, strict=False):
+        assert torch.equal(weights[0], left if sample.mask == "left" else left.flip(1))
+    assert batch.weights[8].eq(1).all()
+
+
 def test_choices_are_those_of_their_micro_step(data: TrainingData) -> None:
     batch = [data.latents.entries[0]] * 20
     first = data.choose(batch, seeded(1, "choice", 7))

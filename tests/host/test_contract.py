@@ -39,7 +39,21 @@ FROZEN = {
             *("folder COMBO", "width INT", "height INT", "mode COMBO", "repeats INT"),
             *("trigger STRING", "missing_captions COMBO"),
             *("captions? ATELIER_CAPTION_SETTINGS", "pictures? ATELIER_PICTURE_SETTINGS"),
-            "on_bad_file? COMBO",
+            *("on_bad_file? COMBO", "more_sizes? STRING", "masks? COMBO"),
+        ],
+        ["dataset ATELIER_DATASET"],
+    ),
+    "AtelierScheduleDataset": (
+        [
+            *("dataset ATELIER_DATASET", "probability FLOAT", "start_step INT"),
+            "is_regularization BOOLEAN",
+        ],
+        ["dataset ATELIER_DATASET"],
+    ),
+    "AtelierCombineDatasets": (
+        [
+            *("dataset_1 ATELIER_DATASET", "dataset_2 ATELIER_DATASET"),
+            *(f"dataset_{number}? ATELIER_DATASET" for number in range(3, 7)),
         ],
         ["dataset ATELIER_DATASET"],
     ),

@@ -18,12 +18,15 @@ import pytest
 import torch
 from atelier.nodes import host, loader_memory
 from atelier.nodes.caches import CacheLatents, EncodePrompts
-from atelier.nodes.dataset import ImageFolderDataset
+from atelier.nodes.dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
 from atelier.nodes.settings import CaptionSettingsNode, PictureSettingsNode
 from executor import CountingLoader, Runner
 from PIL import Image, ImageOps
 
-NODES = [ImageFolderDataset, CacheLatents, EncodePrompts, CaptionSettingsNode, PictureSettingsNode]
+NODES = [
+    *(ImageFolderDataset, ScheduleDataset, CombineDatasets),
+    *(CaptionSettingsNode, PictureSettingsNode, CacheLatents, EncodePrompts),
+]
 MODEL_FILES = {"vae": ["a.safetensors"], "text_encoders": ["c.safetensors", "t.safetensors"]}
 
 
@@ -323,6 +326,82 @@ def test_the_dataset_node_shows_what_it_found(runner: Runner, workplace: Path) -
         "Pictures enlarged to the training size: one.png, two.png.",
         "Pictures with an empty caption: one.png.",
     ]
+
+
+def test_two_datasets_are_encoded_by_one_node(runner: Runner, workplace: Path) -> None:
+    """A folder at two sizes, by its masks, beside another for regularization."""
+    add_picture(workplace / "input" / "blue", "three", (0, 0, 255))
+    for name in ("one", "two"):
+        add_picture(workplace / "input" / "masks", name, (255, 255, 255))
+    graph = latents_graph()
+    schedule = {"probability": 0.0, "start_step": 5, "is_regularization": True}
+    graph |= {
+        "red": dataset_node(more_sizes="128x64, 64x128", masks="masks", repeats=2),
+        "blue": dataset_node(folder="blue"),
+        "later": {
+            "class_type": "AtelierScheduleDataset",
+            "inputs": {"dataset": ["blue", 0], **schedule},
+        },
+        "dataset": {
+            "class_type": "AtelierCombineDatasets",
+            "inputs": {"dataset_1": ["red", 0], "dataset_2": ["later", 0]},
+        },
+    }
+    cache = runner.run(graph)
+    *red, blue = cache.subsets
+    sizes = [[(e.width, e.height, e.repeats) for e in subset.entries] for subset in red]
+    assert sizes == [[(w, h, 2)] * 2 for w, h in ((64, 64), (128, 64), (64, 128))]
+    assert [subset.schedule.start_step for subset in cache.subsets] == [0, 0, 0, 5]
+    assert [e.is_regularization for e in cache.entries] == [False] * 6 + [True]
+    assert blue.name == "blue"
+    for entry in cache.entries[:6]:
+        (mask,) = entry.masks
+        weights = cache.load_mask(mask)
+        assert weights.shape == (entry.height // 8, entry.width // 8)
+        assert weights.eq(1).all()
+    assert runner.texts["dataset"][0] == "Pictures: 7, seen per epoch: 13."
+
+
+def test_probabilities_for_some_datasets_only_are_one_sentence(
+    runner: Runner, workplace: Path
+) -> None:
+    add_picture(workplace / "input" / "blue", "three", (0, 0, 255))
+    values = {"probability": 1.0, "start_step": 0, "is_regularization": False}
+    graph = latents_graph() | {
+        "red": dataset_node(),
+        "blue": dataset_node(folder="blue"),
+        "often": {
+            "class_type": "AtelierScheduleDataset",
+            "inputs": {"dataset": ["blue", 0], **values},
+        },
+        "dataset": {
+            "class_type": "AtelierCombineDatasets",
+            "inputs": {"dataset_1": ["often", 0], "dataset_2": ["red", 0]},
+        },
+    }
+    with pytest.raises(RuntimeError, match="The dataset 'red' has no probability and others have"):
+        runner.run(graph)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"more_sizes": "768"}, "'768' is no size"),
+        ({"more_sizes": "100x100"}, "multiple of 16 between 64 and 8192 pixels, got 100"),
+        ({"masks": "../masks"}, "must lie below input/|not in list"),
+    ],
+)
+def test_wrong_sizes_and_masks_are_told(runner: Runner, inputs: dict[str, str], words: str) -> None:
+    graph = latents_graph() | {"dataset": dataset_node(**inputs)}
+    with pytest.raises((RuntimeError, ValueError, AssertionError), match=words):
+        runner.run(graph)
+
+
+def test_a_changed_mask_is_noticed(workplace: Path) -> None:
+    add_picture(workplace / "input" / "masks", "one", (255, 255, 255))
+    before = ImageFolderDataset.fingerprint_inputs(folder="red", masks="masks")
+    Image.new("L", (64, 64), 9).save(workplace / "input" / "masks" / "one.png")
+    assert ImageFolderDataset.fingerprint_inputs(folder="red", masks="masks") != before
 
 
 @pytest.mark.parametrize(("length", "num_warnings"), [(77, 1), (256, 0), (512, 1)])
