@@ -310,7 +310,7 @@ def test_a_cancelled_run_goes_on_on_the_same_weights(
     before = content(model)
 
     def cancel(done: int, total: int, *_: Any, **__: Any) -> None:
-        if (done, total) == (2, 3):
+        if (done, total) == (1, 3):  # newer hosts skip some between the first and the last
             comfy.model_management.interrupt_current_processing()
 
     with monkeypatch.context() as patched:
