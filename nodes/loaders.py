@@ -210,7 +210,8 @@ def model_path(name: str) -> Path:
 
 def _best_format(path: Path, reserve_gb: float, node_id: str) -> str:
     file, free_gb = inspect_flux(path), host.free_memory() / 1e9
-    format = choose_format(file, int((free_gb - reserve_gb) * 1e9))
+    free_bytes = int((free_gb - reserve_gb) * 1e9)
+    format = choose_format(file, free_bytes, host.compute_device())
     text = describe_choice(file, format, free_gb=free_gb, reserve_gb=reserve_gb)
     host.show_text(text, node_id)
     return format

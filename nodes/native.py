@@ -248,21 +248,24 @@ def _norm_scales(loaded: LoadedFlux) -> dict[str, Tensor]:
     return {name: loaded.store.plain[name].clone() for name in names}
 
 
-def base_flux(model: Any, trained_on: Any = None) -> BaseFlux:
+def base_flux(model: Any) -> BaseFlux:
     """The FLUX behind a MODEL, ours or the core's, with its LoRAs frozen.
-
-    Args:
-        trained_on: the MODEL whose weights are trained on, where those of `model` do not stay.
 
     Raises:
         ValueError: if it is no FLUX.1, or carries patches that are no plain LoRAs.
     """
-    base = _base_without_patches(trained_on or model)
+    is_ours = isinstance(model, StorePatcher)
+    return with_loras_of(model, model.model.atelier if is_ours else flux_of_parameters(model))
+
+
+def with_loras_of(model: Any, base: BaseFlux) -> BaseFlux:
+    """`base` with the LoRAs that a MODEL of the same weights carries, frozen; their shapes are all
+    that is asked of the weights.
+
+    Raises:
+        ValueError: if the MODEL carries patches that are no plain LoRAs.
+    """
     return dataclasses.replace(base, frozen=_frozen_loras(model, base.store))
-
-
-def _base_without_patches(model: Any) -> BaseFlux:
-    return model.model.atelier if isinstance(model, StorePatcher) else flux_of_parameters(model)
 
 
 def _frozen_loras(model: Any, store: Weights) -> tuple[FrozenLora, ...]:

@@ -18,19 +18,25 @@ from ..trainers.config import JobSettings, TrainSettings
 from ..trainers.data import TrainingData
 from ..trainers.devices import describe_device
 from ..trainers.files import write_atomically
-from ..trainers.load import BaseFlux
+from ..trainers.load import BaseFlux, LoadedFlux
 from ..trainers.preflight import Plan, require_fits
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
-from .native import add_lora, base_flux, draw_latents, to_training_device
-from .trainable import is_paged, model_to_train
+from .native import add_lora, draw_latents, to_training_device
+from .trainable import model_to_train
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "
     "gradient_checkpointing and activations_in_ram on, or set block_streaming of Load Quantized "
     "FLUX to ram: this run then goes on. Smaller pictures, a batch size of 1, fewer targets or a "
     "lower rank need less too, as a new run."
+)
+_OUT_OF_MEMORY_FROM_CORE = (
+    "The GPU's memory is not enough for this training; what was done is saved. Turn "
+    "gradient_checkpointing and activations_in_ram on: this run then goes on. Or start a new run: "
+    "the model loaded by Load Quantized FLUX in fewer bits, with its block_streaming on ram; "
+    "smaller pictures, a batch size of 1, fewer targets or a lower rank."
 )
 
 
@@ -100,9 +106,8 @@ class Session:
     ) -> None:
         self._model, self._data, self._job, self._sampling = model, data, job, sampling
         self._node_id = node_id
-        self._notes: list[str] = []
-        self._trained_on = model_to_train(model, self._say)
-        self._base = base_flux(model, self._trained_on)
+        self._trained_on = model_to_train(model)
+        self._base = self._trained_on.base
         self._forecast: list[str] = []
         sampling.check_fits(self._base)
         self._progress = host.Progress()
@@ -131,14 +136,10 @@ class Session:
             if not host.is_out_of_memory(error):
                 raise
             host.free_device_memory()
-            raise ValueError(_OUT_OF_MEMORY) from error
+            is_ours = isinstance(self._base, LoadedFlux)
+            raise ValueError(_OUT_OF_MEMORY if is_ours else _OUT_OF_MEMORY_FROM_CORE) from error
         tensors = file_tensors(trained.lora, self._job.lora)
         return Result(tensors, path.name, trained.losses, self._samples(trained.step))
-
-    def _say(self, sentence: str) -> None:
-        """Show a sentence now, and again when the training starts."""
-        self._notes.append(sentence)
-        host.show_text(sentence, self._node_id)
 
     def _samples(self, last_step: int) -> Tensor | None:
         """The sample pictures [N, H, W, 3] in 0..1 up to a step, or None if none were asked for."""
@@ -153,23 +154,21 @@ class Session:
 
     def _take_device(self) -> None:
         """Ask the host to have the base model on the device, and room for the training."""
-        to_training_device(self._trained_on, self._plan().needed.beside_weights)
+        to_training_device(self._trained_on.load(), self._plan().needed.beside_weights)
 
     def _plan(self) -> Plan:
         device = host.compute_device()
         workload = loop.workload(self._job, self._base, self._data, device)
         plan = Plan.of(self._base, workload, device)
-        if not is_paged(self._model):
-            return plan
-        return replace(plan, other_copy=self._model.model_size(), is_from_core=True)
+        return replace(plan, other_copy=self._trained_on.other_copy)
 
     def _check_memory(self) -> None:
+        self._trained_on.require_memory()
         plan = self._plan()
         self._forecast = [*require_fits(plan, host.free_memory()), describe_device(plan.device)]
 
     def _on_start(self, step: int, num_steps: int) -> None:
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
-        lines += self._notes
         if 0 < step < num_steps:
             lines.append(f"The run goes on from step {step}.")
         if self._base.frozen:
@@ -178,7 +177,7 @@ class Session:
             lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
         lines += self._without_effect()
         if step < num_steps:
-            lines += self._forecast
+            lines += [*self._trained_on.sentences, *self._forecast]
         host.show_text("\n".join(lines), self._node_id)
         if step < num_steps:
             self._take_device()

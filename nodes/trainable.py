@@ -1,4 +1,4 @@
-"""The MODEL that is trained on: the one given, or where ComfyUI pages its weights, one of its file.
+"""What is trained on of a MODEL: its own weights, or where ComfyUI pages these, those of its file.
 
 Newer ComfyUIs page the weights of their own loaders' MODELs in and out on NVIDIA cards (dynamic
 VRAM): no tensor of them stays. Their patcher remembers how it was loaded, for copies on other
@@ -7,15 +7,21 @@ devices (`cached_patcher_init`: a function of comfy.sd and its arguments, a file
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..trainers.devices import compute_dtype
-from ..trainers.load import inspect_flux, load_flux
-from ..trainers.memory import store_bytes
+from ..trainers.flux import FluxConfig
+from ..trainers.load import BaseFlux, inspect_flux, load_flux
+from ..trainers.memory import empty_store, store_bytes
+from ..trainers.store import Matrix, WeightStore
+from ..trainers.tensor_files import TensorFiles, model_files
 from . import host
-from .native import build_model, without_patches
+from .native import base_flux, build_model, with_loras_of, without_patches
 
 _CORE_LOADERS = {
     ("comfy.sd", "load_diffusion_model"),
@@ -24,18 +30,104 @@ _CORE_LOADERS = {
 """The functions that make a MODEL of one safetensors file, changing nothing but its types."""
 
 
-def model_to_train(model: Any, say: Callable[[str], None]) -> Any:
-    """`model` without its patches, or one of the file it was loaded from, if weights do not stay.
+class GivenModel:
+    """A MODEL that is trained on as it is."""
 
-    Args:
-        say: shows a sentence while the file is read, which can take minutes.
+    sentences: tuple[str, ...] = ()
+    """What a user should know of it when the training starts."""
+    other_copy = 0
+    """Bytes of the same weights that the host keeps beside those of `base`."""
+
+    def __init__(self, model: Any) -> None:
+        self.base = base_flux(model)
+        self._unpatched = without_patches(model)
+
+    def require_memory(self) -> None:
+        """Raises ValueError if the system's memory cannot hold what `load` reads."""
+
+    def load(self) -> Any:
+        """The MODEL without patches, with the weights of `base`, which are there from now on."""
+        return self._unpatched
+
+
+class ModelOfFile:
+    """A MODEL that is trained on by its file, of which only the headers are read until `load`."""
+
+    def __init__(self, model: Any, path: Path) -> None:
+        self._path, self._model = path, None
+        config = inspect_flux(path).config
+        self._weights = FileWeights(config, _format_like(model, config))
+        identity = TensorFiles(model_files(path)).identity()
+        base = BaseFlux(self._weights, config, identity, str(path), self._weights.format)
+        self.base = with_loras_of(model, base)
+        self.other_copy = model.model_size()
+        self.sentences = (
+            "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), so the training "
+            f"reads '{path.name}' a second time, in {self._weights.format}.",
+        )
+
+    def require_memory(self) -> None:
+        needed, free = self._weights.num_bytes, host.free_system_memory()
+        if needed > free:
+            raise ValueError(
+                "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), so the "
+                f"training would read '{self._path.name}' a second time: {needed / 1e9:.1f} GB of "
+                f"system memory, where {free / 1e9:.1f} are free. Load it by Load Quantized FLUX, "
+                "which keeps one copy, or start ComfyUI with --disable-dynamic-vram."
+            )
+
+    def load(self) -> Any:
+        if self._model is None:
+            device = host.compute_device()
+            loaded = load_flux(
+                self._path,
+                format=self._weights.format,
+                quantize_on=device,
+                on_progress=host.Progress().update,
+            )
+            self._weights.fill(loaded.store)
+            self._model = build_model(loaded, compute_dtype("auto", device))  # it only moves them
+        return self._model
+
+
+class FileWeights:
+    """The weights of a FLUX file: their sizes, and from `fill` on they themselves."""
+
+    streaming = "auto"
+
+    def __init__(self, config: FluxConfig, format: str) -> None:
+        self.format = format
+        self._store = empty_store(config, format)
+
+    def fill(self, store: WeightStore) -> None:
+        self._store = store
+
+    @property
+    def packed(self) -> Mapping[str, Matrix]:
+        return self._store.packed
+
+    @property
+    def plain(self) -> Mapping[str, Tensor]:
+        return self._store.plain
+
+    @property
+    def device(self) -> torch.device:
+        return self._store.device
+
+    @property
+    def num_bytes(self) -> int:
+        return self._store.num_bytes
+
+
+def model_to_train(model: Any) -> GivenModel | ModelOfFile:
+    """What is trained on of a MODEL.
 
     Raises:
-        ValueError: if its weights do not stay, and its file is not known, is no FLUX.1, or does not
-            fit into the system's memory a second time.
+        ValueError: if it is no FLUX.1, or carries patches that are no plain LoRAs, or its weights
+            do not stay and its file is not known.
     """
-    if not is_paged(model):
-        return without_patches(model)
+    if not _is_paged(model):
+        return GivenModel(model)
     path = _source(model)
     if path is None:
         raise ValueError(
@@ -43,28 +135,10 @@ def model_to_train(model: Any, say: Callable[[str], None]) -> Any:
             "came from is not known, so it cannot be trained. Load it by Load Quantized FLUX, or "
             "start ComfyUI with --disable-dynamic-vram."
         )
-    config = inspect_flux(path).config
-    has_8_bits = model.model_size() < 0.75 * store_bytes(config, "bf16")
-    format = "fp8" if has_8_bits else "bf16"  # what takes as much memory as the MODEL
-    needed, free = store_bytes(config, format), host.free_system_memory()
-    if needed > free:
-        raise ValueError(
-            "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), so the training "
-            f"would read '{path.name}' a second time: {needed / 1e9:.1f} GB of system memory, "
-            f"where {free / 1e9:.1f} are free. Load it by Load Quantized FLUX, which keeps one "
-            "copy, or start ComfyUI with --disable-dynamic-vram."
-        )
-    say(
-        "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), so the training reads "
-        f"'{path.name}' a second time, in {format}."
-    )
-    device = host.compute_device()
-    progress = host.Progress().update
-    loaded = load_flux(path, format=format, quantize_on=device, on_progress=progress)
-    return build_model(loaded, compute_dtype("auto", device))  # it only moves the weights
+    return ModelOfFile(model, path)
 
 
-def is_paged(model: Any) -> bool:
+def _is_paged(model: Any) -> bool:
     """Whether the weights of a MODEL have no place that stays."""
     return hasattr(model, "is_dynamic") and model.is_dynamic()
 
@@ -76,3 +150,10 @@ def _source(model: Any) -> Path | None:
         return None
     load, arguments = loading[:2]
     return Path(arguments[0]) if (load.__module__, load.__name__) in _CORE_LOADERS else None
+
+
+def _format_like(model: Any, config: FluxConfig) -> str:
+    """What takes as much memory as the MODEL, whose weights ComfyUI keeps in the types of the file:
+    fp8 for an fp8 file, whose bytes are then kept."""
+    has_8_bits = model.model_size() < 0.75 * store_bytes(config, "bf16")
+    return "fp8" if has_8_bits else "bf16"

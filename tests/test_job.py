@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from atelier.trainers import job as job_module
-from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.config import STREAMING, JobSettings, Length, LoraSettings, TrainSettings
 from atelier.trainers.job import read_job, run_job
 from atelier.trainers.load import load_flux
 from atelier.trainers.loop import Hooks, open_run
 from flux_files import write_flux
+from torch.overrides import TorchFunctionMode
 from training import training_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +84,45 @@ def test_a_wrong_job_file_is_one_sentence_and_exit_code_1(
     assert process.returncode == 1
     assert errors.splitlines()[-1] == str(refused.value)
     assert "Traceback" not in errors
+
+
+OTHER_DEVICE = torch.device("cpu", 0)
+
+
+class Recorded(TorchFunctionMode):
+    """Notes when weights are moved to the second device; quantizing there is no move."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self._events = events
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to and OTHER_DEVICE in args[1:]:
+            self._events.append("moved")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("streaming", STREAMING)
+@pytest.mark.parametrize("fits", [True, False], ids=["fits", "does not fit"])
+def test_weights_go_to_the_device_when_they_are_known_to_fit(
+    job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: str, fits: bool
+) -> None:
+    job = read_job(job_file)
+    length = dataclasses.replace(job.settings, length=Length(amount=1))
+    job = dataclasses.replace(job, settings=length, block_streaming=streaming)
+    events: list[str] = []
+    hooks = Hooks(
+        before_start=lambda: events.append("checked"),
+        on_start=lambda step, num_steps: events.append("started"),
+        on_step=lambda step: events.append("step"),
+    )
+    monkeypatch.setattr(job_module, "default_device", lambda: OTHER_DEVICE)
+    monkeypatch.setattr(job_module, "free_bytes", lambda device: 10**12 if fits else 0)
+    with Recorded(events), nullcontext() if fits else pytest.raises(ValueError, match="not fit"):
+        run_job(job, tmp_path / "output", hooks)
+    kinds = [kind for kind, _ in itertools.groupby(events)]
+    assert kinds[:1] == ["checked"]
+    assert kinds == (["checked", "started", "moved", "step"] if fits else ["checked"])
 
 
 def test_a_job_that_does_not_fit_is_refused_before_anything_is_written(

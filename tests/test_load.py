@@ -169,18 +169,56 @@ def test_scales_of_rows_are_multiplied_along_rows(
     assert torch.equal(store.packed[name].data, expected)
 
 
+@pytest.mark.parametrize("shape", [None, (), (256, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_fp8_keeps_the_numbers_of_an_fp8_file(
+    tmp_path: Path, tensors: Tensors, dtype: torch.dtype, shape: tuple[int, ...] | None
+) -> None:
+    name = "double_blocks.0.img_attn.proj.weight"
+    file = {**tensors, name: tensors[name].to(dtype)}
+    expected = file[name].float().numpy()
+    if shape is not None:
+        scale = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5
+        file[f"{name.removesuffix('weight')}weight_scale"] = scale
+        expected = expected * scale.numpy().reshape(-1, 1)
+    found = store_of(original(tmp_path, file), "fp8").packed[name]
+    assert found.dequantize(torch.float32).numpy().tolist() == expected.tolist()
+    assert found.data.dtype == dtype
+    assert found.num_bytes <= expected.size + 4 * 256
+
+
+def test_joined_matrices_of_an_fp8_file_keep_the_scale_of_each(
+    tmp_path: Path, tensors: Tensors
+) -> None:
+    """diffusers' names: q, k and v with a factor each are one matrix of the store."""
+    path = diffusers_file(tmp_path, tensors)
+    file = load_file(path)
+    rows = []
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        name = f"transformer_blocks.0.attn.{part}."
+        file[f"{name}weight"] = file[f"{name}weight"].to(torch.float8_e4m3fn)
+        file[f"{name}weight_scale"] = torch.tensor(0.3 + number)
+        rows.append(file[f"{name}weight"].float() * file[f"{name}weight_scale"])
+    save_file(file, path)
+    weight = store_of(path, "fp8").packed["double_blocks.0.img_attn.qkv.weight"]
+    assert torch.equal(weight.dequantize(torch.float32), torch.cat(rows))
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
 @pytest.mark.parametrize("shape", [(1, 256), (128,), (256, 2), (256, 256)], ids=str)
 def test_scales_of_anything_else_are_one_sentence(
-    tmp_path: Path, tensors: Tensors, shape: tuple[int, ...]
+    tmp_path: Path, tensors: Tensors, shape: tuple[int, ...], format: str
 ) -> None:
     name = "double_blocks.0.img_attn.proj."
-    path = original(tmp_path, {**tensors, f"{name}weight_scale": torch.ones(shape)})
+    weight = tensors[f"{name}weight"].to(torch.float8_e4m3fn)
+    scaled = {**tensors, f"{name}weight": weight, f"{name}weight_scale": torch.ones(shape)}
+    path = original(tmp_path, scaled)
     sentence = (
         f"The scale '{name}weight_scale' in 'flux.safetensors' has the shape {list(shape)}, and "
         "its weight [256, 256]. Use a file whose scales are one number"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
-        store_of(path)
+        store_of(path, format)
 
 
 def test_reading_one_tensor_does_not_change_another(tmp_path: Path, tensors: Tensors) -> None:

@@ -21,7 +21,7 @@ from dense import dense_transformer
 from flux_files import flux_tensors, write_flux
 from four_bit_files import FourBitFlux
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_disk import small_disk
 from torch.overrides import TorchFunctionMode
 
@@ -190,6 +190,16 @@ def test_a_device_without_fp8_leaves_a_sound_copy(source: Path, copies: PackedCo
     with OtherWithoutFp8(), pytest.raises(ValueError, match=sentence):
         load_flux(source, format="fp8", device=OTHER_DEVICE, copies=copies)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_device_without_fp8_takes_no_fp8_of_a_file(tmp_path: Path, source: Path) -> None:
+    """Nothing is quantized, so that the numbers go there as they are."""
+    path = tmp_path / "fp8.safetensors"
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(source).items()}
+    save_file(tensors, path)
+    sentence = r"^The device 'cpu' has no fp8 numbers\. Load the model as int8\.$"
+    with OtherWithoutFp8(), pytest.raises(ValueError, match=sentence):
+        load_flux(path, format="fp8", device=OTHER_DEVICE)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -155,7 +155,10 @@ def test_a_model_of_a_core_loader_is_told_no_setting_that_it_lacks() -> None:
 
 
 def test_where_no_single_change_is_enough_several_are_named() -> None:
-    assert describe(plan(), 0)[-1].startswith("No single change is enough")
+    last = describe(plan(), 0)[-1]
+    assert last.startswith("No single change is enough: take a smaller format")
+    last = describe(dataclasses.replace(plan(), is_from_core=True), 0)[-1]
+    assert last.startswith("No single change is enough: load the model by Load Quantized FLUX")
 
 
 @pytest.mark.parametrize(
@@ -165,11 +168,20 @@ def test_where_no_single_change_is_enough_several_are_named() -> None:
         (FluxFile(CONFIG, None), 0.6, "int8"),
         (FluxFile(CONFIG, None), 0.0, "nf4"),
         (FluxFile(CONFIG, "fp4"), 1.0, "fp4"),
+        (FluxFile(CONFIG, "fp4"), 0.0, "fp4"),
+        (FluxFile(CONFIG, "fp8"), 1.0, "fp8"),
+        (FluxFile(CONFIG, "fp8"), 0.4, "nf4"),
     ],
-    ids=["bf16", "int8", "nf4", "packed already"],
+    ids=["bf16", "int8", "nf4", "fp4 already", "fp4 anyway", "fp8 already", "too much fp8"],
 )
 def test_auto_takes_the_most_exact_that_fits(file: FluxFile, share: float, chosen: str) -> None:
-    assert choose_format(file, int(share * store_bytes(CONFIG, "bf16"))) == chosen
+    free = int(share * store_bytes(CONFIG, "bf16"))
+    assert choose_format(file, free, torch.device("cuda")) == chosen
+
+
+def test_auto_keeps_no_fp8_where_there_is_none() -> None:
+    free = store_bytes(CONFIG, "fp8")
+    assert choose_format(FluxFile(CONFIG, "fp8"), free, torch.device("mps")) == "int8"
 
 
 def test_without_bitsandbytes_auto_takes_the_four_bits_that_do_without(
@@ -177,4 +189,4 @@ def test_without_bitsandbytes_auto_takes_the_four_bits_that_do_without(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for free, chosen in ((store_bytes(CONFIG, "int8"), "int8"), (0, "int4")):
-        assert choose_format(FluxFile(CONFIG, None), free) == chosen
+        assert choose_format(FluxFile(CONFIG, None), free, torch.device("cuda")) == chosen

@@ -89,6 +89,11 @@ def _what_runs(device: torch.device) -> str:
     return "On a CPU everything runs, FLUX.1-dev slowly: take the nano model."
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether torch has 8-bit floats on a device."""
+    return device.type != "mps"
+
+
 def require_trainable_on(device: torch.device) -> None:
     """Raises ValueError where the optimizer does not run."""
     if device.type == "mps":

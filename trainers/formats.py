@@ -77,9 +77,13 @@ def _as_fp8(codes: Tensor) -> Tensor:
     try:
         return codes.to(torch.float8_e4m3fn)
     except TypeError as error:
-        raise ValueError(
-            f"The device '{codes.device.type}' has no fp8 numbers. Load the model as int8."
-        ) from error
+        raise no_fp8(codes.device) from error
+
+
+def no_fp8(device: torch.device | str) -> ValueError:
+    """For a user, where torch raises TypeError because a device has no such numbers."""
+    kind = torch.device(device).type
+    return ValueError(f"The device '{kind}' has no fp8 numbers. Load the model as int8.")
 
 
 def _unpack_rows(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

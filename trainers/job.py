@@ -87,8 +87,7 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
         base = load_flux(
             job.model,
             format=job.format,
-            device=device if streaming == "off" else "cpu",
-            quantize_on=device,
+            quantize_on=device,  # and into RAM: nothing stays there before it is known to fit
             copies=PackedCopies(output / "packed") if streaming == "disk" else None,
             streaming=streaming,
         )
@@ -96,12 +95,6 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
     if device.type == "cpu":
         free = free_bytes(device)  # beside the weights, see `require_fits`
     plan = Plan.of(base, workload(job.settings, base, job.data, device), device)
-
-    def room() -> int | None:
-        """What the training leaves for the weights; on a CPU they are where they compute."""
-        if free is None or device.type == "cpu":
-            return None
-        return free - plan.needed.beside_weights
 
     def check_memory() -> None:
         hooks.before_start()
@@ -111,9 +104,17 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
     def take_device(step: int, num_steps: int) -> None:
         hooks.on_start(step, num_steps)
         if step < num_steps:
-            base.store.prepare(device, room())
+            base.store.prepare(device, _room(plan, free))
 
     own = dataclasses.replace(hooks, before_start=check_memory, on_start=take_device)
     run = open_run(output, job.settings, base, job.data)
     trained = train(run, base, job.data, job.settings, own)
     return save_trained(output, trained, run, base)
+
+
+def _room(plan: Plan, free: int | None) -> int | None:
+    """Of the free bytes those that the training leaves for the weights; None for all that they
+    want, as on a CPU, where they are already."""
+    if free is None or plan.device.type == "cpu":
+        return None
+    return free - plan.needed.beside_weights

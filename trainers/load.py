@@ -133,7 +133,7 @@ class FluxFile:
 
     config: FluxConfig
     format: str | None
-    """The format in which it is packed already, if the store has it too."""
+    """The format in which its block matrices are packed already, if the store has it too."""
 
 
 def inspect_flux(path: str | Path) -> FluxFile:

@@ -117,7 +117,12 @@ def estimate_training(config: FluxConfig, format: str, workload: Workload) -> Me
 
 def store_bytes(config: FluxConfig, format: str) -> int:
     """Bytes of a network's weights with its block matrices in `format`."""
-    return _shapes_only(config, format, FakeTensorMode()).num_bytes
+    return empty_store(config, format).num_bytes
+
+
+def empty_store(config: FluxConfig, format: str) -> WeightStore:
+    """A store of this network whose tensors have shapes and no bytes."""
+    return _shapes_only(config, format, FakeTensorMode())
 
 
 def streamed_bytes(config: FluxConfig, format: str) -> int:

@@ -26,7 +26,7 @@ from .offload import Layout, blocks_of
 from .store import PackedWeight, WeightStore
 from .tensor_files import DTYPES, Entry, checksum, read_bytes, read_header
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Raise it when the bytes of a format change, so that no older copy is read."""
 MIN_SOURCE_BYTES = 256 << 20
 """Smaller models get no copy: they are quantized within seconds."""
@@ -87,7 +87,7 @@ class PackedCopies:
         """
         store = self._read(key, on_progress, blocks_stay=False)
         if store is not None:
-            _place(store, device)
+            store.place(device)
         return store
 
     def read_without_blocks(self, key: CopyKey, on_progress: OnProgress) -> WeightStore | None:
@@ -163,15 +163,6 @@ class BlockInCopy:
                 "from it. Load the model again, which makes the copy anew: in ComfyUI, press Free "
                 "Model and Node Cache, and queue again."
             ) from error
-
-
-def _place(store: WeightStore, device: torch.device) -> None:
-    try:
-        store.place(device)
-    except TypeError as error:
-        raise ValueError(
-            f"The device '{device.type}' has no fp8 numbers. Load the model as int8."
-        ) from error
 
 
 def _read(path: Path, key: CopyKey, on_progress: OnProgress, *, blocks_stay: bool) -> WeightStore:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .config import LoraSettings
+from .devices import has_fp8
 from .flux import FluxConfig
 from .load import BaseFlux, FluxFile, LoadedFlux
 from .memory import MemoryEstimate, Workload, estimate_training, store_bytes, streamed_bytes
@@ -17,6 +18,10 @@ from .packages import is_usable
 _NOTHING_FITS = (
     "No single change is enough: take a smaller format, smaller pictures, a batch size of 1 and "
     "gradient_checkpointing together."
+)
+_NOTHING_FITS_FROM_CORE = (
+    "No single change is enough: load the model by Load Quantized FLUX in a small format, and take "
+    "smaller pictures, a batch size of 1 and gradient_checkpointing together."
 )
 
 
@@ -31,16 +36,19 @@ def auto_formats() -> tuple[str, ...]:
     return "bf16", "int8", "nf4" if is_usable("bitsandbytes") else "int4"
 
 
-def choose_format(file: FluxFile, free_bytes: int) -> str:
+def choose_format(file: FluxFile, free_bytes: int, device: torch.device) -> str:
     """The most exact of `auto_formats` whose weights fit into `free_bytes`, else the last of them.
 
-    A file that is packed already stays as it is: nothing would be won.
+    A file that is packed already stays as it is, unless a smaller format is needed: nothing else
+    would be won.
     """
-    if file.format is not None:
-        return file.format
-    formats = auto_formats()
-    fitting = (name for name in formats if store_bytes(file.config, name) <= free_bytes)
-    return next(fitting, formats[-1])
+    sizes = {name: store_bytes(file.config, name) for name in auto_formats()}
+    if file.format is not None and (file.format != "fp8" or has_fp8(device)):
+        own = store_bytes(file.config, file.format)
+        smaller = {name: size for name, size in sizes.items() if size < own}
+        sizes = {file.format: own, **smaller}
+    fitting = (name for name, size in sizes.items() if size <= free_bytes)
+    return next(fitting, [*sizes][-1])
 
 
 def describe_choice(file: FluxFile, format: str, *, free_gb: float, reserve_gb: float) -> str:
@@ -169,7 +177,8 @@ def what_would_fit(plan: Plan, free_bytes: int) -> list[str]:
         )
     fitting = [sentence for size, sentence in _smaller(plan) if size <= free_bytes]
     fitting += _fitting_format(plan, free_bytes)
-    return [first, *(fitting or [_NOTHING_FITS])]
+    nothing_fits = _NOTHING_FITS_FROM_CORE if plan.is_from_core else _NOTHING_FITS
+    return [first, *(fitting or [nothing_fits])]
 
 
 def _fitting_format(plan: Plan, free_bytes: int) -> list[str]:

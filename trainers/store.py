@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .formats import FORMATS, row_slices
+from .formats import FORMATS, no_fp8, row_slices
 from .offload import (
     HOST,
     BlockStream,
@@ -91,8 +91,15 @@ class PackedWeight(Matrix):
         return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
 
     def to(self, device: torch.device) -> None:
-        """Move the bytes, in place of this object."""
-        self.data = self.data.to(device)
+        """Move the bytes, in place of this object.
+
+        Raises:
+            ValueError: if their numbers do not exist on `device`.
+        """
+        try:
+            self.data = self.data.to(device)
+        except TypeError as error:
+            raise no_fp8(device) from error
         self.scale = self.scale.to(device) if self.scale is not None else None
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:

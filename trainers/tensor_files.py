@@ -39,6 +39,7 @@ _SAMPLED_TENSOR_BYTES = 4 * _SAMPLE_BYTES
 """Tensors from this size on tell one model from another: every matrix, also of a small model."""
 _SCALE_NAMES = ("scale_weight", "weight_scale")
 """How ComfyUI's fp8 files call the factor of a `weight`, in older and newer ones."""
+_FP8 = ("F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,15 @@ class TensorFiles:
         raw = self._view(name)
         if not raw.dtype.is_floating_point:
             raise self._wrong_type(name)
-        for end in _SCALE_NAMES:
-            scale_name = name.removesuffix("weight") + end
-            if scale_name in self._entries:
-                raw = raw.to(torch.float32, copy=True)  # the buffer is used again
-                raw *= self._scale(scale_name, raw.shape)
+        scale_name = self._scale_name(name)
+        if scale_name is not None:
+            raw = raw.to(torch.float32, copy=True)  # the buffer is used again
+            raw *= self._scale(scale_name, raw.shape)
         return raw.to(device=device, dtype=torch.bfloat16, copy=True)
+
+    def _scale_name(self, name: str) -> str | None:
+        names = (name.removesuffix("weight") + end for end in _SCALE_NAMES)
+        return next((name for name in names if name in self._entries), None)
 
     def _scale(self, name: str, shape: torch.Size) -> Tensor:
         """The factor of a `weight` of this shape, or one for each of its rows."""
@@ -110,15 +114,28 @@ class TensorFiles:
 
     def packed_format(self, name: str) -> str | None:
         """The format of the store in which the file already holds a matrix, if it does."""
-        state = self._four_bit.get(name)
-        return state.store_format if state is not None else None
+        if name in self._four_bit:
+            return self._four_bit[name].store_format
+        return "fp8" if self._entries[name].dtype in _FP8 else None
 
     def read_packed(self, name: str) -> tuple[Tensor, Tensor]:
         """The packed bytes [rows, ...] and the scales [rows, ...] of a matrix as the store has
-        them, on the CPU; only where `packed_format` names a format."""
-        rows = self._four_bit[name].shape[0]
+        them, on the CPU; only where `packed_format` names a format.
+
+        Raises:
+            ValueError: if it has a scale of another shape.
+        """
+        rows = self.shapes[name][0]
+        if name not in self._four_bit:
+            return self._read_fp8(name, rows)
         data, state = self._read_four_bit(name, torch.device("cpu"))
         return data.view(rows, -1), state.absmax.view(rows, -1)
+
+    def _read_fp8(self, name: str, rows: int) -> tuple[Tensor, Tensor]:
+        data, scale_name = self._view(name).clone(), self._scale_name(name)
+        if scale_name is None:
+            return data, torch.ones(rows, 1, dtype=torch.bfloat16)
+        return data, self._scale(scale_name, data.shape).expand(rows, 1).clone()
 
     def identity(self) -> str:
         """SHA-256 over the headers and fixed samples of every tensor but the smallest."""

@@ -27,6 +27,7 @@ from atelier.nodes.trainable import model_to_train
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.job import read_job
 from atelier.trainers.load import load_flux
+from atelier.trainers.tensor_files import TensorFiles
 from dense import dense_transformer
 from executor import Give, Keep, Runner
 from flux_files import flux_tensors, write_flux
@@ -62,6 +63,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_flux(folder / "fill.safetensors", channels=384)
     write_flux(folder / "checkpoint.safetensors", prefix="model.diffusion_model.")
     save_file(fp8_values(), folder / "fp8_values.safetensors")
+    in_fp8 = {n: v.to(FP8) if is_matrix(n, v) else v for n, v in fp8_values().items()}
+    save_file(in_fp8, folder / "fp8_file.safetensors")
     write_scaled(folder / "scaled.safetensors")
     write_loras(folder / "loras")
     return folder
@@ -307,7 +310,7 @@ def test_a_cancelled_run_goes_on_on_the_same_weights(
     before = content(model)
 
     def cancel(done: int, total: int, *_: Any, **__: Any) -> None:
-        if (done, total) == (2, 3):
+        if (done, total) == (1, 3):  # newer hosts skip some between the first and the last
             comfy.model_management.interrupt_current_processing()
 
     with monkeypatch.context() as patched:
@@ -389,30 +392,132 @@ def test_a_fill_model_is_refused(models: Path) -> None:
     assert "takes 96 latent channels" in refusal(load(models, "fill"))
 
 
-@pytest.fixture
-def paged(models: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def paged_model(models: Path, monkeypatch: pytest.MonkeyPatch, name: str, **options: Any) -> Any:
     """A MODEL as newer ComfyUIs load it for NVIDIA cards, of which a CPU has none."""
     patcher = comfy.model_patcher
     if not hasattr(patcher, "ModelPatcherDynamic"):
         pytest.skip("this ComfyUI pages no weights")
     with monkeypatch.context() as patched:
         patched.setattr(patcher, "CoreModelPatcher", patcher.ModelPatcherDynamic)
-        model = load(models, "tiny", dtype=torch.bfloat16, load_device=torch.device("meta"))
+        model = load(models, name, load_device=torch.device("meta"), **options)
     assert model.is_dynamic()
     return model
 
 
+@pytest.fixture
+def paged(models: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return paged_model(models, monkeypatch, "tiny", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was shown on the node."""
+    found: list[str] = []
+    monkeypatch.setattr(host, "show_text", lambda text, node_id: found.append(text))
+    return found
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the tensors whose bytes our loader has read."""
+    found: list[str] = []
+    view = TensorFiles._view
+
+    def noted(self: TensorFiles, name: str) -> Tensor:
+        found.append(name)
+        return view(self, name)
+
+    monkeypatch.setattr(TensorFiles, "_view", noted)
+    return found
+
+
 def test_a_model_whose_weights_are_paged_trains_on_its_file(
-    models: Path, paged: Any, monkeypatch: pytest.MonkeyPatch
+    models: Path, paged: Any, texts: list[str]
 ) -> None:
-    texts: list[str] = []
-    monkeypatch.setattr(host, "show_text", lambda text, node_id: texts.append(text))
     lora = trained(given(paged), name="paged")
+    start = texts[0].splitlines()
     assert_same(lora, trained(ours(models, "tiny"), name="ours"))
     sentence = "so the training reads 'tiny.safetensors' a second time, in bf16."
-    assert texts[0].endswith(sentence)
     size = f"The MODEL's own copy takes {paged.model_size() / 1e9:.2f} GB"
-    assert any(sentence in text and size in text for text in texts[1:])
+    assert sum(line.endswith(sentence) for line in start) == 1
+    assert any(size in line for line in start)
+
+
+def test_the_file_of_a_paged_model_is_read_when_the_training_starts(
+    models: Path, paged: Any, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it once, before the first step."""
+    at_text: list[int] = []
+    monkeypatch.setattr(host, "show_text", lambda text, node_id: at_text.append(len(reads)))
+    first = trained(given(paged))
+    assert at_text[0] == 0
+    assert {*at_text[1:]} == {len(flux_tensors())}
+    assert sorted(reads) == sorted(flux_tensors())
+    reads.clear()
+    assert_same(trained(given(paged)), first)  # from disk
+    assert reads == []
+    assert_same(trained(ours(models, "tiny")), first)  # it is the run of our loader's MODEL
+    reads.clear()
+    trained(given(paged), length=5)
+    assert sorted(reads) == sorted(flux_tensors())
+
+
+def test_a_finished_run_on_a_paged_model_says_nothing_of_its_file(
+    paged: Any, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(given(paged))
+    texts.clear()
+    monkeypatch.setattr(host, "free_system_memory", lambda: 0)
+    monkeypatch.setattr(host, "free_memory", lambda: 0)
+    trained(given(paged))
+    (text,) = texts
+    assert text.startswith("3 steps = 1.5 epochs.")
+    assert "tiny.safetensors" not in text
+    assert "memory" not in text
+
+
+@pytest.mark.parametrize("memory", ["free_memory", "free_system_memory"])
+def test_a_paged_model_that_does_not_fit_is_not_read(
+    paged: Any, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    monkeypatch.setattr(host, memory, lambda: -paged.model_size())
+    first = {
+        "free_memory": "This training does not fit: ",
+        "free_system_memory": "ComfyUI pages the weights of this MODEL in and out ",
+    }
+    message = refusal(paged)
+    assert message.startswith(first[memory])
+    assert "Load Quantized FLUX" in message
+    assert reads == []
+    assert not run_folders(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fp8_file", "scaled"])
+def test_the_fp8_of_a_paged_models_file_is_trained_on_as_it_is(
+    models: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = paged_model(models, monkeypatch, name, **({} if name == "scaled" else {"dtype": FP8}))
+    scale = SCALE if name == "scaled" else 1.0
+    expected = {
+        name: value.float() * (scale if is_matrix(name, value) else 1.0)
+        for name, value in fp8_values().items()
+    }
+    held = model_to_train(model)
+    assert held.base.format == "fp8"
+    held.load()
+    network = build_transformer(held.base.store, held.base.config, torch.float32)
+    difference = training_velocity(network) - training_velocity(dense_transformer(expected))
+    assert torch.max(torch.abs(difference)) <= 1e-5
+    trained(given(model))
+    assert f"'{name}.safetensors' a second time, in fp8." in texts[0]
+
+
+def test_a_paged_model_that_is_cast_to_fp8_when_used_trains_on_the_files_numbers(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with weight_dtype fp8 of Load Diffusion Model: ComfyUI pages the file's own bytes."""
+    held = model_to_train(paged_model(models, monkeypatch, "tiny", dtype=FP8))
+    assert held.base.format == "bf16"
 
 
 def test_a_paged_checkpoint_trains_on_its_file(models: Path) -> None:
@@ -423,10 +528,13 @@ def test_a_paged_checkpoint_trains_on_its_file(models: Path) -> None:
     if not hasattr(model, "is_dynamic"):
         pytest.skip("this ComfyUI pages no weights")
     model.is_dynamic = lambda: True  # core loads checkpoints to its own device, here the CPU
-    base = base_flux(model_to_train(model, lambda sentence: None))
+    held = model_to_train(model)
     expected = load_flux(path, format="bf16")
-    assert (base.path, base.identity) == (str(path), expected.identity)
-    assert base.store.content_hash() == expected.store.content_hash()
+    assert (held.base.path, held.base.identity) == (str(path), expected.identity)
+    assert held.base.store.num_bytes == expected.store.num_bytes
+    store = held.load().model.atelier.store
+    assert held.base.store.packed is store.packed
+    assert store.content_hash() == expected.store.content_hash()
 
 
 def test_sample_pictures_of_a_paged_model_are_its_own(
@@ -455,21 +563,13 @@ def test_a_lora_on_a_paged_model_computes_along(models: Path, paged: Any) -> Non
     assert_same(*loras)
 
 
-def test_a_paged_model_without_room_for_a_second_copy_is_refused(
-    paged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(host, "free_system_memory", lambda: 0)
-    assert "where 0.0 are free. Load it by Load Quantized FLUX" in refusal(paged)
-    assert not run_folders(tmp_path)
-
-
 @pytest.mark.parametrize("loaded_by", [None, (load_flux, ("tiny.safetensors",))])
 def test_a_paged_model_of_an_unknown_file_is_refused(models: Path, loaded_by: Any) -> None:
     model = load(models, "tiny")
     model.is_dynamic = lambda: True  # so that this also runs where ComfyUI pages no weights
     model.cached_patcher_init = loaded_by
     with pytest.raises(ValueError, match="the file they came from is not known"):
-        model_to_train(model, lambda sentence: None)
+        model_to_train(model)
 
 
 def test_weights_in_an_unknown_packing_are_refused(models: Path) -> None:

@@ -21,6 +21,7 @@ from atelier.trainers.data import TrainingData
 from atelier.trainers.devices import describe_device
 from atelier.trainers.load import load_flux
 from atelier.trainers.memory import Workload, estimate_training
+from core_flux import core_model
 from executor import Give, Keep, Runner
 from flux_files import write_flux
 from graphs import node
@@ -157,6 +158,20 @@ def test_a_training_that_cannot_fit_is_refused_before_it_begins(
     assert not output.exists()
     graph["train"]["inputs"]["batch_size"] = 1
     assert (output / "loras" / Runner().run(graph)).is_file()
+
+
+def test_out_of_memory_of_a_core_model_names_no_setting_that_it_lacks(
+    data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out() -> None:
+        raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory")
+
+    monkeypatch.setattr(host, "check_interrupted", run_out)
+    with pytest.raises(ValueError, match=r"^The GPU's memory is not enough") as caught:
+        Session(core_model("bf16"), data, job(), "1", NO_SAMPLES).train()
+    kept, new = str(caught.value).split("Or start a new run: ")
+    assert "Load Quantized FLUX" not in kept
+    assert "loaded by Load Quantized FLUX in fewer bits" in new
 
 
 def test_out_of_memory_is_one_sentence_and_the_run_goes_on(
