@@ -89,6 +89,15 @@ def _what_runs(device: torch.device) -> str:
     return "On a CPU everything runs, FLUX.1-dev slowly: take the nano model."
 
 
+def require_format_on(format: str, device: torch.device | str) -> None:
+    """Raises ValueError where a device cannot hold weights in a format, or make them."""
+    if format == "fp8" and torch.device(device).type == "mps":
+        raise ValueError(
+            "Apple's GPUs cannot hold weights in fp8. Load the model as int8, which takes as much "
+            "memory with a smaller error, or as nf4; or start ComfyUI with --cpu."
+        )
+
+
 def require_trainable_on(device: torch.device) -> None:
     """Raises ValueError where the optimizer does not run."""
     if device.type == "mps":

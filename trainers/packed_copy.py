@@ -87,7 +87,7 @@ class PackedCopies:
         """
         store = self._read(key, on_progress, blocks_stay=False)
         if store is not None:
-            _place(store, device)
+            store.place(device)
         return store
 
     def read_without_blocks(self, key: CopyKey, on_progress: OnProgress) -> WeightStore | None:
@@ -163,15 +163,6 @@ class BlockInCopy:
                 "from it. Load the model again, which makes the copy anew: in ComfyUI, press Free "
                 "Model and Node Cache, and queue again."
             ) from error
-
-
-def _place(store: WeightStore, device: torch.device) -> None:
-    try:
-        store.place(device)
-    except TypeError as error:
-        raise ValueError(
-            f"The device '{device.type}' has no fp8 numbers. Load the model as int8."
-        ) from error
 
 
 def _read(path: Path, key: CopyKey, on_progress: OnProgress, *, blocks_stay: bool) -> WeightStore:
