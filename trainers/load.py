@@ -276,7 +276,7 @@ def load_store(
     Raises:
         ValueError: if a format cannot hold a matrix, or a device not a format.
     """
-    for format in {*formats.values()} - {None}:
+    for format in {format for format in formats.values() if format}:
         require_format_on(format, device)
     if copies and not (_quantizes(names, formats) and copies.is_worthwhile(num_bytes)):
         copies = None
