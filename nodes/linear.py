@@ -3,8 +3,8 @@ runs LoRAs beside its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.lora
@@ -18,15 +18,31 @@ from torch.nn import functional as F
 
 from ..trainers.store import PackedWeight, WeightStore
 
+_Source = tuple[int, Callable | None]
+"""The identity of a tensor that ComfyUI holds, and what it does to the rows."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class RuntimeLora:
-    """A LoRA on some rows of a Linear, in activation space: y[rows] += scale * up(down(x))."""
+    """A LoRA on some rows of a Linear, in activation space: y[rows] += scale * up(down(x)).
+
+    `reorder` is what ComfyUI does to the rows of `up` before they are used.
+    """
 
     down: Tensor
     up: Tensor
     scale: float
     rows: slice
+    reorder: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def sources(self) -> dict[_Source, Tensor]:
+        """Both tensors by what tells them from others, which is the same at every strength."""
+        return {(id(self.down), None): self.down, (id(self.up), self.reorder): self.up}
+
+    def ordered_up(self) -> Tensor:
+        """`up` in the order of the Linear's rows."""
+        return self.reorder(self.up) if self.reorder else self.up
 
     def check_shape(self, name: str, out_features: int, in_features: int) -> None:
         """Raises ValueError if the Linear `name` has other widths: it is another model's LoRA."""
@@ -39,8 +55,51 @@ class RuntimeLora:
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add the LoRA's part to `y` [..., out], in place, for the input `x` [..., in]."""
+        # No copies: both are placed in the dtype that computes, unless another node changes it.
         hidden = F.linear(x, self.down.to(x.dtype))
         y[..., self.rows] += self.scale * F.linear(hidden, self.up.to(x.dtype))
+
+
+def lora_bytes(loras: Iterable[RuntimeLora], dtype: torch.dtype) -> int:
+    """What their tensors take in `dtype`, those of several LoRAs once."""
+    sources = {key: tensor for lora in loras for key, tensor in lora.sources.items()}
+    return sum(tensor.numel() for tensor in sources.values()) * dtype.itemsize
+
+
+class PlacedLoras:
+    """The tensors of a network's LoRAs on the device and in the dtype that compute.
+
+    Each is copied and cast once, whatever the strengths of the LoRAs that have it, and stays until
+    others are wanted: hooks take LoRAs off and on again in every step.
+    """
+
+    def __init__(self) -> None:
+        self._target = torch.device("cpu"), torch.float32
+        # Beside each tensor the one it comes from: as long as that lives, no other has its id.
+        self._tensors: dict[_Source, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(placed.nbytes for placed, _ in self._tensors.values())
+
+    def keep_only(
+        self, loras: Iterable[RuntimeLora], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Let go of what is not of these LoRAs; place on `device` in `dtype` from now on."""
+        wanted = {key for lora in loras for key in lora.sources}
+        if (device, dtype) != self._target:
+            wanted.clear()
+        self._target = device, dtype
+        self._tensors = {key: pair for key, pair in self._tensors.items() if key in wanted}
+
+    def place(self, lora: RuntimeLora) -> RuntimeLora:
+        """The same LoRA with its tensors where they compute, in the order of the Linear's rows."""
+        for key, source in lora.sources.items():
+            if key not in self._tensors:
+                tensor = source if key[1] is None else lora.ordered_up()
+                self._tensors[key] = tensor.to(*self._target), source
+        down, up = self._tensors[id(lora.down), None], self._tensors[id(lora.up), lora.reorder]
+        return replace(lora, down=down[0], up=up[0], reorder=None)
 
 
 @dataclass(frozen=True)
@@ -101,20 +160,20 @@ class StoreLinear(_InStore, nn.Linear):
     def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._store.plain.get(f"{self._name}.bias")
 
-    def set_patches(self, weight: list[tuple], bias: list[tuple]) -> None:
+    def set_patches(self, weight: list[tuple], bias: list[tuple], placed: PlacedLoras) -> None:
         """Replace the patches (ComfyUI's tuples) that run on top of the stored weight.
 
         Raises:
             ValueError: if a LoRA has the widths of another model.
         """
-        device = self._store.device
-        loras = [runtime_lora(patch, device) for patch in weight]
+        loras = [runtime_lora(patch) for patch in weight]
         for lora in loras:
             if lora is not None:
                 lora.check_shape(self._name, self.out_features, self.in_features)
+        beside = loras_beside(weight)
         self._patches = weight
-        as_dense = any(lora is None for lora in loras)
-        self._loras = [] if as_dense else [lora for lora in loras if lora is not None]
+        self._loras = [placed.place(lora) for lora in beside]
+        as_dense = len(beside) < len(weight)
         self._dense_weight = DensePatches(f"{self._name}.weight", weight) if as_dense else None
         self._dense_bias = DensePatches(f"{self._name}.bias", bias) if bias else None
 
@@ -180,7 +239,7 @@ class StoreEmbedding(_InStore, nn.Embedding):
         """The table [rows, width] with its patches: the host also reads it without `forward`."""
         return self.stored if self._patched is None else self._patched
 
-    def set_patches(self, weight: list[tuple], bias: list[tuple]) -> None:
+    def set_patches(self, weight: list[tuple], bias: list[tuple], placed: PlacedLoras) -> None:
         """Replace the patches (ComfyUI's tuples) of the table; there is no bias."""
         dense = DensePatches(f"{self._name}.weight", weight)
         self._patched = dense.apply(self.stored) if weight else None
@@ -210,8 +269,16 @@ class StoreOps(comfy.ops.manual_cast):
     Embedding = StoreEmbedding
 
 
-def runtime_lora(patch: tuple, device: torch.device) -> RuntimeLora | None:
-    """A patch of ComfyUI as a RuntimeLora, or None if it is not a plain LoRA on whole rows."""
+def loras_beside(patches: list[tuple]) -> list[RuntimeLora]:
+    """The LoRAs that run beside a weight with these patches: all, or none if it must be dense."""
+    loras = [runtime_lora(patch) for patch in patches]
+    plain = [lora for lora in loras if lora is not None]
+    return plain if len(plain) == len(loras) else []
+
+
+def runtime_lora(patch: tuple) -> RuntimeLora | None:
+    """A patch of ComfyUI as a LoRA of ComfyUI's own tensors, or None if it is not a plain LoRA on
+    whole rows."""
     strength, adapter, strength_model, offset, function = patch
     if not isinstance(adapter, LoRAAdapter) or strength_model != 1.0:
         return None
@@ -222,11 +289,9 @@ def runtime_lora(patch: tuple, device: torch.device) -> RuntimeLora | None:
         return None
     if offset is not None and offset[0] != 0:
         return None
-    if function is not None:  # it only changes the order of rows
-        up = function(up)
     rows = slice(None) if offset is None else slice(offset[1], offset[1] + offset[2])
     scale = strength * (alpha / down.shape[0] if alpha is not None else 1.0)
-    return RuntimeLora(down.to(device), up.to(device), scale, rows)
+    return RuntimeLora(down, up, scale, rows, function)
 
 
 def kind_of_patch(patch: tuple) -> str:

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..trainers.config import COMPUTE_DTYPES, STREAMING
 from ..trainers.devices import compute_dtype as resolve_dtype
+from ..trainers.devices import require_format_on
 from ..trainers.formats import FORMATS
 from ..trainers.hub import fetch_flux, require_hub_id
 from ..trainers.load import LoadedFlux, inspect_flux, load_flux
@@ -150,6 +151,7 @@ class LoadQuantizedFlux(io.ComfyNode):
         hub_id: str = "",
         **settings: Any,
     ) -> io.NodeOutput:
+        require_format_on(format, host.compute_device())
         progress = host.Progress()
         path = fetch_flux(hub_id, progress.update) if hub_id else model_path(model)
         if format == AUTO:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import comfy.lora
@@ -27,7 +28,17 @@ from ..trainers.frozen import FrozenLora
 from ..trainers.load import BaseFlux, LoadedFlux
 from ..trainers.store import Weights, WeightStore
 from ..trainers.tensor_files import original_name
-from .linear import StoreModule, StoreOps, kind_of_patch, runtime_lora
+from .linear import (
+    PlacedLoras,
+    RuntimeLora,
+    StoreLinear,
+    StoreModule,
+    StoreOps,
+    kind_of_patch,
+    lora_bytes,
+    loras_beside,
+    runtime_lora,
+)
 from .parameters import flux_of_parameters
 
 
@@ -48,12 +59,20 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
     def store(self) -> WeightStore:
         return self.model.atelier.store
 
+    @property
+    def _placed(self) -> PlacedLoras:
+        return self.model.atelier_loras
+
     def model_size(self) -> int:
-        self.size = self.store.wanted_bytes
+        """Bytes on the device of the weights and of the LoRAs of this patcher, hooks among them."""
+        self.size = self.store.wanted_bytes + self._lora_bytes()
         return self.size
 
     def loaded_size(self) -> int:
-        return self.store.resident_bytes if self.store.device == self.load_device else 0
+        """Bytes on the device now, whichever patcher of the model brought them there."""
+        if self.store.device != self.load_device:
+            return 0
+        return self.store.resident_bytes + self._placed.num_bytes
 
     def load(
         self,
@@ -66,11 +85,13 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         is_limited = lowvram_model_memory > 0 and not full_load
         with self.use_ejected():
             self.unpatch_hooks()
+            device = torch.device(device_to or self.load_device)
+            self._take_off_patches(self._loras(), device)
             self.store.prepare(
-                device_to or self.load_device, lowvram_model_memory if is_limited else None
+                device, lowvram_model_memory - self._lora_bytes() if is_limited else None
             )
-            self._follow_store()
             self._set_patches({})
+            self._follow_store()
             self.model.model_lowvram = False
             self.model.current_weight_patches_uuid = self.patches_uuid
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
@@ -93,8 +114,9 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False) -> int:
         before = self.loaded_size()
         if self.store.streaming == "auto" and before:
-            self.store.place(self.store.device, before - memory_to_free)
+            self.store.place(self.store.device, before - self._placed.num_bytes - memory_to_free)
         else:
+            self._take_off_patches([], device_to)
             self.store.place(device_to)
         self._follow_store()
         return before - self.loaded_size()
@@ -103,8 +125,7 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         self.eject_model()
         if unpatch_weights:
             self.unpatch_hooks()
-            for _, module in self._over_store():
-                module.set_patches([], [])
+            self._take_off_patches([], self.store.device)
             self._patch_norms({})
             self.model.current_weight_patches_uuid = None
             if device_to is not None:
@@ -149,8 +170,33 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         for key, more in hook_patches.items():
             patches[key] = [*patches.get(key, []), *more]
         for key, module in self._over_store():
-            module.set_patches(patches.pop(f"{key}.weight", []), patches.pop(f"{key}.bias", []))
+            weight, bias = (patches.pop(f"{key}.{end}", []) for end in ("weight", "bias"))
+            module.set_patches(weight, bias, self._placed)
         self._patch_norms(patches)
+
+    def _take_off_patches(self, kept: Iterable[RuntimeLora], device: torch.device) -> None:
+        """Compute without patches, and let go of the LoRAs but those `kept` for `device`."""
+        for _, module in self._over_store():
+            module.set_patches([], [], self._placed)
+        self._placed.keep_only(kept, device, self._computing_dtype())
+
+    def _loras(self) -> Iterator[RuntimeLora]:
+        """Those of this patcher's patches and hooks, of which hooks run at times."""
+        for name, module in self._over_store():
+            if isinstance(module, StoreLinear):
+                key = f"{name}.weight"
+                patches = self.patches.get(key, [])
+                for hook in ({}, *self.hook_patches.values()):
+                    yield from loras_beside([*patches, *hook.get(key, [])])
+
+    def _lora_bytes(self) -> int:
+        return lora_bytes(self._loras(), self._computing_dtype())
+
+    def _computing_dtype(self) -> torch.dtype:
+        """That of what the network's Linears are given."""
+        if self.is_clip:
+            return torch.float32
+        return self.get_model_object("manual_cast_dtype") or self.model.get_dtype()
 
     def _patch_norms(self, patches: dict[str, list[tuple]]) -> None:
         """Patch what is not looked up: norms, which are copies of the store's."""
@@ -204,7 +250,7 @@ def build_model(loaded: LoadedFlux, compute_dtype: torch.dtype) -> StorePatcher:
             if isinstance(module, StoreModule):
                 module.bind(loaded.store, name)
         model.load_model_weights(_norm_scales(loaded))
-    model.atelier = loaded
+    model.atelier, model.atelier_loras = loaded, PlacedLoras()
     return StorePatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -285,7 +331,7 @@ def _frozen_loras(model: Any, store: Weights) -> tuple[FrozenLora, ...]:
 
 def _frozen_lora(key: str, patch: tuple, store: Weights) -> FrozenLora:
     matrix = store.packed.get(original_name(key))
-    lora = runtime_lora(patch, torch.device("cpu")) if matrix is not None else None
+    lora = runtime_lora(patch) if matrix is not None else None
     if lora is None or matrix is None:
         raise ValueError(
             f"This MODEL carries a patch of the kind '{kind_of_patch(patch)}' on '{key}', and only "
@@ -294,8 +340,8 @@ def _frozen_lora(key: str, patch: tuple, store: Weights) -> FrozenLora:
         )
     name = original_name(key).removesuffix(".weight")
     lora.check_shape(name, *matrix.shape)
-    start = lora.rows.start or 0
-    return FrozenLora(name=name, start=start, down=lora.down, up=lora.up, scale=lora.scale)
+    start, down, up = lora.rows.start or 0, lora.down.cpu(), lora.ordered_up().cpu()
+    return FrozenLora(name=name, start=start, down=down, up=up, scale=lora.scale)
 
 
 def without_patches(model: Any) -> Any:

@@ -13,7 +13,7 @@ from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
 from ..trainers.text_encoders import ClipSizes, LoadedTextEncoders, T5Sizes
-from .linear import StoreModule, StoreOps
+from .linear import PlacedLoras, StoreModule, StoreOps
 from .native import StorePatcher
 
 
@@ -70,7 +70,7 @@ def build_text_encoders(loaded: LoadedTextEncoders, embeddings: list[str]) -> St
             if parameter.is_meta:
                 stored = loaded.store.plain[_store_name(name)]
                 comfy.utils.set_attr_param(networks, name, stored.clone())
-    networks.atelier = loaded
+    networks.atelier, networks.atelier_loras = loaded, PlacedLoras()
     replaced = clip.patcher
     clip.patcher = StorePatcher(networks, replaced.load_device, replaced.offload_device)
     clip.patcher.is_clip, clip.patcher.hook_mode = True, replaced.hook_mode

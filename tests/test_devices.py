@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from atelier.trainers.devices import describe_device, require_trainable_on
+from atelier.trainers.devices import describe_device, require_format_on, require_trainable_on
+from atelier.trainers.formats import FORMATS
 
 
 @pytest.mark.parametrize(("device", "named"), [("cpu", "CPU"), ("mps", "Apple"), ("xpu", "Intel")])
@@ -30,6 +31,16 @@ def test_apples_gpus_are_refused_for_training() -> None:
     require_trainable_on(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"Start ComfyUI with --cpu"):
         require_trainable_on(torch.device("mps"))
+
+
+def test_only_fp8_is_refused_on_apples_gpus() -> None:
+    for format in FORMATS.keys() - {"fp8"}:
+        require_format_on(format, torch.device("mps"))
+    for device in ("cpu", "cuda", "cuda:1", "xpu"):
+        require_format_on("fp8", device)
+    for device in (torch.device("mps"), torch.device("mps", 0), "mps"):
+        with pytest.raises(ValueError, match=r"^Apple's GPUs cannot hold .* as nf4; or"):
+            require_format_on("fp8", device)
 
 
 def test_without_bitsandbytes_it_is_said_what_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

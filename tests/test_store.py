@@ -20,7 +20,6 @@ from bitsandbytes.nn import Linear4bit
 from dense import ROUND_TRIPS
 from flux_files import write_flux
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 ROWS, COLUMNS = 96, 128
 KEPT = {
@@ -195,19 +194,17 @@ def test_without_bitsandbytes_one_sentence_names_it(
         PackedWeight.pack(matrix(), name)
 
 
-class WithoutFp8(TorchFunctionMode):
-    """A device like Apple's, to which torch casts no fp8."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.to and torch.float8_e4m3fn in args:
-            raise TypeError("it does not have support for that dtype")
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_device_without_fp8_is_one_sentence() -> None:
-    sentence = r"^The device 'cpu' has no fp8 numbers\. Load the model as int8\.$"
-    with WithoutFp8(), pytest.raises(ValueError, match=sentence):
-        PackedWeight.pack(matrix(), "fp8")
+def test_a_device_without_fp8_is_refused_before_a_byte_moves() -> None:
+    """Apple's GPUs. None is needed: the weights lie on the CPU until they are moved."""
+    weights = {name: PackedWeight.pack(matrix(), name) for name in ("bf16", "fp8")}
+    store = WeightStore(weights, {"bias": torch.ones(3)})
+    before = [tensor.data_ptr() for tensor in store.tensors()]
+    for bring in (store.place, store.prepare):
+        with pytest.raises(ValueError, match=r"^Apple's GPUs cannot hold weights in fp8\. "):
+            bring(torch.device("mps"))
+    assert store.device == torch.device("cpu")
+    assert store.bytes_moved == 0
+    assert [tensor.data_ptr() for tensor in store.tensors()] == before
 
 
 def test_a_product_unpacks_one_slice_at_a_time(

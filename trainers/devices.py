@@ -94,6 +94,15 @@ def has_fp8(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def require_format_on(format: str, device: torch.device | str) -> None:
+    """Raises ValueError where a device cannot hold weights in a format, or make them."""
+    if format == "fp8" and not has_fp8(torch.device(device)):
+        raise ValueError(
+            "Apple's GPUs cannot hold weights in fp8. Load the model as int8, which takes as much "
+            "memory with a smaller error, or as nf4; or start ComfyUI with --cpu."
+        )
+
+
 def require_trainable_on(device: torch.device) -> None:
     """Raises ValueError where the optimizer does not run."""
     if device.type == "mps":

@@ -68,22 +68,7 @@ def _pack_rows(matrix: Tensor, *, largest: float, dtype: torch.dtype) -> tuple[T
     weights = matrix.float()
     scale = _storable(weights.abs().amax(1, keepdim=True) / largest)
     codes = (weights / scale.float()).clamp_(-largest, largest)
-    if dtype.is_floating_point:
-        return _as_fp8(codes), scale
-    return codes.round_().to(dtype), scale
-
-
-def _as_fp8(codes: Tensor) -> Tensor:
-    try:
-        return codes.to(torch.float8_e4m3fn)
-    except TypeError as error:
-        raise no_fp8(codes.device) from error
-
-
-def no_fp8(device: torch.device | str) -> ValueError:
-    """For a user, where torch raises TypeError because a device has no such numbers."""
-    kind = torch.device(device).type
-    return ValueError(f"The device '{kind}' has no fp8 numbers. Load the model as int8.")
+    return (codes if dtype.is_floating_point else codes.round_()).to(dtype), scale
 
 
 def _unpack_rows(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import STREAMING, require
-from .devices import give_back_memory
+from .devices import give_back_memory, require_format_on
 from .flux import (
     FINAL_MODULATION,
     FluxConfig,
@@ -274,8 +274,10 @@ def load_store(
         num_bytes: of the source; a small one gets no copy.
 
     Raises:
-        ValueError: if a format cannot hold a matrix.
+        ValueError: if a format cannot hold a matrix, or a device not a format.
     """
+    for format in {format for format in formats.values() if format}:
+        require_format_on(format, device)
     if copies and not (_quantizes(names, formats) and copies.is_worthwhile(num_bytes)):
         copies = None
     store = copies.read(key, torch.device(device), on_progress) if copies else None

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .formats import FORMATS, no_fp8, row_slices
+from .devices import require_format_on
+from .formats import FORMATS, row_slices
 from .offload import (
     HOST,
     BlockStream,
@@ -71,8 +72,10 @@ class PackedWeight(Matrix):
         """Quantize `matrix` [out, in] on the device where it lies.
 
         Raises:
-            ValueError: if the format cannot hold a matrix of this width.
+            ValueError: if the format cannot hold a matrix of this width, or the device not the
+                format.
         """
+        require_format_on(format, matrix.device)
         columns, group = matrix.shape[1], FORMATS[format].group
         if columns % group:
             raise ValueError(
@@ -91,15 +94,8 @@ class PackedWeight(Matrix):
         return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
 
     def to(self, device: torch.device) -> None:
-        """Move the bytes, in place of this object.
-
-        Raises:
-            ValueError: if their numbers do not exist on `device`.
-        """
-        try:
-            self.data = self.data.to(device)
-        except TypeError as error:
-            raise no_fp8(device) from error
+        """Move the bytes, in place of this object."""
+        self.data = self.data.to(device)
         self.scale = self.scale.to(device) if self.scale is not None else None
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
@@ -223,6 +219,9 @@ class WeightStore:
         Args:
             free_bytes: what the weights may take there, or None for all that they want. "auto"
                 keeps as many blocks as fit, and at least room for two of them.
+
+        Raises:
+            ValueError: if the device cannot hold one of the formats.
         """
         budgets = {"auto": free_bytes, "ram": 0, "disk": 0}
         self.place(device, budgets.get(self.streaming))
@@ -232,7 +231,12 @@ class WeightStore:
         free when it already is there.
 
         When the device runs out of memory on the way, every byte goes back where it came from.
+
+        Raises:
+            ValueError: if the device cannot hold one of the formats; nothing was moved.
         """
+        for format in {weight.format for weight in self.packed.values()}:
+            require_format_on(format, device)
         before = self.device, self._resident
         after = torch.device(device), self._residents(budget)
         if after == before:

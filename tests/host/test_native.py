@@ -8,6 +8,8 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
+from atelier.nodes import host
+from atelier.nodes.loaders import LoadQuantizedFlux
 from atelier.nodes.native import add_lora, base_flux, build_model, draw_latents
 from atelier.trainers.adapters import attach_lora, file_tensors
 from atelier.trainers.config import LoraSettings
@@ -174,3 +176,19 @@ def test_comfyui_samples_with_and_without_a_lora(loaded: LoadedFlux) -> None:
     assert not torch.equal(plain, patched)
     assert torch.equal(plain, again)
     assert loaded.store.content_hash() == before
+
+
+def test_fp8_is_refused_on_apples_gpus_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "compute_device", lambda: torch.device("mps"))
+    with pytest.raises(ValueError, match=r"^Apple's GPUs cannot hold weights in fp8\. "):
+        LoadQuantizedFlux.execute("a file that is not there", "fp8", "auto")
+
+
+def test_a_model_in_fp8_is_refused_on_apples_gpus_before_it_is_moved(flux_file: Path) -> None:
+    model = build_model(load_flux(flux_file, format="fp8"), torch.float32)
+    before = model.store.content_hash()
+    for load in (model.load, model.partially_load):
+        with pytest.raises(ValueError, match=r"^Apple's GPUs cannot hold weights in fp8\. "):
+            load(torch.device("mps"))
+    assert model.store.device == model.current_loaded_device() == torch.device("cpu")
+    assert model.store.content_hash() == before

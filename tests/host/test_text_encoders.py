@@ -142,6 +142,18 @@ def test_a_clip_that_is_dropped_gives_its_memory_back_at_once(pair: tuple[Path, 
     assert store() is None
 
 
+@pytest.mark.parametrize("name", ["t5", "clip_l"])
+def test_the_sizes_that_comfyui_asks_for_hold_the_loras(pair: tuple[Path, Path], name: str) -> None:
+    clip = our_clip(pair, "nf4")
+    _, patched = comfy.sd.load_lora_for_models(None, clip, dict(LORAS[name]), 0, 0.5)
+    in_float32 = [4 * tensor.numel() for tensor in LORAS[name].values() if tensor.dim() == 2]
+    assert patched.patcher.model_size() == clip.patcher.model_size() + sum(in_float32)
+    encoded(patched)
+    assert patched.patcher.loaded_size() == patched.patcher.model_size()
+    encoded(clip)
+    assert clip.patcher.loaded_size() == clip.patcher.model_size()
+
+
 def test_nothing_of_the_networks_lies_outside_the_store_but_norms(pair: tuple[Path, Path]) -> None:
     networks = our_clip(pair, "nf4").cond_stage_model
     own = {name for name, _ in networks.named_parameters() if "norm" not in name}
