@@ -66,7 +66,8 @@ class LoadQuantizedFlux(io.ComfyNode):
                     "needs no bitsandbytes. fp4: 4 bits with a larger error. int8, fp8: "
                     "half of bf16; fp8 has a third of nf4's error, int8 less. int2: 3 bits "
                     "with three times nf4's error, where nothing else fits. bf16: as in "
-                    "the file. auto: bf16, int8 or nf4, the first that fits the free memory.",
+                    "the file. auto: bf16, int8 or nf4 (int4 without bitsandbytes), the first that "
+                    "fits the free memory.",
                 ),
                 host.make_input(
                     io.Combo,

@@ -8,6 +8,7 @@ from ..trainers.config import PROMPT_LENGTH, LoraSettings
 from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.devices import describe_device
 from ..trainers.formats import FORMATS
+from ..trainers.hub import inspect_hub_flux
 from ..trainers.load import inspect_flux
 from ..trainers.memory import Workload, store_bytes
 from ..trainers.preflight import Plan, describe
@@ -69,6 +70,16 @@ class EstimateMemory(io.ComfyNode):
                 shared_input("compute_dtype"),
                 shared_input("gradient_checkpointing"),
                 shared_input("activations_in_ram"),
+                host.make_input(
+                    io.String,
+                    "hub_id",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="A Hugging Face repository that takes the place of model, as in Load "
+                    "Quantized FLUX. Only the headers of its files are read: no model is "
+                    "downloaded.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -83,9 +94,9 @@ class EstimateMemory(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: str, format: str, gradient_accumulation: int, **settings
+        cls, model: str, format: str, gradient_accumulation: int, hub_id: str = "", **settings
     ) -> io.NodeOutput:
-        config = inspect_flux(model_path(model)).config
+        config = inspect_hub_flux(hub_id) if hub_id else inspect_flux(model_path(model)).config
         plan = Plan(
             config=config,
             format=format,

@@ -14,7 +14,7 @@ import torch
 from allocated import AllocatedBytes
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.config import LoraSettings
-from atelier.trainers.flux import build_transformer, velocity
+from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.offload import DiskFeed, RamFeed, Slot, resident_blocks
@@ -92,7 +92,7 @@ class Training:
                 noise = 0.02 * torch.randn(parameter.shape, generator=generator)
                 parameter.add_(noise.to(parameter.device))
         if checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+            recompute_blocks(self.transformer)
 
     def gradients(self) -> dict[str, Tensor]:
         for parameter in self.lora.parameters.values():

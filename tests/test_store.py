@@ -11,7 +11,7 @@ from allocated import AllocatedBytes
 from atelier.trainers import formats
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.config import LoraSettings
-from atelier.trainers.flux import build_transformer, velocity
+from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.store import PackedWeight, WeightStore
@@ -294,7 +294,7 @@ def gradients(loaded: LoadedFlux, *, checkpointing: bool) -> dict[str, torch.Ten
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     transformer.train()
     if checkpointing:
-        transformer.enable_gradient_checkpointing()
+        recompute_blocks(transformer)
     output = velocity(
         transformer,
         torch.randn(1, 16, 4, 4, generator=generator),

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .config import require
 from .files import not_written
-from .load import inspect_flux
+from .flux import FluxConfig
+from .load import flux_config, inspect_flux
+from .tensor_files import shapes_in_header
 
 _FOLDER = "transformer/"
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
@@ -36,8 +40,8 @@ def fetch_flux(
     """The FLUX of a repository: its folder `transformer` in diffusers' layout, else the only
     safetensors file beside its README.
 
-    What is whole in the hub's cache is taken without network; else files are downloaded into it
-    one after the other.
+    What is whole in the hub's cache is taken without network; else its headers are looked at, and
+    files are downloaded into the cache one after the other.
 
     Args:
         on_progress: called before each file; what it raises ends the download.
@@ -48,6 +52,21 @@ def fetch_flux(
     """
     require_hub_id(hub_id)
     return _cached(hub_id) or _downloaded(hub_id, on_progress)
+
+
+def inspect_hub_flux(hub_id: str) -> FluxConfig:
+    """The sizes of a repository's FLUX. What is not in the hub's cache is not downloaded: only the
+    headers of its files are read.
+
+    Raises:
+        ValueError: as `fetch_flux`.
+    """
+    require_hub_id(hub_id)
+    path = _cached(hub_id)
+    if path is not None:
+        return inspect_flux(path).config
+    with _refusals(hub_id):
+        return _config_in_headers(hub_id, _listed_files(hub_id))
 
 
 def _cached(hub_id: str) -> Path | None:
@@ -63,7 +82,45 @@ def _cached(hub_id: str) -> Path | None:
 
 
 def _downloaded(hub_id: str, on_progress: Callable[[int, int], None]) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
+
+    with _refusals(hub_id):
+        names = _listed_files(hub_id)
+        _config_in_headers(hub_id, names)  # before gigabytes of something else
+        for done, name in enumerate(names):
+            on_progress(done, len(names))
+            hf_hub_download(hub_id, name)
+        return _flux_path(_snapshot(hub_id), names)
+
+
+def _listed_files(hub_id: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    return _flux_files(hub_id, HfApi().list_repo_files(hub_id))
+
+
+def _config_in_headers(hub_id: str, names: list[str]) -> FluxConfig:
+    """Read from the first bytes of the files on the hub."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    stored: dict[str, list[int]] = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            try:
+                header = HfApi().parse_safetensors_file_metadata(hub_id, name)
+            except (SafetensorsParsingError, struct.error) as error:
+                raise ValueError(
+                    f"'{name}' of the repository '{hub_id}' is not a whole safetensors file. "
+                    "Name another repository."
+                ) from error
+            stored |= {tensor: info.shape for tensor, info in header.tensors.items()}
+    return flux_config(shapes_in_header(stored), hub_id)
+
+
+@contextmanager
+def _refusals(hub_id: str) -> Iterator[None]:
+    """What the hub's client raises becomes a sentence."""
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -76,11 +133,7 @@ def _downloaded(hub_id: str, on_progress: Callable[[int, int], None]) -> Path:
     # from 1.0 on, have only this base.
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
-        names = _flux_files(hub_id, HfApi().list_repo_files(hub_id))
-        for done, name in enumerate(names):
-            on_progress(done, len(names))
-            hf_hub_download(hub_id, name)
-        return _flux_path(_snapshot(hub_id), names)
+        yield
     except OfflineModeIsEnabled as error:
         raise ValueError(
             f"'{hub_id}' is not in the cache of the Hugging Face Hub, and HF_HUB_OFFLINE forbids "

@@ -148,8 +148,8 @@ def inspect_flux(path: str | Path) -> FluxFile:
 
 def _open(path: Path) -> tuple[_Names, TensorFiles, FluxConfig]:
     files = TensorFiles(model_files(path))
-    names = files if "img_in.weight" in files else _DiffusersNames(files)
-    return names, files, FluxConfig.from_shapes(_checked_shapes(names, files, path))
+    config = flux_config(files.shapes, path.name)
+    return files if "img_in.weight" in files else _DiffusersNames(files), files, config
 
 
 def require_format(format: str) -> None:
@@ -163,11 +163,7 @@ class _DiffusersNames:
     def __init__(self, files: TensorFiles) -> None:
         self.files = files
         self.parts = _diffusers_parts(files.shapes)
-        self.shapes = {name: self._fused_shape(parts) for name, parts in self.parts.items()}
-
-    def _fused_shape(self, parts: list[str]) -> tuple[int, ...]:
-        rows = sum(self.files.shapes[part][0] for part in parts)
-        return (rows, *self.files.shapes[parts[0]][1:])
+        self.shapes = _fused_shapes(files.shapes, self.parts)
 
     def read(self, name: str, device: torch.device) -> Tensor:
         parts = [self.files.read(part, device) for part in self.parts[name]]
@@ -210,28 +206,42 @@ def _diffusers_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[str]]
     return {name: sources for name, sources in parts.items() if all(s in shapes for s in sources)}
 
 
-def _checked_shapes(names: _Names, files: TensorFiles, path: Path):
-    """The shapes under original names, after all that makes a FLUX.1 has been found."""
-    shapes = names.shapes
-    if "double_stream_modulation_img.lin.weight" in files:
+def _fused_shapes(
+    shapes: dict[str, tuple[int, ...]], parts: dict[str, list[str]]
+) -> dict[str, tuple[int, ...]]:
+    return {
+        name: (sum(shapes[source][0] for source in sources), *shapes[sources[0]][1:])
+        for name, sources in parts.items()
+    }
+
+
+def flux_config(shapes: dict[str, tuple[int, ...]], file_name: str) -> FluxConfig:
+    """The sizes of the FLUX whose tensors have these shapes, by original or diffusers' names.
+
+    Raises:
+        ValueError: if they make no whole FLUX.1; it names `file_name`.
+    """
+    if "double_stream_modulation_img.lin.weight" in shapes:
         raise ValueError(
-            f"'{path.name}' is a FLUX.2 model, which is not known here. "
+            f"'{file_name}' is a FLUX.2 model, which is not known here. "
             "Choose a FLUX.1 file such as flux1-dev.safetensors."
         )
+    if "img_in.weight" not in shapes:
+        shapes = _fused_shapes(shapes, _diffusers_parts(shapes))
     absent = first_missing(ESSENTIAL_NAMES, shapes)
     if absent is not None:
         raise ValueError(
-            f"'{path.name}' is not a FLUX.1 model: it has no '{absent}'. "
+            f"'{file_name}' is not a FLUX.1 model: it has no '{absent}'. "
             "Choose a FLUX.1 file such as flux1-dev.safetensors."
         )
     config = FluxConfig.from_shapes(shapes)
     missing = first_missing(needed_names(config), shapes)
     if missing is not None:
         raise ValueError(
-            f"'{path.name}' is an incomplete FLUX.1 model: '{missing}' is missing. "
+            f"'{file_name}' is an incomplete FLUX.1 model: '{missing}' is missing. "
             "Download it again, or choose another file."
         )
-    return shapes
+    return config
 
 
 def first_missing(needed: Iterable[str], shapes: Container[str]) -> str | None:

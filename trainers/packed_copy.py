@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -32,6 +33,8 @@ MIN_SOURCE_BYTES = 256 << 20
 """Smaller models get no copy: they are quantized within seconds."""
 _DISK_RESERVE = 1 << 30
 """Bytes that a copy leaves free, for the checkpoints and pictures of the run that follows."""
+_READERS = 2
+"""Threads that read a copy: what the system does for new memory takes longer than a fast disk."""
 _MARK = "atelier"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -181,18 +184,22 @@ def _read(path: Path, key: CopyKey, on_progress: OnProgress, *, blocks_stay: boo
     blocks = blocks_of(_tensor_names(weights, entries)) if blocks_stay else []
     staying = {name for names in blocks for name in names}
     checksums: dict[str, bytes] = {}
-    # Outside inference mode, in which the host runs its nodes: see store._FrozenLinear.
-    with torch.inference_mode(False), path.open("rb") as file:
-        for done, (name, entry) in enumerate(entries.items()):
-            data = read_bytes(file, entry)
-            checksums[name] = checksum(data)
-            digest.update(checksums[name])
-            data = data.view(DTYPES[entry.dtype])
-            if name in staying:
-                tensors[name] = torch.zeros_like(data[:1]).expand(entry.shape)
-            else:
-                tensors[name] = data.view(entry.shape)
-            on_progress(done + 1, len(entries))
+    pool = ThreadPoolExecutor(_READERS)
+    try:
+        reads = pool.map(_read_and_sum, entries.values())
+        # Outside inference mode, in which the host runs its nodes: see store._FrozenLinear.
+        with torch.inference_mode(False):
+            for name, (data, data_sum) in zip(entries, reads, strict=True):
+                entry, checksums[name] = entries[name], data_sum
+                digest.update(data_sum)
+                data = data.view(DTYPES[entry.dtype])
+                if name in staying:
+                    tensors[name] = torch.zeros_like(data[:1]).expand(entry.shape)
+                else:
+                    tensors[name] = data.view(entry.shape)
+                on_progress(len(checksums), len(entries))
+    finally:
+        pool.shutdown(cancel_futures=True)
     if digest.hexdigest() != content:
         raise ValueError("damaged")
     packed = {
@@ -204,6 +211,12 @@ def _read(path: Path, key: CopyKey, on_progress: OnProgress, *, blocks_stay: boo
         for names in blocks
     ]
     return WeightStore(packed, tensors, on_disk=on_disk)
+
+
+def _read_and_sum(entry: Entry) -> tuple[Tensor, bytes]:
+    with entry.path.open("rb") as file:
+        data = read_bytes(file, entry)
+    return data, checksum(data)
 
 
 def _tensor_names(weights: dict[str, Any], entries: dict[str, Entry]) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -205,6 +207,21 @@ def original_name(name: str) -> str:
     if name.endswith(_RENAMED_NORMS):
         return f"{name.removesuffix('weight')}scale"
     return name
+
+
+def shapes_in_header(stored: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of `TensorFiles`, where only a header is at hand.
+
+    A matrix of 4 bits lies there as bytes of two weights, and has the rows that its bias has
+    numbers: what else tells its shape is in the file itself.
+    """
+    shapes = {original_name(name): tuple(shape) for name, shape in stored.items()}
+    for name, _ in state_names(tuple(shapes)):
+        bias = f"{name.removesuffix('weight')}bias"
+        if name in shapes and bias in shapes:
+            (rows,) = shapes[bias]
+            shapes[name] = (rows, 2 * math.prod(shapes[name]) // rows)
+    return shapes
 
 
 def read_header(path: Path, *, whole: bool = True) -> tuple[dict[str, Entry], dict]:

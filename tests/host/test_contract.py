@@ -100,7 +100,7 @@ FROZEN = {
             *("model COMBO", "format COMBO", "width INT", "height INT", "prompt_length INT"),
             *("batch_size INT", "gradient_accumulation INT", "rank INT", "targets COMBO"),
             *("compute_dtype COMBO", "gradient_checkpointing BOOLEAN"),
-            "activations_in_ram BOOLEAN",
+            *("activations_in_ram BOOLEAN", "hub_id? STRING"),
         ],
         ["report STRING", "reserve_gb FLOAT"],
     ),

@@ -1,4 +1,4 @@
-"""hub_id of Load Quantized FLUX in ComfyUI: what is in the hub's cache loads without a network."""
+"""hub_id of our nodes in ComfyUI: what is in the hub's cache loads without a network."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import atelier
 import huggingface_hub.constants
 import pytest
+import torch
 from atelier.nodes.loaders import LoadQuantizedFlux
+from atelier.trainers.config import LoraSettings
 from atelier.trainers.load import load_flux
+from atelier.trainers.memory import Workload, estimate_training
 from comfy_server import ComfyServer, GraphError
 from executor import Keep, Runner
 from flux_files import write_flux
@@ -66,6 +69,23 @@ def test_the_encoders_are_not_those_of_the_model_it_replaces(cached: Path) -> No
     _, clip, vae = loaded.args
     assert "Add the node Load Quantized Text Encoders, or DualCLIPLoader" in clip.message
     assert "Add the node Load VAE" in vae.message
+
+
+def test_the_memory_of_a_repository_is_estimated(cached: Path) -> None:
+    settings = {"width": 64, "height": 64, "prompt_length": 77, "batch_size": 1}
+    settings |= {"gradient_checkpointing": True, "activations_in_ram": False}
+    lora = {"gradient_accumulation": 1, "rank": 4, "targets": "all+ffs", "compute_dtype": "fp32"}
+    model = {"model": "nano (built in)", "format": "nf4", "hub_id": "flux/tiny"}
+    estimate = node("AtelierEstimateMemory", **model, **settings, **lora)
+    reserve_gb = Runner().run({"estimate": estimate, "keep": node("Keep", value=["estimate", 1])})
+    workload = Workload(
+        lora=LoraSettings(rank=4, targets="all+ffs"),
+        dtype=torch.float32,
+        accumulates=False,
+        **settings,
+    )
+    config = load_flux(cached, format="nf4").config
+    assert reserve_gb == estimate_training(config, "nf4", workload).beside_weights / 1e9
 
 
 def test_what_is_no_id_is_refused_before_the_graph_runs(server: ComfyServer) -> None:

@@ -19,6 +19,7 @@ class HubServer:
     def __init__(self, folder: Path, gated: Mapping[str, str]) -> None:
         self.folder, self.gated = folder, gated
         self.requests: list[tuple[str, str]] = []
+        self.bytes_sent = 0
         hub = self
 
         class Handler(_Handler):
@@ -69,7 +70,13 @@ class _Handler(BaseHTTPRequestHandler):
         else:  # /<id>/resolve/<revision>/<file>
             data = folder.joinpath(*rest[2:]).read_bytes()
             etag = hashlib.sha256(data).hexdigest()
-            self._send(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, has_body)
+            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
+            if wanted := self.headers["Range"]:  # bytes=<first>-<last>
+                first, last = (int(place) for place in wanted.partition("=")[2].split("-"))
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+                self._send(206, data[first : last + 1], headers, has_body)
+            else:
+                self._send(200, data, headers, has_body)
 
     def _send(self, status: int, data: bytes, headers: Mapping[str, str], has_body: bool) -> None:
         self.send_response(status)
@@ -77,6 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if has_body:
+            self.server_hub.bytes_sent += len(data)
             self.wfile.write(data)
 
 
