@@ -18,7 +18,7 @@ from torch import Tensor
 from .buckets import Resolution, Size, is_enlarged
 from .captions import CaptionSettings, caption_variants, listed, read_captions
 from .config import ALWAYS, Schedule, require
-from .masks import ALPHA, Mask, alpha_masks, folder_masks, latent_weights
+from .masks import ALPHA, Mask, alpha_masks, folder_masks, latent_weights, mask_image
 from .pictures import PictureSettings, Transform, decode
 from .scan import PICTURE_EXTENSIONS, ContentHashes, OnBadFile, OnProgress, Picture, scan_folder
 
@@ -181,8 +181,8 @@ def image_folder(
         found = alpha_masks(scan.pictures, contents)
     elif masks:
         found = folder_masks(scan.pictures, masks, index_folder, hashes, on_progress)
-    left_out = [sentence for _, sentence in scan.skipped]
-    left_out += (mask for mask in found if isinstance(mask, str))
+    wrong = (mask for mask in found if isinstance(mask, str))
+    left_out = [*(sentence for _, sentence in scan.skipped), *wrong]
     require(on_bad_file == "skip" or not left_out, "".join(left_out[:1]))
     records = make_records(
         scan.pictures, written, contents, found, captions=captions, repeats=repeats
@@ -194,11 +194,7 @@ def image_folder(
         name=Path(scan.folder).name,
         pictures=pictures,
         captions=captions,
-        told=(
-            *_told(scan.pictures),
-            *warnings,
-            *(f"Left out: {sentence}" for sentence in left_out),
-        ),
+        told=(*_told(scan.pictures), *warnings, *(f"Left out: {text}" for text in left_out)),
     )
 
 
@@ -275,13 +271,18 @@ def open_picture(record: Record) -> Image.Image:
     return decode(_read(record.path, record.content), record.path)
 
 
+def open_mask(mask: Mask) -> Image.Image:
+    """The decoded mask of a record. Raises ValueError as `open_picture`."""
+    return mask_image(mask, _read(mask.path, mask.content))
+
+
 def mask_weights(mask: Mask, how: Transform) -> Tensor:
     """Weights [h, w] in 0..1 of the latents of the picture that `how` transforms.
 
     Raises:
         ValueError: as `open_picture`.
     """
-    return latent_weights(mask, _read(mask.path, mask.content), how)
+    return latent_weights(open_mask(mask), how)
 
 
 def _read(path: str, content: str) -> bytes:
