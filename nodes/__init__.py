@@ -4,6 +4,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
+from .images import ImagesToDataset
+from .inspect import InspectDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
 from .memory import EstimateMemory
@@ -23,6 +25,8 @@ NODES: list[type[io.ComfyNode]] = [
     PictureSettingsNode,
     ScheduleDataset,
     CombineDatasets,
+    ImagesToDataset,
+    InspectDataset,
 ]
 
 

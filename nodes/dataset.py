@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.buckets import MODES, STEP, Resolution, parse_sizes
+from ..trainers.buckets import Resolution, parse_sizes
 from ..trainers.captions import MISSING_CAPTIONS, CaptionSettings
 from ..trainers.config import Schedule
 from ..trainers.dataset import (
@@ -23,11 +23,8 @@ from ..trainers.masks import ALPHA
 from ..trainers.metadata_files import METADATA_FILES
 from ..trainers.scan import ON_BAD_FILE
 from . import host
-from .wires import (
-    AtelierCaptionSettings,
-    AtelierDataset,
-    AtelierPictureSettings,
-)
+from .inputs import SIZE_AND_TRIGGER, shared_input
+from .wires import AtelierDataset
 
 
 class ImageFolderDataset(io.ComfyNode):
@@ -48,31 +45,7 @@ class ImageFolderDataset(io.ComfyNode):
                     tooltip="A folder below ComfyUI's input folder that holds the pictures. Its "
                     "subfolders are not read. Press R to list new folders.",
                 ),
-                _side("width", 512),
-                _side("height", 768),
-                io.Combo.Input(
-                    "mode",
-                    options=list(MODES),
-                    default="fixed",
-                    tooltip="fixed: every picture is cropped to width x height. The others have "
-                    "about as many pixels: buckets: the nearest of some shapes, so that batches "
-                    "fill. square: one square for all. preserved: each picture's own shape. "
-                    "random: any of the shapes, drawn for each picture.",
-                ),
-                io.Int.Input(
-                    "repeats",
-                    default=1,
-                    min=1,
-                    max=10000,
-                    tooltip="How often each picture is seen in one epoch: 1 is once, 10 is ten "
-                    "times. It only changes the balance between datasets, never the caches.",
-                ),
-                io.String.Input(
-                    "trigger",
-                    default="",
-                    tooltip="A word that will call up what is learned. It is put before every "
-                    "caption that does not contain it: 'sks, a dog on a beach'.",
-                ),
+                *(shared_input(name) for name in SIZE_AND_TRIGGER),
                 host.make_input(
                     io.Combo,
                     "missing_captions",
@@ -82,18 +55,8 @@ class ImageFolderDataset(io.ComfyNode):
                     tooltip="A picture without a text file: stop with an error, use its file name "
                     "(a_red_cat.png is 'a red cat'), or leave the caption empty.",
                 ),
-                AtelierCaptionSettings.Input(
-                    "captions",
-                    optional=True,
-                    tooltip="Where captions come from and what is done with them, from Caption "
-                    "Settings. Without it: the text files, as they are.",
-                ),
-                AtelierPictureSettings.Input(
-                    "pictures",
-                    optional=True,
-                    tooltip="Crop, resampling and mirroring, from Picture Settings. Without it: "
-                    "the middle of each picture.",
-                ),
+                shared_input("captions"),
+                shared_input("pictures"),
                 host.make_input(
                     io.Combo,
                     "on_bad_file",
@@ -186,7 +149,7 @@ class ImageFolderDataset(io.ComfyNode):
             on_progress=host.Progress().update,
         )
         dataset = Dataset(subsets=(subset,)).at_sizes(parse_sizes(more_sizes))
-        return _output(dataset, cls.hidden.unique_id)
+        return dataset_output(dataset, cls.hidden.unique_id)
 
 
 class ScheduleDataset(io.ComfyNode):
@@ -271,10 +234,11 @@ class CombineDatasets(io.ComfyNode):
     def execute(cls, **datasets: Dataset) -> io.NodeOutput:
         combined = [datasets[name] for name in sorted(datasets)]
         subsets = tuple(subset for dataset in combined for subset in dataset.subsets)
-        return _output(Dataset(subsets=subsets), cls.hidden.unique_id)
+        return dataset_output(Dataset(subsets=subsets), cls.hidden.unique_id)
 
 
-def _output(dataset: Dataset, node_id: str) -> io.NodeOutput:
+def dataset_output(dataset: Dataset, node_id: str) -> io.NodeOutput:
+    """The dataset, and on the node how many pictures it has and what is probably not meant."""
     pictures = sum(len(subset.records) for subset in dataset.subsets)
     count = f"Pictures: {pictures}, seen per epoch: {dataset.num_samples}."
     return io.NodeOutput(dataset, ui=host.report(node_id, count, *dataset.warnings))
@@ -285,15 +249,3 @@ def _mask_folder(masks: str) -> str | Path | None:
     if masks in ("none", ALPHA):
         return None if masks == "none" else ALPHA
     return host.dataset_folder(masks)
-
-
-def _side(name: str, default: int) -> Any:
-    return io.Int.Input(
-        name,
-        default=default,
-        min=64,
-        max=8192,
-        step=STEP,
-        tooltip=f"The {name} in pixels at which pictures are trained, a multiple of {STEP}. Time "
-        "and memory grow with width x height.",
-    )

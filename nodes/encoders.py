@@ -93,8 +93,20 @@ def prompt_encoder(clip: Any, length: int) -> tuple[EncodeTexts, str]:
 def cut_texts(texts: tuple[str, ...], length: int) -> list[str]:
     """The texts of more than `length` T5 tokens, whose end is not encoded. Needs no CLIP: every
     CLIP of FLUX's kind has this tokenizer."""
+    _, tokens = _t5_tokens(texts)
+    return [text for text, ids in zip(texts, tokens, strict=True) if len(ids) > length]
+
+
+def unknown_texts(texts: tuple[str, ...]) -> list[str]:
+    """The texts with signs that T5 does not know, as Chinese ones: all of them are one token."""
+    unknown, tokens = _t5_tokens(texts)
+    return [text for text, ids in zip(texts, tokens, strict=True) if unknown in ids]
+
+
+def _t5_tokens(texts: tuple[str, ...]) -> tuple[int, list[list[int]]]:
+    """The token of what is unknown, and those of each text."""
     tokenizer = flux_text_encoders.FluxTokenizer().t5xxl.tokenizer
-    return [text for text in texts if len(tokenizer(text)["input_ids"]) > length]
+    return tokenizer.unk_token_id, tokenizer(list(texts))["input_ids"] if texts else []
 
 
 _VAE_PARTS = ("encoder.", "quant_conv.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..trainers.buckets import MODES, STEP
 from ..trainers.config import (
     COMPUTE_DTYPES,
     LORA_TARGETS,
@@ -16,10 +17,68 @@ from ..trainers.config import (
     TrainSettings,
 )
 from . import host
+from .wires import AtelierCaptionSettings, AtelierPictureSettings
 
+SIZE_AND_TRIGGER = ("width", "height", "mode", "repeats", "trigger")
+"""What every node that makes a dataset asks, in this order."""
 QUANTIZE_ON = ("auto", "cpu", "gpu")
 
+
+def _side(name: str, *, default: int) -> Any:
+    return io.Int.Input(
+        name,
+        default=default,
+        min=64,
+        max=8192,
+        step=STEP,
+        tooltip=f"The {name} in pixels at which pictures are trained, a multiple of {STEP}. Time "
+        "and memory grow with width x height.",
+    )
+
+
 _INPUTS: dict[str, Callable[..., Any]] = {
+    "width": partial(_side, default=512),
+    "height": partial(_side, default=768),
+    "mode": partial(
+        host.make_input,
+        io.Combo,
+        options=list(MODES),
+        default="fixed",
+        tooltip="fixed: every picture is cropped to width x height. The others have "
+        "about as many pixels: buckets: the nearest of some shapes, so that batches "
+        "fill. square: one square for all. preserved: each picture's own shape. "
+        "random: any of the shapes, drawn for each picture.",
+    ),
+    "repeats": partial(
+        host.make_input,
+        io.Int,
+        default=1,
+        min=1,
+        max=10000,
+        tooltip="How often each picture is seen in one epoch: 1 is once, 10 is ten "
+        "times. It only changes the balance between datasets, never the caches.",
+    ),
+    "trigger": partial(
+        host.make_input,
+        io.String,
+        default="",
+        tooltip="A word that will call up what is learned. It is put before every "
+        "caption that does not contain it: 'sks, a dog on a beach'.",
+    ),
+    "captions": partial(
+        host.make_input,
+        AtelierCaptionSettings,
+        optional=True,
+        tooltip="Where captions come from and what is done with them, from Caption "
+        "Settings. Without it: the text files, as they are.",
+    ),
+    "pictures": partial(
+        host.make_input,
+        AtelierPictureSettings,
+        optional=True,
+        tooltip="Crop, resampling and mirroring, from Picture Settings. Without it: "
+        "the middle of each picture.",
+    ),
     "rank": partial(
         host.make_input,
         io.Int,

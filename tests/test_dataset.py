@@ -48,6 +48,18 @@ def test_text_files_folders_and_hidden_files_are_no_pictures(tmp_path: Path) -> 
     assert len(read(tmp_path).records) == 1
 
 
+def test_pictures_that_train_unlike_they_are_shown_are_named(tmp_path: Path) -> None:
+    path = add_picture(tmp_path, "moving.png")
+    Image.new("RGB", (80, 80)).save(path, save_all=True, append_images=[Image.open(path)])
+    Image.new("RGB", (80, 80)).save(add_picture(tmp_path, "odd.png"), icc_profile=b"no profile")
+    add_picture(tmp_path, "plain.png")
+    assert read(tmp_path).warnings == (
+        "Animated pictures, of which only the first frame is trained: moving.png.",
+        "Pictures whose colour profile is broken or for another kind of picture, and is ignored: "
+        "odd.png.",
+    )
+
+
 def test_the_id_is_the_hash_of_bytes_and_caption(tmp_path: Path) -> None:
     path = add_picture(tmp_path, "one.png", "a cat")
     content = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 from atelier.trainers.pictures import display_size
 from atelier.trainers.scan import ContentHashes, Picture, Scan, scan_folder
-from PIL import Image, ImageFile, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 from small_disk import fill, small_disk
 
 LONG_AGO = 1_600_000_000_123_456_700
 """In nanoseconds; Windows keeps hundreds of them."""
 ORIENTATION = 0x0112
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+BROKEN = SRGB[:200]
 
 
 @pytest.fixture
@@ -91,6 +93,9 @@ def add_many_kinds(folder: Path) -> None:
         add(folder, f"mode_{mode}.jpg", mode=mode)
     add(folder, "keyed.png", transparency=(0, 0, 0))
     add(folder, "alpha.webp", mode="RGBA")
+    for name in ("profile.png", "profile.jpg", "profile.webp"):
+        add(folder, name, icc_profile=SRGB)
+        add(folder, f"ignored_{name}", icc_profile=BROKEN)
     frames = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
     for name in ("moving.png", "moving.webp"):
         frames[0].save(folder / name, save_all=True, append_images=frames[1:])
@@ -118,6 +123,7 @@ def facts_of_pillow(path: Path) -> Picture:
             height=upright.height,
             has_alpha=image.has_transparency_data,
             num_frames=getattr(image, "n_frames", 1),
+            has_unusable_profile=path.name.startswith("ignored"),
         )
 
 
@@ -128,6 +134,7 @@ def test_the_facts_are_those_of_the_decoded_pictures(pictures: Path) -> None:
     assert list(scan(pictures).pictures) == expected  # from the index
     assert {p.num_frames for p in expected} == {1, 3}
     assert {p.has_alpha for p in expected} == {True, False}
+    assert {p.has_unusable_profile for p in expected} == {True, False}
     assert sum((p.width, p.height) == (60, 80) for p in expected) == 7 * 4
 
 

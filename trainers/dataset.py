@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -19,9 +18,9 @@ from torch import Tensor
 from .buckets import Resolution, Size, is_enlarged
 from .captions import CaptionSettings, caption_variants, listed, read_captions
 from .config import ALWAYS, Schedule, require
-from .masks import ALPHA, Mask, alpha_masks, folder_masks, latent_weights
-from .pictures import Crop, Filter, Transform, decode
-from .scan import PICTURE_EXTENSIONS, ContentHashes, OnBadFile, OnProgress, scan_folder
+from .masks import ALPHA, Mask, alpha_masks, folder_masks, latent_weights, mask_image
+from .pictures import PictureSettings, Transform, decode
+from .scan import PICTURE_EXTENSIONS, ContentHashes, OnBadFile, OnProgress, Picture, scan_folder
 
 _SEED = 0
 """Of the orders of shuffled tags: they are encoded once, whatever the seed of a training."""
@@ -52,33 +51,6 @@ class Record:
         """Name of the sample wherever it lies: 16 hex digits of its bytes and its captions."""
         captions = "\0".join(variants[0] for variants in self.texts)
         return hashlib.sha256(f"{self.content}\0{captions}".encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureSettings:
-    """How the pictures of a dataset become pixels, their size aside."""
-
-    crop: Crop = "center"
-    """Which part is kept of a picture that has not the shape of its size."""
-    filter: Filter = "lanczos"
-    """How pixels are resampled."""
-    max_side: int = 0
-    """Pixels; a picture with a longer side is shrunk to it before the crop. 0 is off."""
-    flip: bool = False
-    """Train each picture also mirrored, every other time: a second entry in the cache."""
-
-    def __post_init__(self) -> None:
-        Transform(width=64, height=64, **self._facts("checked"))
-
-    def transforms(self, size: Size, seed: str) -> tuple[Transform, ...]:
-        """What is encoded of a picture at `size`; `seed` is a text that belongs to the picture."""
-        facts = self._facts(seed)
-        upright = Transform(width=size[0], height=size[1], **facts)
-        return (upright, dataclasses.replace(upright, flip=True)) if self.flip else (upright,)
-
-    def _facts(self, seed: str) -> dict[str, Any]:
-        random = {"seed": seed} if self.crop == "random" else {}
-        return {"crop": self.crop, "filter": self.filter, "max_side": self.max_side, **random}
 
 
 DEFAULT_CAPTIONS, DEFAULT_PICTURES = CaptionSettings(), PictureSettings()
@@ -209,10 +181,35 @@ def image_folder(
         found = alpha_masks(scan.pictures, contents)
     elif masks:
         found = folder_masks(scan.pictures, masks, index_folder, hashes, on_progress)
-    left_out = [sentence for _, sentence in scan.skipped]
-    left_out += (mask for mask in found if isinstance(mask, str))
+    wrong = (mask for mask in found if isinstance(mask, str))
+    left_out = [*(sentence for _, sentence in scan.skipped), *wrong]
     require(on_bad_file == "skip" or not left_out, "".join(left_out[:1]))
-    records = [
+    records = make_records(
+        scan.pictures, written, contents, found, captions=captions, repeats=repeats
+    )
+    require(bool(records), "".join(left_out[:1]))
+    return Subset(
+        records=records,
+        resolution=resolution,
+        name=Path(scan.folder).name,
+        pictures=pictures,
+        captions=captions,
+        told=(*_told(scan.pictures), *warnings, *(f"Left out: {text}" for text in left_out)),
+    )
+
+
+def make_records(
+    pictures: Sequence[Picture],
+    written: Sequence[Sequence[str]],
+    contents: Sequence[str],
+    masks: Sequence[Mask | str | None],
+    *,
+    captions: CaptionSettings,
+    repeats: int,
+) -> tuple[Record, ...]:
+    """Records of pictures, their captions as they are written, and the hashes of their bytes; a
+    picture whose mask is a sentence that says what is wrong is left out."""
+    return tuple(
         Record(
             path=picture.path,
             texts=tuple(caption_variants(caption, captions, _SEED, content) for caption in some),
@@ -222,20 +219,22 @@ def image_folder(
             mask=mask,
             repeats=repeats,
         )
-        for picture, some, content, mask in zip(
-            scan.pictures, written, contents, found, strict=True
-        )
+        for picture, some, content, mask in zip(pictures, written, contents, masks, strict=True)
         if not isinstance(mask, str)
-    ]
-    require(bool(records), "".join(left_out[:1]))
-    return Subset(
-        records=tuple(records),
-        resolution=resolution,
-        name=Path(scan.folder).name,
-        pictures=pictures,
-        captions=captions,
-        told=(*warnings, *(f"Left out: {sentence}" for sentence in left_out)),
     )
+
+
+def _told(pictures: Sequence[Picture]) -> Iterator[str]:
+    """What the headers say of pictures that do not train as a viewer shows them."""
+    animated = [Path(picture.path).name for picture in pictures if picture.num_frames > 1]
+    profiles = [Path(picture.path).name for picture in pictures if picture.has_unusable_profile]
+    if animated:
+        yield f"Animated pictures, of which only the first frame is trained: {listed(animated)}."
+    if profiles:
+        yield (
+            "Pictures whose colour profile is broken or for another kind of picture, and is "
+            f"ignored: {listed(profiles)}."
+        )
 
 
 def picture_files(folder: str | Path) -> list[Path]:
@@ -272,13 +271,18 @@ def open_picture(record: Record) -> Image.Image:
     return decode(_read(record.path, record.content), record.path)
 
 
+def open_mask(mask: Mask) -> Image.Image:
+    """The decoded mask of a record. Raises ValueError as `open_picture`."""
+    return mask_image(mask, _read(mask.path, mask.content))
+
+
 def mask_weights(mask: Mask, how: Transform) -> Tensor:
     """Weights [h, w] in 0..1 of the latents of the picture that `how` transforms.
 
     Raises:
         ValueError: as `open_picture`.
     """
-    return latent_weights(mask, _read(mask.path, mask.content), how)
+    return latent_weights(open_mask(mask), how)
 
 
 def _read(path: str, content: str) -> bytes:

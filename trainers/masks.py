@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .config import require
@@ -89,10 +89,8 @@ def folder_masks(
     return [mask_of(picture) for picture in pictures]
 
 
-def latent_weights(mask: Mask, data: bytes, how: Transform) -> Tensor:
-    """Weights [h, w] in 0..1 of the latents of a picture: the mean of the pixels under each.
-
-    `data` are the bytes of the mask's file, `how` the transform of its picture.
+def mask_image(mask: Mask, data: bytes) -> Image.Image:
+    """The picture that is the mask, from the bytes of its file.
 
     Raises:
         ValueError: it is no picture.
@@ -100,5 +98,10 @@ def latent_weights(mask: Mask, data: bytes, how: Transform) -> Tensor:
     image = decode(data, mask.path)
     if mask.is_alpha:
         image = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-    pixels = transform_mask(image, how)
-    return torch.nn.functional.avg_pool2d(pixels, _LATENT_STEP)[0]
+    return image
+
+
+def latent_weights(mask: Image.Image, how: Transform) -> Tensor:
+    """Weights [h, w] in 0..1 of the latents of a picture that `how` transforms: the mean of the
+    pixels under each."""
+    return torch.nn.functional.avg_pool2d(transform_mask(mask, how), _LATENT_STEP)[0]

@@ -5,11 +5,13 @@ Sizes are (width, height) in pixels. "Upright" is a picture after its EXIF rotat
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -98,6 +100,33 @@ class Transform:
         return {name: v for name, (v, default) in values.items() if name in always or v != default}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings:
+    """How the pictures of a dataset become pixels, their size aside."""
+
+    crop: Crop = "center"
+    """Which part is kept of a picture that has not the shape of its size."""
+    filter: Filter = "lanczos"
+    """How pixels are resampled."""
+    max_side: int = 0
+    """Pixels; a picture with a longer side is shrunk to it before the crop. 0 is off."""
+    flip: bool = False
+    """Train each picture also mirrored, every other time: a second entry in the cache."""
+
+    def __post_init__(self) -> None:
+        Transform(width=64, height=64, **self._facts("checked"))
+
+    def transforms(self, size: Size, seed: str) -> tuple[Transform, ...]:
+        """What is encoded of a picture at `size`; `seed` is a text that belongs to the picture."""
+        facts = self._facts(seed)
+        upright = Transform(width=size[0], height=size[1], **facts)
+        return (upright, dataclasses.replace(upright, flip=True)) if self.flip else (upright,)
+
+    def _facts(self, seed: str) -> dict[str, Any]:
+        random = {"seed": seed} if self.crop == "random" else {}
+        return {"crop": self.crop, "filter": self.filter, "max_side": self.max_side, **random}
+
+
 def decode(data: bytes, path: str | Path) -> Image.Image:
     """The picture in a file's bytes, of an animation the first frame; `path` is for messages.
 
@@ -139,7 +168,7 @@ def transform(image: Image.Image, how: Transform) -> Tensor:
     white where it is transparent, shrunk to `max_side`, resized until it covers the size, cropped,
     and flipped.
     """
-    upright = _to_rgb(ImageOps.exif_transpose(image))
+    upright = upright_rgb(image)
     resampling = _RESAMPLING[how.filter]
     limited = limited_size(upright.size, how.max_side)
     if limited != upright.size:
@@ -157,11 +186,21 @@ def transform_mask(mask: Image.Image, how: Transform) -> Tensor:
     count. The mask has its own EXIF rotation and the shape of the picture, in any size. Shrinking
     takes the mean of the covered pixels, enlarging repeats them: no weight is made up.
     """
-    upright = _over(_eight_bit(ImageOps.exif_transpose(mask)), "black").convert("L").convert("F")
+    upright = upright_greys(mask).convert("F")
     box = crop_box(upright.size, how)
     fitted = upright.resize((how.width, how.height), Image.Resampling.BOX, box=box)
     weights = torch.from_numpy(np.array(fitted, dtype=np.float32))[None] / 255
     return weights.flip(2) if how.flip else weights
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """All of a picture as `transform` sees it: turned, in 8-bit sRGB, over white."""
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def upright_greys(mask: Image.Image) -> Image.Image:
+    """All of a mask as `transform_mask` sees it: turned, in 8-bit greys, over black."""
+    return _over(_eight_bit(ImageOps.exif_transpose(mask)), "black").convert("L")
 
 
 def crop_box(size: Size, how: Transform) -> tuple[float, float, float, float]:
@@ -215,6 +254,11 @@ def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     mode = _PROFILE_MODES.get(data[16:20])
     if mode is None or not _fits(mode, image):  # left behind by an editor
         return None
+    return _profile_to_srgb(data, mode)
+
+
+@lru_cache(maxsize=16)  # many pictures have the profile of one camera
+def _profile_to_srgb(data: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))

@@ -23,7 +23,7 @@ from PIL import Image
 from .buckets import Size
 from .config import require
 from .files import write_atomically
-from .pictures import display_size
+from .pictures import display_size, has_unusable_profile
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -36,8 +36,9 @@ what was read until then is remembered."""
 
 _VERSION = 1
 """Of the index files. Raise it when a row means something else."""
-_FACTS = (int, int, int, int, bool, int)
-"""Of a row: size in bytes, mtime in ns, width, height, has alpha, number of frames."""
+_FACTS = (int, int, int, int, bool, int, bool)
+"""Of a row: size in bytes, mtime in ns, width, height, has alpha, number of frames, has a colour
+profile that is ignored."""
 _HASH = (int, int, str)
 """Of a row: size in bytes, mtime in ns, SHA-256."""
 _SETTLED_NS = 2_000_000_000
@@ -67,6 +68,8 @@ class Picture(NamedTuple):
     """There is transparency, or room for it."""
     num_frames: int
     """1, or more if it is animated."""
+    has_unusable_profile: bool = False
+    """Its colour profile is broken, or for another kind of picture, and is ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,14 +308,15 @@ def _entries(folder: str, bad: _BadFiles) -> list[os.DirEntry[str]]:
         return []
 
 
-def _read_header(path: str) -> tuple[int, int, bool, int]:
-    """Width and height as viewers show them, whether it has alpha, and the number of frames."""
+def _read_header(path: str) -> tuple[int, int, bool, int, bool]:
+    """What a `Picture` has from its width on."""
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             width, height = _display_size(image, file)
             # A second frame in a JPEG (MPO) is a preview or a gain map.
             num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            return width, height, image.has_transparency_data, num_frames
+            is_ignored = has_unusable_profile(image)
+            return width, height, image.has_transparency_data, num_frames, is_ignored
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"The picture {path} has too many pixels to be opened. Make it smaller."
