@@ -230,6 +230,19 @@ def test_cancelling_while_a_copy_is_written_leaves_nothing(
     assert list(copies.folder.iterdir()) == []
 
 
+def test_cancelling_while_a_copy_is_read_keeps_it(source: Path, copies: PackedCopies) -> None:
+    load(source, copies)
+    path = copy_of(copies)
+    content = path.read_bytes()
+
+    def cancel(done: int, total: int) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        load_flux(source, format="nf4", copies=copies, on_progress=cancel)
+    assert path.read_bytes() == content
+
+
 ROOM = r"It takes 0\.0 GB, and the disk of .* has 0\.0 GB free, of which 1\.1 are left alone\.$"
 FULL = r"The disk of .* is full\. "
 
