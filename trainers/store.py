@@ -176,6 +176,9 @@ class Weights(Protocol):
     def num_bytes(self) -> int: ...
 
     @property
+    def bytes_in_ram(self) -> int: ...
+
+    @property
     def streaming(self) -> str:
         """A value of config.STREAMING."""
         ...
@@ -268,6 +271,23 @@ class WeightStore:
         """Bytes on the device when `prepare` has all the memory that it wants."""
         is_whole = self.streaming in ("auto", "off")
         return self._bytes_with(self._residents(None if is_whole else 0))
+
+    @property
+    def bytes_in_ram(self) -> int:
+        """Bytes that lie in RAM, one copy of each: all of them on a CPU, else those of streamed
+        blocks; none of what stays on disk."""
+        on_host = self.device == HOST
+        blocks = range(len(self._blocks)) if on_host else self._streamed()
+        in_blocks = 0 if self._on_disk else sum(map(self._block_bytes, blocks))
+        return in_blocks + (self._bytes_outside_blocks if on_host else 0)
+
+    def split(self, budget: float | None) -> tuple[int, int]:
+        """Bytes on a device with `budget` bytes for the store, slots of streamed blocks among them,
+        and bytes of the blocks that do not stay there."""
+        resident = self._residents(budget)
+        on_device = self._bytes_with(resident)
+        streamed = [index for index in range(len(self._blocks)) if index not in resident]
+        return on_device, sum(map(self._block_bytes, streamed))
 
     def content_hash(self) -> str:
         """SHA-256 over the names and bytes of every tensor, as they compute."""
