@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocated import profiled
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.batches import BatchOrder
 from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings
@@ -23,11 +24,13 @@ from atelier.trainers.memory import (
 )
 from atelier.trainers.optimizers import make_adamw8bit
 from flux_files import flux_shapes, write_flux
+from pack import load_module
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from training import training_data
 
-NANO = Path(__file__).resolve().parent.parent / "assets" / "nano" / "nano-flux.safetensors"
+ROOT = Path(__file__).resolve().parent.parent
+NANO = ROOT / "assets" / "nano" / "nano-flux.safetensors"
 SIZES = {"width": 256, "depth": 3, "depth_single": 4, "context": 128, "vector": 64}
 CONFIG = FluxConfig.from_shapes(flux_shapes(**SIZES))
 
@@ -116,7 +119,7 @@ def test_the_peak_is_that_of_the_allocator(
             parameter.grad = None
 
     step()  # what is made once
-    peak = allocated_peak(step, tmp_path / "trace.json")
+    peak = profiled(step, tmp_path / "trace.json").peak
     estimate = estimate_training(base.config, "nf4", work)
     predicted = estimate.activations + estimate.batch  # the rest is there when the profile begins
     assert predicted == pytest.approx(peak, rel=0.05)
@@ -183,22 +186,6 @@ def test_streaming_leaves_two_blocks_and_what_is_outside_of_blocks() -> None:
     assert streamed_bytes(CONFIG, "bf16") == outside + 2 * largest
 
 
-def allocated_peak(step, path: Path) -> int:
-    """The most bytes that torch's CPU allocator held beyond those at the start."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    profile.export_chrome_trace(str(path))
-    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [e for e in events if e["name"] == "[memory]"]
-    now = peak = 0
-    for event in sorted(changes, key=lambda event: event["ts"]):
-        now += event["args"]["Bytes"]
-        peak = max(peak, now)
-    return peak
-
-
 def test_the_optimizer_takes_what_bitsandbytes_allocates() -> None:
     # One below its threshold of 4,096 elements, one at it, one that is no multiple of a group.
     sizes = [(63, 65), (64, 64), (100, 77)]
@@ -212,3 +199,15 @@ def test_the_optimizer_takes_what_bitsandbytes_allocates() -> None:
     taken = sum(state[name].nbytes for state in states for name in names if name in state)
 
     assert sum(adamw8bit_bytes(parameter) for parameter in parameters) == taken
+
+
+def test_the_benchmark_finds_the_prediction_within_5_percent(tmp_path: Path) -> None:
+    """In its small form, with the loop's own steps on the nano model."""
+    benchmark = load_module("memory_benchmark", ROOT / "benchmarks" / "memory.py")
+    out = tmp_path / "memory.json"
+    result = benchmark.main(["--nano", "--formats", "nf4", "--runs", "1", "--out", str(out)])
+    assert result == json.loads(out.read_text(encoding="utf-8"))
+    assert len(result["rows"]) == 3
+    assert result["summary"]["is_within_5_percent"]
+    for row in result["rows"].values():
+        assert min(row["measured_gb"].values()) > 0
