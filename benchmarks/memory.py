@@ -277,7 +277,7 @@ def measure(
     made: list[loop.TrainState] = []
     network = allocated(lambda: made.append(loop.TrainState(base, job)), device)
     (state,) = made
-    order = BatchOrder(data.latents.entries, batch_size=1, seed=job.train.seed)
+    order = BatchOrder(data.latents.subsets, batch_size=1, seed=job.train.seed)
 
     def step() -> None:
         loop.optimizer_step(state, 0, order, data, loop.Hooks())

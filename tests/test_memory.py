@@ -167,7 +167,7 @@ def test_a_checkpoint_takes_the_lora_and_the_state_of_the_optimizer(tmp_path: Pa
         tmp_path, text_tokens=77, widths=(base.config.context_dim, base.config.vector_dim)
     )
     state = TrainState(base, job)
-    order = BatchOrder(data.latents.entries, batch_size=1, seed=0)
+    order = BatchOrder(data.latents.subsets, batch_size=1, seed=0)
     optimizer_step(state, 0, order, data, Hooks())
     checkpoint = state.checkpoint(1)
     tables = {name for name in checkpoint.optimizer if "qmap" in name}

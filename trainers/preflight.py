@@ -95,8 +95,7 @@ def describe(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
         f"{_gb(needed.adapters)} for the LoRA and its gradients, {_gb(needed.optimizer)} for the "
         f"optimizer, {_gb(needed.batch)} for a batch."
     ]
-    if plan.has_own_memory:
-        lines += _describe_ram(plan, free_bytes, ram)
+    lines += _describe_ram(plan, free_bytes, ram)
     if needed.total <= free_bytes:
         return [*lines, f"It fits: {_gb(free_bytes)} are free."]
     least = plan.least_bytes
@@ -110,7 +109,12 @@ def describe(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
 
 
 def _describe_ram(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
-    """The same of system memory, beside a device with memory of its own."""
+    """The same of system memory; of a device that computes there, all is said."""
+    copies = []
+    if plan.other_copy:
+        copies = [f"The MODEL's own copy takes {_gb(plan.other_copy)} more of system memory."]
+    if not plan.has_own_memory:
+        return copies
     parts, needed, room = plan.ram(free_bytes), plan.ram_needed(free_bytes), _room(plan, ram)
     lines = [
         f"Of system memory it takes {_gb(parts.total)}: {_gb(parts.weights)} for weights that are "
@@ -120,8 +124,7 @@ def _describe_ram(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
     ]
     if plan.streaming != "disk":
         lines.append(f"Off the device, the weights take {_gb(plan.weights)} of system memory.")
-    if plan.other_copy:
-        lines.append(f"The MODEL's own copy takes {_gb(plan.other_copy)} more of system memory.")
+    lines += copies
     if needed <= room:
         return [*lines, f"System memory is enough: {_gb(room)} are free for it."]
     lines.append(
