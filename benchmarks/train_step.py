@@ -99,7 +99,7 @@ def plain_step(
 
     device = base.store.device
     dtype = compute_dtype(job.train.compute_dtype, device)
-    transformer = plain_transformer(base, dtype).to(device)
+    transformer = plain_transformer(base, dtype)
     transformer.add_adapter(LoraConfig(r=job.lora.rank, target_modules=list(TARGETS)))
     cast_training_params(transformer, dtype=adapter_dtype)
     transformer.enable_gradient_checkpointing()
@@ -107,7 +107,8 @@ def plain_step(
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     optimizer = AdamW8bit(parameters, lr=job.train.learning_rate, weight_decay=1e-4)
     generator = seeded(job.train.seed, "micro-step", 0)
-    batch = data.load([Sample("a" * 64, "a")], device, generator)
+    entry = data.latents.entries[0]
+    batch = data.load([Sample(entry.keys[0], entry.texts[0][0])], device, generator)
     latents = batch.latents
     noise = torch.randn(latents.shape, generator=generator).to(device)
     sigma = sample_sigmas(1, generator).to(device)
@@ -120,7 +121,7 @@ def plain_step(
             pooled_projections=batch.pooled.to(dtype),
             timestep=sigma,
             img_ids=image_ids(height, width, device),
-            txt_ids=torch.zeros(TEXT_TOKENS, 3, device=device),
+            txt_ids=torch.zeros(batch.prompt_embeds.shape[1], 3, device=device),
             guidance=torch.ones(1, device=device),
             return_dict=False,
         )[0]
@@ -138,11 +139,12 @@ TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
 def plain_transformer(base: LoadedFlux, dtype: torch.dtype) -> nn.Module:
-    """A diffusers model of the same weights, its block Linears replaced by Linear4bit."""
+    """A diffusers model of the same weights on the store's device, its block Linears replaced by
+    Linear4bit. No more than one matrix is there unquantized."""
     from atelier.trainers.flux import build_transformer, empty_transformer
 
     views = build_transformer(base.store, base.config, dtype)
-    model = empty_transformer(base.config).to_empty(device="cpu").to(dtype)
+    model = empty_transformer(base.config)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             view = views.get_submodule(name)
@@ -151,6 +153,7 @@ def plain_transformer(base: LoadedFlux, dtype: torch.dtype) -> nn.Module:
             model.set_submodule(name, plain_linear(name, weight, bias, dtype))
         elif name.endswith(("norm_q", "norm_k", "norm_added_q", "norm_added_k")):
             module.weight = nn.Parameter(views.get_submodule(name).weight.clone())
+    assert not any(parameter.is_meta for parameter in model.parameters())
     return model.requires_grad_(False)
 
 
@@ -161,7 +164,7 @@ def plain_linear(
 
     out_features, in_features = weight.shape
     if "blocks." not in name:
-        linear = nn.Linear(in_features, out_features, dtype=dtype)
+        linear = nn.Linear(in_features, out_features, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(weight.to(dtype))
     else:
         linear = Linear4bit(
@@ -170,10 +173,12 @@ def plain_linear(
             compute_dtype=dtype,
             quant_type="nf4",
             compress_statistics=False,
+            device="meta",
         )
-        linear.weight = Params4bit(
+        packed = Params4bit(
             weight, requires_grad=False, quant_type="nf4", compress_statistics=False
         )
+        linear.weight = packed.to(weight.device)  # which quantizes
         # Else an evaluation repacks the weight on a CPU and the layer stops being differentiable.
         linear.support_avx512bf16_for_cpu = False
     linear.bias = nn.Parameter(bias.to(dtype))

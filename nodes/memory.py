@@ -6,12 +6,13 @@ from comfy_api.latest import io, ui
 
 from ..trainers.config import PROMPT_LENGTH, LoraSettings
 from ..trainers.devices import compute_dtype as resolve_dtype
-from ..trainers.devices import describe_device
+from ..trainers.devices import describe_device, system_memory
 from ..trainers.formats import FORMATS
 from ..trainers.hub import inspect_hub_flux
 from ..trainers.load import inspect_flux
 from ..trainers.memory import Workload, store_bytes
-from ..trainers.preflight import Plan, describe
+from ..trainers.plan import Plan
+from ..trainers.preflight import describe
 from . import host
 from .inputs import shared_input
 from .loaders import model_names, model_path
@@ -24,8 +25,9 @@ class EstimateMemory(io.ComfyNode):
             node_id="AtelierEstimateMemory",
             display_name="Estimate Memory",
             category="Atelier/training",
-            description="Says what a training will take of the card's memory, whether it fits, and "
-            "what would fit instead. Reads only the headers of the model's files.",
+            description="Says what a training will take of the card's memory and of the system's, "
+            "whether it fits, and what would fit instead. Reads only the headers of the model's "
+            "files.",
             search_aliases=["vram", "memory", "out of memory"],
             is_output_node=True,
             inputs=[
@@ -105,7 +107,7 @@ class EstimateMemory(io.ComfyNode):
             device=host.compute_device(),
             streaming="auto",
         )
-        lines = describe(plan, host.free_memory())
+        lines = describe(plan, host.free_memory(), system_memory())
         report = "\n".join([*lines, describe_device(plan.device)])
         host.show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(report, plan.needed.beside_weights / 1e9, ui=ui.PreviewText(report))

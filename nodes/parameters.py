@@ -104,6 +104,7 @@ class ParameterStore:
     def __init__(self, patcher: Any, names: Mapping[str, str]) -> None:
         """`names` are those of the host by original ones."""
         network, device = patcher.model.diffusion_model, patcher.load_device
+        self._patcher = patcher
         self.device, self.num_bytes = device, patcher.model_size()
         shapes = {name: network.get_parameter(theirs).shape for name, theirs in names.items()}
         matrices = [name for name, shape in shapes.items() if len(shape) == 2]
@@ -113,6 +114,10 @@ class ParameterStore:
         }
         plain = {name: names[name] for name in names if name not in self.packed}
         self.plain = PlainParameters(network, plain, device)
+
+    @property
+    def bytes_in_ram(self) -> int:
+        return self.num_bytes - self._patcher.loaded_size()
 
 
 def flux_of_parameters(patcher: Any) -> BaseFlux:

@@ -16,10 +16,11 @@ from ..trainers import loop
 from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings, TrainSettings
 from ..trainers.data import TrainingData
-from ..trainers.devices import describe_device
+from ..trainers.devices import describe_device, system_memory
 from ..trainers.files import write_atomically
 from ..trainers.load import BaseFlux, LoadedFlux
-from ..trainers.preflight import Plan, require_fits
+from ..trainers.plan import Plan
+from ..trainers.preflight import require_fits
 from ..trainers.run import Run
 from . import host
 from .encoders import require_flux_vae, vae_identity
@@ -165,7 +166,8 @@ class Session:
     def _check_memory(self) -> None:
         self._trained_on.require_memory()
         plan = self._plan()
-        self._forecast = [*require_fits(plan, host.free_memory()), describe_device(plan.device)]
+        lines = require_fits(plan, host.free_memory(), system_memory())
+        self._forecast = [*lines, describe_device(plan.device)]
 
     def _on_start(self, step: int, num_steps: int) -> None:
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]

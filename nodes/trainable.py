@@ -98,9 +98,10 @@ class FileWeights:
     def __init__(self, config: FluxConfig, format: str) -> None:
         self.format = format
         self._store = empty_store(config, format)
+        self._is_read = False
 
     def fill(self, store: WeightStore) -> None:
-        self._store = store
+        self._store, self._is_read = store, True
 
     @property
     def packed(self) -> Mapping[str, Matrix]:
@@ -117,6 +118,10 @@ class FileWeights:
     @property
     def num_bytes(self) -> int:
         return self._store.num_bytes
+
+    @property
+    def bytes_in_ram(self) -> int | None:
+        return self._store.bytes_in_ram if self._is_read else None
 
 
 def model_to_train(model: Any) -> GivenModel | ModelOfFile:

@@ -1,16 +1,20 @@
 """What a training is said to take, against what the allocator and bitsandbytes really take."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from allocated import profiled
 from atelier.trainers.adapters import attach_lora
-from atelier.trainers.config import LoraSettings
+from atelier.trainers.batches import BatchOrder
+from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings
 from atelier.trainers.flow import flow_loss
 from atelier.trainers.flux import FluxConfig, build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
-from atelier.trainers.load import load_flux
+from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.loop import Hooks, TrainState, optimizer_step
 from atelier.trainers.memory import (
     Workload,
     adamw8bit_bytes,
@@ -20,7 +24,13 @@ from atelier.trainers.memory import (
 )
 from atelier.trainers.optimizers import make_adamw8bit
 from flux_files import flux_shapes, write_flux
+from pack import load_module
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
+from training import training_data
 
+ROOT = Path(__file__).resolve().parent.parent
+NANO = ROOT / "assets" / "nano" / "nano-flux.safetensors"
 SIZES = {"width": 256, "depth": 3, "depth_single": 4, "context": 128, "vector": 64}
 CONFIG = FluxConfig.from_shapes(flux_shapes(**SIZES))
 
@@ -44,6 +54,31 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("flux") / "flux.safetensors"
     write_flux(path, **SIZES)
     return path
+
+
+class Training:
+    """A network with a LoRA, and the loss of one batch of noise."""
+
+    def __init__(self, base: LoadedFlux, work: Workload) -> None:
+        self.config, self.work = base.config, work
+        self.transformer = build_transformer(base.store, base.config, work.dtype).train()
+        self.lora = attach_lora(self.transformer, work.lora, seed=0)
+        if work.gradient_checkpointing:
+            recompute_blocks(self.transformer)
+
+    def loss(self) -> Tensor:
+        work, count = self.work, self.work.batch_size
+        latents = torch.randn(count, 16, work.height // 8, work.width // 8)
+        noise, sigma = torch.randn(latents.shape), torch.rand(count)
+        prediction = velocity(
+            self.transformer,
+            latents.to(work.dtype),
+            sigma=sigma,
+            prompt_embeds=torch.randn(count, work.prompt_length, self.config.context_dim),
+            pooled=torch.randn(count, self.config.vector_dim),
+            guidance=1.0,
+        )
+        return flow_loss(prediction, latents, noise).mean()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -76,28 +111,15 @@ def test_the_peak_is_that_of_the_allocator(
 ) -> None:
     work = workload(**changes)
     base = load_flux(file, format="nf4")
-    transformer = build_transformer(base.store, base.config, work.dtype).train()
-    lora = attach_lora(transformer, work.lora, seed=0)
-    if work.gradient_checkpointing:
-        recompute_blocks(transformer)
+    network = Training(base, work)
 
     def step() -> None:
-        latents = torch.randn(work.batch_size, 16, work.height // 8, work.width // 8)
-        noise, sigma = torch.randn(latents.shape), torch.rand(work.batch_size)
-        prediction = velocity(
-            transformer,
-            latents.to(work.dtype),
-            sigma=sigma,
-            prompt_embeds=torch.randn(work.batch_size, work.prompt_length, SIZES["context"]),
-            pooled=torch.randn(work.batch_size, SIZES["vector"]),
-            guidance=1.0,
-        )
-        flow_loss(prediction, latents, noise).mean().backward()
-        for parameter in lora.parameters.values():
+        network.loss().backward()
+        for parameter in network.lora.parameters.values():
             parameter.grad = None
 
     step()  # what is made once
-    peak = allocated_peak(step, tmp_path / "trace.json")
+    peak = profiled(step, tmp_path / "trace.json").peak
     estimate = estimate_training(base.config, "nf4", work)
     predicted = estimate.activations + estimate.batch  # the rest is there when the profile begins
     assert predicted == pytest.approx(peak, rel=0.05)
@@ -113,6 +135,48 @@ def test_activations_in_ram_leave_the_device() -> None:
     assert inputs <= estimates[0] - estimates[1] < estimates[0] * 0.9
 
 
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all"])
+def test_what_leaves_the_device_is_what_torch_packs(checkpointing: bool) -> None:
+    """Its copies on the nano model, of which pinned memory takes powers of two."""
+    work = workload(activations_in_ram=True, gradient_checkpointing=checkpointing)
+    base = load_flux(NANO, format="nf4")
+    copies = []
+    saver = save_on_cpu(pin_memory=True)
+    pack = saver.pack_hook
+
+    def counted(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        device, copy = pack(tensor)
+        copies.append(copy.untyped_storage().nbytes())
+        return device, copy
+
+    saver.pack_hook = counted
+    network = Training(base, work)
+    with saver:
+        loss = network.loss()
+    pinned = sum(2 ** math.ceil(math.log2(size)) for size in copies if size)
+    assert estimate_training(base.config, "nf4", work).saved == pytest.approx(pinned, rel=0.02)
+    assert sum(copies) > 1e6
+    loss.backward()
+
+
+def test_a_checkpoint_takes_the_lora_and_the_state_of_the_optimizer(tmp_path: Path) -> None:
+    """As tensors of the loop's own checkpoint; what is not a parameter's is a few tables."""
+    base = load_flux(NANO, format="nf4")
+    job = JobSettings(lora=LoraSettings(rank=8), train=TrainSettings(gradient_accumulation=1))
+    data = training_data(
+        tmp_path, text_tokens=77, widths=(base.config.context_dim, base.config.vector_dim)
+    )
+    state = TrainState(base, job)
+    order = BatchOrder(data.latents.subsets, batch_size=1, seed=0)
+    optimizer_step(state, 0, order, data, Hooks())
+    checkpoint = state.checkpoint(1)
+    tables = {name for name in checkpoint.optimizer if "qmap" in name}
+    taken = [*checkpoint.adapter.values()]
+    taken += [t for name, t in checkpoint.optimizer.items() if name not in tables]
+    predicted = estimate_training(base.config, "nf4", workload()).checkpoint
+    assert predicted == pytest.approx(sum(t.nbytes for t in taken), rel=0.01)
+
+
 def test_streaming_leaves_two_blocks_and_what_is_outside_of_blocks() -> None:
     shapes = flux_shapes(**SIZES)
     sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
@@ -120,22 +184,6 @@ def test_streaming_leaves_two_blocks_and_what_is_outside_of_blocks() -> None:
     largest = sum(sizes[name] for name in in_blocks if name.startswith("double_blocks.0."))
     outside = sum(size for name, size in sizes.items() if name not in in_blocks)
     assert streamed_bytes(CONFIG, "bf16") == outside + 2 * largest
-
-
-def allocated_peak(step, path: Path) -> int:
-    """The most bytes that torch's CPU allocator held beyond those at the start."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    profile.export_chrome_trace(str(path))
-    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = [e for e in events if e["name"] == "[memory]"]
-    now = peak = 0
-    for event in sorted(changes, key=lambda event: event["ts"]):
-        now += event["args"]["Bytes"]
-        peak = max(peak, now)
-    return peak
 
 
 def test_the_optimizer_takes_what_bitsandbytes_allocates() -> None:
@@ -151,3 +199,15 @@ def test_the_optimizer_takes_what_bitsandbytes_allocates() -> None:
     taken = sum(state[name].nbytes for state in states for name in names if name in state)
 
     assert sum(adamw8bit_bytes(parameter) for parameter in parameters) == taken
+
+
+def test_the_benchmark_finds_the_prediction_within_5_percent(tmp_path: Path) -> None:
+    """In its small form, with the loop's own steps on the nano model."""
+    benchmark = load_module("memory_benchmark", ROOT / "benchmarks" / "memory.py")
+    out = tmp_path / "memory.json"
+    result = benchmark.main(["--nano", "--formats", "nf4", "--runs", "1", "--out", str(out)])
+    assert result == json.loads(out.read_text(encoding="utf-8"))
+    assert len(result["rows"]) == 3
+    assert result["summary"]["is_within_5_percent"]
+    for row in result["rows"].values():
+        assert min(row["measured_gb"].values()) > 0

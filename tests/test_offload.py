@@ -5,6 +5,7 @@ The network has 3 double and 4 single blocks, so positions 0 … 6.
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -248,6 +249,34 @@ def test_no_more_bytes_than_the_budget_are_on_the_device(flux_file: Path) -> Non
     assert 0 in counts
 
 
+def ram_of_tensors() -> int:
+    """Of every tensor on the CPU that is alive in this process, the shared ones once."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if isinstance(item, Tensor)]
+    storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_what_waits_in_ram_is_there_once(flux_file: Path) -> None:
+    before = ram_of_tensors()
+    store = load(flux_file).store
+    for device, part in (("cpu", 1.0), ("meta", 0.5), ("meta", 0.8), ("meta", 1.0)):
+        store.place(device, part * store.num_bytes)
+        aligned = 7 * 20 * 256  # 20 tensors of 7 blocks
+        assert ram_of_tensors() - before == pytest.approx(store.bytes_in_ram, abs=aligned)
+        assert (store.bytes_in_ram == 0) == (part == 1.0 and device == "meta")
+        assert store.bytes_in_ram == store.num_bytes or device == "meta"
+
+
+def test_a_budget_splits_the_bytes_as_placing_does(flux_file: Path) -> None:
+    store = load(flux_file).store
+    expected = {part: store.split(part * store.num_bytes) for part in (0, 0.5, 0.8, 1)}
+    for part, split in expected.items():
+        moved = load(flux_file).store
+        moved.place("meta", part * store.num_bytes)
+        assert split == (bytes_on(moved, "meta"), bytes_on(moved, "cpu"))
+
+
 def matrix_bytes() -> dict[str, float]:
     """Bytes of the matrices of every block in nf4: 4 bits and a bf16 scale per 64 weights."""
     blocks: dict[str, float] = {}
@@ -362,6 +391,7 @@ def test_blocks_on_disk_take_no_ram(flux_file: Path, copies: PackedCopies) -> No
     in_blocks = sum(matrix_bytes().values())
     assert sum(held.values()) <= packed - in_blocks + 200  # one zero each
     assert store.num_bytes == whole.num_bytes
+    assert store.bytes_in_ram == whole.num_bytes - in_blocks
 
 
 def delete(path: Path) -> None:

@@ -1,16 +1,20 @@
 """What is said of a training before it starts: whether it fits, and what would."""
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
 import pytest
 import torch
+from atelier.trainers import preflight
 from atelier.trainers.config import LoraSettings
+from atelier.trainers.devices import SystemMemory
 from atelier.trainers.flux import FluxConfig
 from atelier.trainers.load import FluxFile
 from atelier.trainers.memory import Workload, estimate_training, store_bytes, streamed_bytes
-from atelier.trainers.preflight import Plan, choose_format, describe, require_fits
+from atelier.trainers.plan import Plan
+from atelier.trainers.preflight import choose_format
 from flux_files import flux_shapes
 
 SIZES = {"width": 256, "depth": 3, "depth_single": 4, "context": 128, "vector": 64}
@@ -25,6 +29,17 @@ WORKLOAD = Workload(
     gradient_checkpointing=False,
     accumulates=False,
 )
+
+
+PLENTY = SystemMemory(free=10**12, total=10**12)
+
+
+def describe(plan: Plan, free_bytes: int, ram: SystemMemory = PLENTY) -> list[str]:
+    return preflight.describe(plan, free_bytes, ram)
+
+
+def require_fits(plan: Plan, free_bytes: int, ram: SystemMemory = PLENTY) -> list[str]:
+    return preflight.require_fits(plan, free_bytes, ram)
 
 
 def plan(device: str = "cuda", streaming: str = "auto", **workload: Any) -> Plan:
@@ -47,6 +62,124 @@ def test_the_hosts_own_copy_is_counted_too() -> None:
     with_copy = dataclasses.replace(plan(), other_copy=2 * 10**9)
     assert "The MODEL's own copy takes 2.00 GB more of system memory." in describe(with_copy, 0)
     assert not any("own copy" in line for line in describe(plan(), 0))
+
+
+def gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def block_bytes(kind: str, per_parameter: float) -> float:
+    """Of all matrices of one kind of block, from the shapes in the file."""
+    matrices = flux_shapes(**SIZES).items()
+    sizes = [torch.Size(s).numel() for n, s in matrices if n.startswith(kind) and len(s) == 2]
+    return per_parameter * sum(sizes)
+
+
+BF16_BLOCKS = block_bytes("double_blocks.", 2) + block_bytes("single_blocks.", 2)
+LARGEST = block_bytes("double_blocks.0.", 2)
+AMPLE = 10**12
+
+
+@pytest.mark.parametrize(
+    ("streaming", "expected"),
+    [
+        ("off", 0),
+        ("auto", 0),
+        ("ram", BF16_BLOCKS),
+        # Two, each rounded up to a power of two as pinned memory is.
+        ("disk", 2 * 2 ** math.ceil(math.log2(LARGEST))),
+    ],
+)
+def test_system_memory_holds_the_blocks_that_are_streamed(streaming: str, expected: float) -> None:
+    assert plan(streaming=streaming).ram(AMPLE).weights == expected
+
+
+def test_with_less_room_more_blocks_wait_in_system_memory() -> None:
+    """What the device cannot take, and at most two more blocks, whose room the slots have."""
+    whole = plan().needed.total
+    for missing in (1, 10**7, 2 * 10**7):
+        assert missing <= plan().ram(whole - missing).weights <= missing + 3 * LARGEST
+    assert plan().ram(whole).weights == 0
+    assert plan().ram(plan().least_bytes).weights == BF16_BLOCKS
+
+
+def test_what_is_loaded_already_is_not_counted_twice() -> None:
+    """Its bytes are taken by streamed blocks, or are free when the model has gone to the device."""
+    lies_in_ram = dataclasses.replace(plan(streaming="ram"), in_ram=store_bytes(CONFIG, "bf16"))
+    beside = lies_in_ram.ram(AMPLE).total - lies_in_ram.weights
+    tight = SystemMemory(free=beside, total=10**12)
+    assert f"System memory is enough: {gb(beside + lies_in_ram.weights)} are free for it." in (
+        require_fits(lies_in_ram, AMPLE, tight)
+    )
+    for short in (
+        require_fits(lies_in_ram, AMPLE, dataclasses.replace(tight, free=beside - 1)),
+        require_fits(dataclasses.replace(lies_in_ram, in_ram=0), AMPLE, tight),
+    ):
+        assert any(line.startswith("System memory is short: ") for line in short)
+
+
+def test_a_model_that_is_not_loaded_needs_room_to_come_through() -> None:
+    whole = store_bytes(CONFIG, "bf16")
+    for in_ram, needed in ((None, whole), (0, plan().ram(AMPLE).total)):
+        loading = dataclasses.replace(plan(), in_ram=in_ram)
+        assert loading.ram_needed(AMPLE) == needed
+    assert plan(streaming="disk").ram_needed(AMPLE) < whole
+
+
+SAVING = {
+    "activations_in_ram": True,
+    "batch_size": 1,
+    "gradient_checkpointing": True,
+    "lora": LoraSettings(),
+}
+
+
+def test_short_system_memory_is_told_with_what_needs_less_of_it() -> None:
+    loaded = dataclasses.replace(plan(streaming="ram", **SAVING), in_ram=0)
+    parts = loaded.ram(AMPLE)
+    without = parts.total - parts.activations
+    for free, is_said in ((without, True), (without - 1, False)):
+        lines = describe(loaded, AMPLE, SystemMemory(free=free, total=10**12))
+        assert (f"Without activations_in_ram {gb(without)} are enough." in lines) == is_said
+        assert lines[-1].startswith("It fits: ")  # the device
+    from_disk = loaded.with_streaming("disk").ram_needed(AMPLE)
+    said = f"With block_streaming disk of Load Quantized FLUX {gb(from_disk)} are enough."
+    assert said in describe(loaded, AMPLE, SystemMemory(free=from_disk, total=10**12))
+
+
+def test_a_change_must_fit_into_both_memories() -> None:
+    """Without activations_in_ram the device is too small, with it the system's memory."""
+    saving = dataclasses.replace(plan(**SAVING), in_ram=0)
+    lines = describe(saving, saving.least_bytes, SystemMemory(free=0, total=10**12))
+    assert not any("activations_in_ram" in line for line in lines)
+    keeping = saving.with_workload(activations_in_ram=False)
+    lines = describe(keeping, saving.least_bytes, SystemMemory(free=0, total=10**12))
+    assert not any("activations_in_ram" in line for line in lines)
+    lines = describe(keeping, saving.least_bytes, PLENTY)
+    assert f"With activations_in_ram {gb(saving.least_bytes)} are enough." in lines
+
+
+def test_only_more_than_the_machine_has_is_refused() -> None:
+    """What is not free at the moment may be so when it is needed."""
+    loaded = dataclasses.replace(plan(streaming="ram"), in_ram=0)
+    needed = loaded.ram_needed(AMPLE)
+    require_fits(loaded, AMPLE, SystemMemory(free=0, total=needed))
+    with pytest.raises(ValueError, match=r"^This training does not fit: .* of system memory are "):
+        require_fits(loaded, AMPLE, SystemMemory(free=0, total=needed - 1))
+
+
+def test_the_parts_of_system_memory_are_said() -> None:
+    lines = describe(plan(streaming="ram"), AMPLE)
+    parts = plan(streaming="ram").ram(AMPLE)
+    assert lines[1].startswith(f"Of system memory it takes {gb(parts.total)}: {gb(BF16_BLOCKS)} ")
+    whole = f"Off the device, the weights take {gb(store_bytes(CONFIG, 'bf16'))} of system memory."
+    assert lines[2] == whole
+    assert whole not in describe(plan(streaming="disk"), AMPLE)
+
+
+def test_where_there_is_one_memory_it_is_said_once() -> None:
+    nothing = SystemMemory(free=0, total=0)
+    assert len(require_fits(plan("cpu"), AMPLE, nothing)) == 2
 
 
 def test_all_of_it_fits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import dataclass
 
 import psutil  # a package that peft needs
 import torch
@@ -43,6 +44,21 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+@dataclass(frozen=True)
+class SystemMemory:
+    """Bytes of RAM."""
+
+    free: int
+    """What the system can give without swapping."""
+    total: int
+
+
+def system_memory() -> SystemMemory:
+    """RAM as the system counts it now."""
+    memory = psutil.virtual_memory()
+    return SystemMemory(memory.available, memory.total)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -12,12 +12,13 @@ import torch
 from .caches import LatentCache, PromptCache
 from .config import JobSettings, job_from_json
 from .data import TrainingData
-from .devices import default_device, free_bytes
+from .devices import default_device, free_bytes, system_memory
 from .frozen import FrozenLora, load_frozen
 from .load import load_flux
 from .loop import Hooks, open_run, save_trained, train, workload
 from .packed_copy import PackedCopies
-from .preflight import Plan, require_fits
+from .plan import Plan
+from .preflight import require_fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
     def check_memory() -> None:
         hooks.before_start()
         if free is not None:
-            require_fits(plan, free)
+            require_fits(plan, free, system_memory())
 
     def take_device(step: int, num_steps: int) -> None:
         hooks.on_start(step, num_steps)

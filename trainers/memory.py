@@ -67,7 +67,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes on the device while training, by what they are for."""
+    """Bytes while training, by what they are for: on the device, then in system memory."""
 
     weights: int
     adapters: int
@@ -78,6 +78,10 @@ class MemoryEstimate:
     """The most that is alive at once in forward and backward, beside all else."""
     batch: int
     """Latents and prompt embeddings of one batch."""
+    saved: int
+    """System memory for what leaves the device until backward."""
+    checkpoint: int
+    """System memory for the LoRA and the optimizer's state while they are written."""
 
     @property
     def total(self) -> int:
@@ -132,6 +136,12 @@ def streamed_bytes(config: FluxConfig, format: str) -> int:
     return store.wanted_bytes
 
 
+@functools.lru_cache(maxsize=64)
+def placed_bytes(config: FluxConfig, format: str, budget: float) -> tuple[int, int]:
+    """Bytes of the weights on a device with `budget` bytes for them, and of those beside it."""
+    return _shapes_only(config, format, FakeTensorMode()).split(budget)
+
+
 def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimate:
     shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
     store = _shapes_only(config, format, shapes_only)
@@ -146,25 +156,39 @@ def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimat
         for parameter, gradient in zip(parameters, gradients, strict=False):
             parameter.grad = gradient
         batch = _batch(config, workload)
+        saved: list[int] = []
         with _LiveBytes([*store.tensors(), *parameters, *gradients, *batch.values()]) as live:
-            with _saved_elsewhere() if workload.activations_in_ram else nullcontext():
+            with _saved_elsewhere(saved) if workload.activations_in_ram else nullcontext():
                 loss = _loss(transformer, batch, workload.dtype)
             loss.backward()
+    optimizer = sum(adamw8bit_bytes(parameter) for parameter in parameters)
     return MemoryEstimate(
         weights=store.num_bytes,
         adapters=sum(tensor.nbytes for tensor in (*parameters, *gradients)),
-        optimizer=sum(adamw8bit_bytes(parameter) for parameter in parameters),
+        optimizer=optimizer,
         activations=live.peak,
         batch=sum(tensor.nbytes for tensor in batch.values()),
+        saved=sum(map(pinned_bytes, saved)),
+        checkpoint=sum(parameter.nbytes for parameter in parameters) + optimizer,
     )
 
 
-def _saved_elsewhere() -> saved_tensors_hooks:
-    """As torch's save_on_cpu, where a CPU would keep the tensors that it is given."""
+def _saved_elsewhere(sizes: list[int]) -> saved_tensors_hooks:
+    """As torch's save_on_cpu, where a CPU would keep the tensors that it is given; the bytes of
+    each copy are added to `sizes`."""
+
+    def pack(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+        sizes.append(tensor.nbytes)
+        return tensor.size(), tensor.stride(), tensor.dtype
+
     return saved_tensors_hooks(
-        lambda tensor: (tensor.size(), tensor.stride(), tensor.dtype),
-        lambda saved: torch.empty_strided(saved[0], saved[1], dtype=saved[2]),
+        pack, lambda saved: torch.empty_strided(saved[0], saved[1], dtype=saved[2])
     )
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What torch's allocator of pinned memory takes for a tensor: a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
 
 
 def _shapes_only(config: FluxConfig, format: str, shapes_only: FakeTensorMode) -> WeightStore:

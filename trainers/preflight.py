@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import islice
 
 import torch
 
 from .config import LoraSettings
-from .devices import has_fp8
-from .flux import FluxConfig
-from .load import BaseFlux, FluxFile, LoadedFlux
-from .memory import MemoryEstimate, Workload, estimate_training, store_bytes, streamed_bytes
+from .devices import SystemMemory, has_fp8
+from .load import FluxFile
+from .memory import store_bytes
 from .packages import is_usable
+from .plan import Plan
 
 _NOTHING_FITS = (
     "No single change is enough: take a smaller format, smaller pictures, a batch size of 1 and "
@@ -59,70 +60,12 @@ def describe_choice(file: FluxFile, format: str, *, free_gb: float, reserve_gb: 
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A training that has not started, and where it would run."""
-
-    config: FluxConfig
-    format: str
-    weights: int
-    """Bytes that the weights take when none is streamed."""
-    workload: Workload
-    device: torch.device
-    streaming: str
-    """A value of config.STREAMING."""
-    other_copy: int = 0
-    """Bytes of the same weights that the host keeps for itself, in system memory."""
-    is_from_core: bool = False
-    """Whether a loader of the host gave the model: it has none of our loader's settings."""
-
-    @classmethod
-    def of(cls, base: BaseFlux, workload: Workload, device: torch.device) -> Plan:
-        """The training of `workload` on a model that is loaded."""
-        return cls(
-            config=base.config,
-            format=base.format,
-            weights=base.store.num_bytes,
-            workload=workload,
-            device=device,
-            streaming=base.store.streaming,
-            is_from_core=not isinstance(base, LoadedFlux),
-        )
-
-    @property
-    def needed(self) -> MemoryEstimate:
-        """With all weights on the device. On a CPU nothing can leave it for system memory."""
-        keeps = self.workload.activations_in_ram and self.device.type == "cpu"
-        workload = self._workload(activations_in_ram=False) if keeps else self.workload
-        estimate = estimate_training(self.config, self.format, workload)
-        return replace(estimate, weights=self.weights)
-
-    @property
-    def least_bytes(self) -> int:
-        """What is needed on the device with every block streamed, if blocks can be."""
-        if not self.can_stream:
-            return self.needed.total
-        return streamed_bytes(self.config, self.format) + self.needed.beside_weights
-
-    @property
-    def can_stream(self) -> bool:
-        if self.device.type == "cpu":  # blocks in its RAM are on it
-            return self.streaming == "disk"
-        return self.streaming != "off"
-
-    def with_workload(self, **changes: Any) -> Plan:
-        return replace(self, workload=self._workload(**changes))
-
-    def with_format(self, format: str) -> Plan:
-        weights = store_bytes(self.config, format)
-        return replace(self, format=format, weights=weights)
-
-    def _workload(self, **changes: Any) -> Workload:
-        return replace(self.workload, **changes)
-
-
-def require_fits(plan: Plan, free_bytes: int) -> list[str]:
+def require_fits(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
     """Sentences for a user, when the model is loaded and the training about to start.
+
+    System memory that is not free is said, and no reason to refuse: the number is of this moment,
+    and the system makes room by swapping, or by dropping what it has cached. More than the machine
+    has is one: nearly all of it is page-locked, so no swap file can take it.
 
     Args:
         free_bytes: of a GPU those that are free without the model, of a CPU those beside it.
@@ -133,11 +76,17 @@ def require_fits(plan: Plan, free_bytes: int) -> list[str]:
     if plan.device.type == "cpu" and plan.streaming != "disk":
         free_bytes += plan.weights  # they are there already
     if plan.least_bytes > free_bytes:
-        raise ValueError("\n".join(what_would_fit(plan, free_bytes)))
-    return describe(plan, free_bytes)
+        raise ValueError("\n".join(what_would_fit(plan, free_bytes, ram)))
+    if plan.has_own_memory and plan.ram_needed(free_bytes) > ram.total:
+        first = (
+            f"This training does not fit: {_gb(plan.ram_needed(free_bytes))} of system memory are "
+            f"needed, and the machine has {_gb(ram.total)}."
+        )
+        raise ValueError("\n".join([first, *_what_needs_less_ram(plan, free_bytes, ram)]))
+    return describe(plan, free_bytes, ram)
 
 
-def describe(plan: Plan, free_bytes: int) -> list[str]:
+def describe(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
     """Sentences for a user: what the training takes, whether it fits, and what would fit."""
     needed = plan.needed
     lines = [
@@ -146,15 +95,12 @@ def describe(plan: Plan, free_bytes: int) -> list[str]:
         f"{_gb(needed.adapters)} for the LoRA and its gradients, {_gb(needed.optimizer)} for the "
         f"optimizer, {_gb(needed.batch)} for a batch."
     ]
-    if plan.device.type != "cpu" and plan.streaming != "disk":
-        lines.append(f"Off the device, the weights take {_gb(needed.weights)} of system memory.")
-    if plan.other_copy:
-        lines.append(f"The MODEL's own copy takes {_gb(plan.other_copy)} more of system memory.")
+    lines += _describe_ram(plan, free_bytes, ram)
     if needed.total <= free_bytes:
         return [*lines, f"It fits: {_gb(free_bytes)} are free."]
     least = plan.least_bytes
     if least > free_bytes:
-        return [*lines, *what_would_fit(plan, free_bytes)]
+        return [*lines, *what_would_fit(plan, free_bytes, ram)]
     lines.append(
         f"It fits when blocks are streamed, which happens by itself: {_gb(free_bytes)} are free, "
         f"and {_gb(least)} are needed at least."
@@ -162,7 +108,39 @@ def describe(plan: Plan, free_bytes: int) -> list[str]:
     return lines
 
 
-def what_would_fit(plan: Plan, free_bytes: int) -> list[str]:
+def _describe_ram(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
+    """The same of system memory; of a device that computes there, all is said."""
+    copies = []
+    if plan.other_copy:
+        copies = [f"The MODEL's own copy takes {_gb(plan.other_copy)} more of system memory."]
+    if not plan.has_own_memory:
+        return copies
+    parts, needed, room = plan.ram(free_bytes), plan.ram_needed(free_bytes), _room(plan, ram)
+    lines = [
+        f"Of system memory it takes {_gb(parts.total)}: {_gb(parts.weights)} for weights that are "
+        f"streamed, {_gb(parts.activations)} for activations, {_gb(parts.checkpoint)} for the LoRA "
+        f"and the optimizer while they are saved, {_gb(parts.batch)} for a batch. Caches are read "
+        "from disk."
+    ]
+    if plan.streaming != "disk":
+        lines.append(f"Off the device, the weights take {_gb(plan.weights)} of system memory.")
+    lines += copies
+    if needed <= room:
+        return [*lines, f"System memory is enough: {_gb(room)} are free for it."]
+    lines.append(
+        f"System memory is short: {_gb(needed)} are needed, and {_gb(room)} are free for it. The "
+        "system would swap, or end the program."
+    )
+    return [*lines, *_what_needs_less_ram(plan, free_bytes, ram)]
+
+
+def _room(plan: Plan, ram: SystemMemory) -> int:
+    """System memory for a training: what is free, and where its weights lie now. The host's own
+    copy is there already, so it takes nothing of either."""
+    return ram.free + (plan.in_ram or 0)
+
+
+def what_would_fit(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
     """Sentences for a training that does not fit even with every block streamed."""
     least, free = _gb(plan.least_bytes), _gb(free_bytes)
     if plan.can_stream:
@@ -175,53 +153,105 @@ def what_would_fit(plan: Plan, free_bytes: int) -> list[str]:
             f"This training does not fit: {least} of the device's memory are needed, and {free} "
             "are free."
         )
-    fitting = [sentence for size, sentence in _smaller(plan) if size <= free_bytes]
-    fitting += _fitting_format(plan, free_bytes)
+    room = Room(free_bytes, _room(plan, ram))
+    return [first, *_fitting(plan, room, lambda changed: changed.least_bytes)]
+
+
+def _what_needs_less_ram(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
+    room = Room(free_bytes, _room(plan, ram))
+    return _fitting(plan, room, lambda changed: changed.ram_needed(free_bytes))
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes for a training, on the device and of system memory."""
+
+    device: int
+    ram: int
+
+    def takes(self, plan: Plan) -> bool:
+        if plan.least_bytes > self.device:
+            return False
+        return not plan.has_own_memory or plan.ram_needed(self.device) <= self.ram
+
+
+def _fitting(plan: Plan, room: Room, size: Callable[[Plan], int]) -> list[str]:
+    """Sentences for single changes with which the training fits, and the `size` that it has then.
+    Of the formats only the most exact is named."""
+    fitting = [change for change in _smaller(plan) if room.takes(change[0])]
+    fitting += islice((change for change in _formats(plan) if room.takes(change[0])), 1)
     nothing_fits = _NOTHING_FITS_FROM_CORE if plan.is_from_core else _NOTHING_FITS
-    return [first, *(fitting or [nothing_fits])]
+    return [say(_gb(size(changed))) for changed, say in fitting] or [nothing_fits]
 
 
-def _fitting_format(plan: Plan, free_bytes: int) -> list[str]:
-    """A sentence for the most exact format in which the training fits, if there is one."""
+_Change = tuple[Plan, Callable[[str], str]]
+"""Another plan, and the sentence for when it fits, given its size."""
+
+
+def _formats(plan: Plan) -> Iterator[_Change]:
     for name in (*auto_formats(), "int2"):
-        size = plan.with_format(name).least_bytes
-        if size > free_bytes:
-            continue
         if plan.is_from_core:
-            return [f"Loaded by Load Quantized FLUX in the format {name}, {_gb(size)} are enough."]
-        return [f"With format {name} of Load Quantized FLUX {_gb(size)} are enough."]
-    return []
+            sentence = partial(_say_loaded, name)
+        else:
+            sentence = partial(_say_format, name)
+        yield plan.with_format(name), sentence
 
 
-def _smaller(plan: Plan) -> Iterator[tuple[int, str]]:
-    """Single changes that take less memory: the bytes, and a sentence for when they fit."""
+def _say_format(name: str, size: str) -> str:
+    return f"With format {name} of Load Quantized FLUX {size} are enough."
+
+
+def _say_loaded(name: str, size: str) -> str:
+    return f"Loaded by Load Quantized FLUX in the format {name}, {size} are enough."
+
+
+def _smaller(plan: Plan) -> Iterator[_Change]:
+    """Single changes that take less of one memory or the other, beside another format."""
     is_on_cpu, workload = plan.device.type == "cpu", plan.workload
-    if not plan.can_stream and not plan.is_from_core:
-        streaming = "disk" if is_on_cpu else "auto"
-        size = replace(plan, streaming=streaming).least_bytes
+    if plan.streaming != "disk" and not plan.is_from_core:
+        streaming = "disk" if is_on_cpu or plan.can_stream else "auto"
         yield (
-            size,
-            f"With block_streaming {streaming} of Load Quantized FLUX {_gb(size)} are enough.",
+            plan.with_streaming(streaming),
+            lambda size: (
+                f"With block_streaming {streaming} of Load Quantized FLUX {size} are enough."
+            ),
         )
     if not workload.gradient_checkpointing:
-        size = plan.with_workload(gradient_checkpointing=True).least_bytes
-        yield size, f"With gradient_checkpointing {_gb(size)} are enough."
-    if not workload.activations_in_ram and not is_on_cpu:
-        size = plan.with_workload(activations_in_ram=True).least_bytes
-        yield size, f"With activations_in_ram {_gb(size)} are enough."
+        yield (
+            plan.with_workload(gradient_checkpointing=True),
+            lambda size: f"With gradient_checkpointing {size} are enough.",
+        )
+    if not is_on_cpu and not workload.activations_in_ram:
+        yield (
+            plan.with_workload(activations_in_ram=True),
+            lambda size: f"With activations_in_ram {size} are enough.",
+        )
+    if not is_on_cpu and workload.activations_in_ram:
+        yield (
+            plan.with_workload(activations_in_ram=False),
+            lambda size: f"Without activations_in_ram {size} are enough.",
+        )
     if workload.batch_size > 1:
-        size = plan.with_workload(batch_size=1).least_bytes
-        yield size, f"With a batch size of 1 {_gb(size)} are enough."
+        yield (
+            plan.with_workload(batch_size=1),
+            lambda size: f"With a batch size of 1 {size} are enough.",
+        )
     recipe = LoraSettings()
     if workload.lora.rank > recipe.rank:
-        size = plan.with_workload(lora=replace(workload.lora, rank=recipe.rank)).least_bytes
-        yield size, f"With a rank of {recipe.rank} {_gb(size)} are enough."
+        yield (
+            plan.with_workload(lora=replace(workload.lora, rank=recipe.rank)),
+            lambda size: f"With a rank of {recipe.rank} {size} are enough.",
+        )
     if workload.lora.targets != recipe.targets:
-        size = plan.with_workload(lora=replace(workload.lora, targets=recipe.targets)).least_bytes
-        yield size, f"With the targets {recipe.targets} {_gb(size)} are enough."
+        yield (
+            plan.with_workload(lora=replace(workload.lora, targets=recipe.targets)),
+            lambda size: f"With the targets {recipe.targets} {size} are enough.",
+        )
     width, height = _half(workload.width), _half(workload.height)
-    size = plan.with_workload(width=width, height=height).least_bytes
-    yield size, f"With pictures of {width}x{height} {_gb(size)} are enough."
+    yield (
+        plan.with_workload(width=width, height=height),
+        lambda size: f"With pictures of {width}x{height} {size} are enough.",
+    )
 
 
 def _half(pixels: int) -> int:

@@ -176,6 +176,9 @@ class Weights(Protocol):
     def num_bytes(self) -> int: ...
 
     @property
+    def bytes_in_ram(self) -> int | None: ...
+
+    @property
     def streaming(self) -> str:
         """A value of config.STREAMING."""
         ...
@@ -261,13 +264,23 @@ class WeightStore:
     @property
     def resident_bytes(self) -> int:
         """Bytes of all that is on the device, the slots of streamed blocks among them."""
-        return self._bytes_with(self._resident)
+        return self._split(self._resident)[0]
 
     @property
     def wanted_bytes(self) -> int:
         """Bytes on the device when `prepare` has all the memory that it wants."""
-        is_whole = self.streaming in ("auto", "off")
-        return self._bytes_with(self._residents(None if is_whole else 0))
+        return self.split(None if self.streaming in ("auto", "off") else 0)[0]
+
+    @property
+    def bytes_in_ram(self) -> int:
+        """Bytes that lie in RAM, each once: all on a CPU, else those of streamed blocks."""
+        if self.device == HOST:
+            return self._bytes_outside_blocks if self._on_disk else self.num_bytes
+        return 0 if self._on_disk else self._split(self._resident)[1]
+
+    def split(self, budget: float | None) -> tuple[int, int]:
+        """Bytes on a device with `budget` bytes for the store, slots among them, and beside it."""
+        return self._split(self._residents(budget))
 
     def content_hash(self) -> str:
         """SHA-256 over the names and bytes of every tensor, as they compute."""
@@ -313,11 +326,11 @@ class WeightStore:
     def _block_bytes(self, index: int) -> int:
         return sum(self.packed[name].num_bytes for name in self._blocks[index])
 
-    def _bytes_with(self, resident: frozenset[int]) -> int:
+    def _split(self, resident: frozenset[int]) -> tuple[int, int]:
         streamed = [index for index in range(len(self._blocks)) if index not in resident]
-        elsewhere = sum(self._block_bytes(index) for index in streamed)
+        beside = sum(map(self._block_bytes, streamed))
         slots = slot_bytes([self._layouts[index].num_bytes for index in streamed])
-        return self.num_bytes - elsewhere + slots
+        return self.num_bytes - beside + slots, beside
 
     def _move(self, device: torch.device, resident: frozenset[int]) -> int:
         """Bring everything where it belongs; returns how many bytes came from elsewhere."""

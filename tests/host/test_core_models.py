@@ -22,6 +22,7 @@ import torch
 from atelier.nodes import host
 from atelier.nodes.lora import ApplyLora
 from atelier.nodes.native import add_lora, base_flux, build_model, without_patches
+from atelier.nodes.parameters import flux_of_parameters
 from atelier.nodes.train import TrainLora
 from atelier.nodes.trainable import model_to_train
 from atelier.trainers.flux import build_transformer, velocity
@@ -637,6 +638,15 @@ def test_the_training_network_computes_what_comfyui_merges(models: Path, name: s
     assert torch.max(torch.abs(merged - plain)) > 0.01
     assert torch.max(torch.abs(training_velocity(network) - merged)) <= 1e-5
     assert content(unpatched) == before
+
+
+def test_the_weights_of_the_hosts_model_are_in_ram_until_it_loads_them(models: Path) -> None:
+    model = load(models, "tiny", dtype=torch.bfloat16)
+    store = flux_of_parameters(model).store
+    parameters = model.model.diffusion_model.parameters()
+    assert store.bytes_in_ram == sum(parameter.nbytes for parameter in parameters)
+    comfy.model_management.load_models_gpu([model])
+    assert store.bytes_in_ram == 0
 
 
 LOADED_WITH_LORAS = {

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import torch
+from atelier.nodes import host
+from atelier.nodes.memory import EstimateMemory
+from atelier.trainers.config import LoraSettings
+from atelier.trainers.flux import FluxConfig
+from atelier.trainers.memory import Workload, estimate_training, store_bytes
 from comfy_server import ComfyServer, Event
+from executor import Keep, Runner
+from flux_files import flux_shapes
 from graphs import Graph, node
 
 NANO = "nano (built in)"
@@ -57,6 +66,53 @@ def test_it_says_when_it_does_not_fit(server: ComfyServer) -> None:
     _, outputs = shown(server, estimate(**huge))
     (report,) = outputs["estimate"]["text"]
     assert "This training does not fit: " in report
+
+
+def test_beside_a_card_the_parts_of_system_memory_are_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In this process, as on a machine whose card has room for all weights but one byte."""
+    import nodes
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "AtelierEstimateMemory", EstimateMemory)
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Keep", Keep)
+    nano = flux_shapes(width=256, depth=2, depth_single=4)
+    config = FluxConfig.from_shapes(nano)
+    workload = Workload(
+        width=128,
+        height=128,
+        prompt_length=77,
+        batch_size=2,
+        lora=LoraSettings(),
+        dtype=torch.bfloat16,
+        gradient_checkpointing=True,
+        accumulates=False,
+        activations_in_ram=True,
+    )
+    taken = estimate_training(config, "bf16", workload)
+    monkeypatch.setattr(host, "compute_device", lambda: torch.device("xpu"))
+    monkeypatch.setattr(host, "free_memory", lambda: taken.total - 1)
+    graph = estimate(activations_in_ram=True, format="bf16")
+    lines = Runner().run({**graph, "keep": node("Keep", value=["estimate", 0])}).splitlines()
+
+    # A single block in bf16: what streaming one takes.
+    single = 2 * sum(
+        torch.Size(shape).numel()
+        for name, shape in nano.items()
+        if name.startswith("single_blocks.0.") and len(shape) == 2
+    )
+    said = re.fullmatch(
+        r"Of system memory it takes [\d.]+ GB: ([\d.]+) GB for weights .*, ([\d.]+) GB for "
+        r"activations, .* Caches are read from disk\.",
+        lines[1],
+    )
+    assert said is not None
+    assert float(said[1]) * 1e9 >= single - 0.005e9
+    assert float(said[2]) * 1e9 == pytest.approx(taken.saved, abs=0.005e9)
+    whole = f"{store_bytes(config, 'bf16') / 1e9:.2f} GB"
+    assert lines[2] == f"Off the device, the weights take {whole} of system memory."
+    assert lines[3].startswith("System memory is enough: ")
+    assert lines[4].startswith("It fits when blocks are streamed")
 
 
 @pytest.mark.parametrize("format", RESERVE_GB)

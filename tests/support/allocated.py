@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,3 +35,30 @@ class AllocatedBytes(TorchDispatchMode):
 
 def tensors_in(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """Bytes beyond those before a piece of work."""
+
+    peak: int
+    """The most at one time."""
+    kept: int
+    """What is left of them."""
+
+
+def profiled(work: Callable[[], object], trace: Path) -> Allocated:
+    """What torch's CPU allocator says of a piece of work, by its profiler; `trace` is its file."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = work()
+    profile.export_chrome_trace(str(trace))
+    del result  # it lives until the profile has ended
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return Allocated(peak, now)
