@@ -4,9 +4,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
+from .embeddings import ExportEmbeddings, ImportEmbeddings
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
 from .memory import EstimateMemory
+from .routes import add_routes
 from .settings import CaptionSettingsNode, PictureSettingsNode
 from .train import TrainLora
 
@@ -23,9 +25,14 @@ NODES: list[type[io.ComfyNode]] = [
     PictureSettingsNode,
     ScheduleDataset,
     CombineDatasets,
+    ImportEmbeddings,
+    ExportEmbeddings,
 ]
 
 
 class AtelierExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        add_routes()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
