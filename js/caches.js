@@ -20,7 +20,7 @@ async function clear(what) {
   })
   const { freed, error } = await answer.json().catch(() => ({ error: answer.statusText }))
   if (error) tell('error', translate(error))
-  else tell('success', texts.freed.replace('{0}', (freed / 2 ** 20).toFixed(1)))
+  else tell('success', texts.freed.replace('(0)', (freed / 2 ** 20).toFixed(1)))
 }
 
 app.registerExtension({

@@ -76,7 +76,9 @@ class CacheLatents(io.ComfyNode):
                     "overlapping tiles of this side. It needs less memory and gives slightly other "
                     "numbers: only for pictures that do not fit otherwise.",
                 ),
-                _limit_input("Fewer or smaller sizes, or latents as one sample, need less."),
+                _limit_input(
+                    tooltip="Fewer or smaller sizes, or latents as one sample, need less."
+                ),
             ],
             outputs=[
                 AtelierLatentCache.Output(
@@ -176,7 +178,7 @@ class EncodePrompts(io.ComfyNode):
                     tooltip="Captions encoded at once. More is faster on a GPU and needs more "
                     "memory; the training does not depend on it.",
                 ),
-                _limit_input("Fewer caption variants or a shorter length need less."),
+                _limit_input(tooltip="Fewer caption variants or a shorter length need less."),
             ],
             outputs=[
                 AtelierPromptCache.Output(
@@ -234,7 +236,7 @@ class EncodePrompts(io.ComfyNode):
         return io.NodeOutput(cache, ui=host.report(cls.hidden.unique_id, done, *warnings))
 
 
-def _limit_input(what_helps: str) -> Any:
+def _limit_input(*, tooltip: str) -> Any:
     return host.make_input(
         io.Float,
         "limit_gb",
@@ -245,7 +247,7 @@ def _limit_input(what_helps: str) -> Any:
         optional=True,
         advanced=True,
         tooltip="Gigabytes that one run of this node may add to the cache. What it will take is "
-        f"known before it is written; above this it stops. {what_helps}",
+        f"known before it is written; above this it stops. {tooltip}",
     )
 
 

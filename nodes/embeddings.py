@@ -98,7 +98,8 @@ class ExportEmbeddings(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str | None) -> bool | str:
         try:
-            require_file_name(name or "linked")  # a linked input is not known yet
+            if name is not None:  # a linked input is not known yet
+                require_file_name(name)
         except ValueError as error:
             return str(error)
         return True

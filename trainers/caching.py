@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +42,8 @@ EncodeTexts = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 OnProgress = Callable[[int, int], None]
 """Called with (done, total) before the first entry and after each. It may raise to stop."""
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,19 +135,21 @@ def cache_latents(
                 hows = zip(entry.masks, transforms, strict=True)
                 masks |= {key: (record.mask, how) for key, how in hows}
 
-    def encode_batch(keys: list[str]) -> Iterator[dict[str, Tensor]]:
+    def read(keys: list[str]) -> Tensor:
         batch = [wanted[key] for key in keys]
-        mean, std = encode(torch.stack([transform(open_picture(r), how) for r, how in batch]))
-        for index, (record, _) in enumerate(batch):
-            _require_finite(mean[index], f"the picture {record.path}")
+        return torch.stack([transform(open_picture(record), how) for record, how in batch])
+
+    def encode_batch(keys: list[str], pixels: Tensor) -> Iterator[dict[str, Tensor]]:
+        mean, std = encode(pixels)
+        for index, key in enumerate(keys):
+            _require_finite(mean[index], f"the picture {wanted[key][0].path}")
             if settings.is_sample:
-                yield {"mean": _sample(mean[index], std[index], keys[index])}
+                yield {"mean": _sample(mean[index], std[index], key)}
             else:
                 yield {"mean": mean[index], "std": std[index]}
 
-    def weigh(keys: list[str]) -> Iterator[dict[str, Tensor]]:
-        for mask, how in (masks[key] for key in keys):
-            yield {"mask": mask_weights(mask, how)}
+    def weigh(keys: list[str]) -> list[dict[str, Tensor]]:
+        return [{"mask": mask_weights(*masks[key])} for key in keys]
 
     shards = Shards(folder)
     sizes = {key: (how.width, how.height) for key, (_, how) in wanted.items()}
@@ -155,9 +161,9 @@ def cache_latents(
         + sum(_latent_bytes(mask_sizes[key]) for key in shards.missing(mask_sizes)),
         limit_bytes,
     )
-    _encode_missing(shards, sizes, batch_size, encode_batch, on_progress)
+    _encode_missing(shards, sizes, batch_size, read, encode_batch, on_progress)
     if masks:
-        _encode_missing(shards, mask_sizes, 1, weigh, on_progress)
+        _encode_missing(shards, mask_sizes, 1, weigh, lambda _, made: made, on_progress)
     return cache
 
 
@@ -186,8 +192,7 @@ def cache_prompts(
     shards = Shards(folder)
     missing = shards.missing(texts_by_key)
 
-    def encode_batch(keys: list[str]) -> Iterator[dict[str, Tensor]]:
-        batch = [texts_by_key[key] for key in keys]
+    def encode_batch(keys: list[str], batch: list[str]) -> Iterator[dict[str, Tensor]]:
         embeds, pooled = encode(batch)
         if keys[0] == missing[0]:
             text_bytes = embeds[0].nbytes + pooled[0].nbytes
@@ -196,8 +201,11 @@ def cache_prompts(
             _require_finite(embeds[index], f"the caption {text[:80]!r}")
             yield {"prompt_embeds": embeds[index], "pooled": pooled[index]}
 
+    def texts_of(keys: list[str]) -> list[str]:
+        return [texts_by_key[key] for key in keys]
+
     groups = dict.fromkeys(texts_by_key)  # all have one length, so any of them share a batch
-    _encode_missing(shards, groups, batch_size, encode_batch, on_progress)
+    _encode_missing(shards, groups, batch_size, texts_of, encode_batch, on_progress)
     return cache
 
 
@@ -205,21 +213,41 @@ def _encode_missing(
     shards: Shards,
     groups: Mapping[str, Hashable],
     batch_size: int,
-    encode_batch: Callable[[list[str]], Iterable[dict[str, Tensor]]],
+    read: Callable[[list[str]], _Read],
+    encode_batch: Callable[[list[str], _Read], Iterable[dict[str, Tensor]]],
     on_progress: OnProgress | None,
 ) -> None:
-    """Write what `encode_batch` gives for the keys without a file, a batch from one group each."""
+    """Write what `encode_batch` gives for the keys without a file, a batch from one group each.
+
+    `read` gives it what there is to encode, in another thread: while one batch is encoded, the
+    next is read.
+    """
     require(batch_size >= 1, f"The batch size must be 1 or more, got {batch_size}.")
     report = on_progress or (lambda done, total: None)
     missing = shards.missing(groups)
     done = len(groups) - len(missing)
     report(done, len(groups))
-    with shards.writing() as write:
-        for keys in _batches(missing, groups, batch_size):
-            for key, tensors in zip(keys, encode_batch(keys), strict=True):
+    batches = _batches(missing, groups, batch_size)
+    with shards.writing() as write, ThreadPoolExecutor(1) as reader:
+        for keys, batch in _read_ahead(reader, read, batches):
+            for key, tensors in zip(keys, encode_batch(keys, batch), strict=True):
                 write(key, {name: tensor.cpu() for name, tensor in tensors.items()})
                 done += 1
                 report(done, len(groups))
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, read: Callable[[list[str]], _Read], batches: Iterable[list[str]]
+) -> Iterator[tuple[list[str], _Read]]:
+    """Each batch and what `read` gives for it, one more of which is on its way."""
+    ahead: tuple[list[str], Future[_Read]] | None = None
+    for keys in batches:
+        following = keys, reader.submit(read, keys)
+        if ahead:
+            yield ahead[0], ahead[1].result()
+        ahead = following
+    if ahead:
+        yield ahead[0], ahead[1].result()
 
 
 def _batches(
