@@ -4,8 +4,7 @@
 
 - Filling: pictures of photo size and captions through the nano networks, against a plain loop over
   the same functions that keeps its results in memory, and one that saves a file for each. They take
-  turns; the ratio is that of the medians, above 1 where the cache is faster. Each makes its pictures
-  from the files anew.
+  turns; the ratio is that of the medians, above 1 where the cache is faster.
 - Reading: a batch of one is fetched from caches of 1,000 to 100,000 entries, in random order. They
   are of the sizes of FLUX.1-dev's: latents of 512x768 pixels (mean and deviation), 77 T5 tokens and
   the pooled vector. The files of the larger ones do not all stay in the system's cache.
