@@ -138,6 +138,6 @@ def test_two_processes_may_cache_the_same_pictures_at_once(pictures: Path, tmp_p
     cache = cache_latents(read(pictures), Encoder(), "vae", tmp_path / "alone")
     expected = float(means(cache).sum())
     assert [float(total) for _, total in answers] == [pytest.approx(expected)] * 2
-    assert all(int(count) == NUM_PICTURES for count, _ in answers)  # none found the other's yet
+    assert sum(int(count) for count, _ in answers) > NUM_PICTURES  # they did it at once
     assert not list((tmp_path / "cache").glob(".*"))
     assert num_missing(LatentCache(**{**vars(cache), "folder": str(tmp_path / "cache")})) == 0

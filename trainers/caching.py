@@ -10,11 +10,9 @@ Shapes: B batch, C latent channels, H W pixels, h w latent size, L text tokens, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from .caches import LatentCache, LatentEntry, LatentSubset, PromptCache, PromptE
 from .config import require
 from .dataset import Dataset, Record, Subset, mask_weights, open_picture
 from .files import require_room
+from .filling import OnProgress, fill
 from .flux import LATENT_CHANNELS
 from .masks import Mask
 from .pictures import Transform, transform
@@ -39,11 +38,6 @@ float32."""
 
 EncodeTexts = Callable[[list[str]], tuple[Tensor, Tensor]]
 """B texts to prompt embeddings [B, L, D] and pooled embeddings [B, D2]."""
-
-OnProgress = Callable[[int, int], None]
-"""Called with (done, total) before the first entry and after each. It may raise to stop."""
-
-_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +155,9 @@ def cache_latents(
         + sum(_latent_bytes(mask_sizes[key]) for key in shards.missing(mask_sizes)),
         limit_bytes,
     )
-    _encode_missing(shards, sizes, batch_size, read, encode_batch, on_progress)
+    fill(shards, sizes, batch_size, read, encode_batch, on_progress)
     if masks:
-        _encode_missing(shards, mask_sizes, 1, weigh, lambda _, made: made, on_progress)
+        fill(shards, mask_sizes, 1, weigh, lambda _, made: made, on_progress)
     return cache
 
 
@@ -205,60 +199,8 @@ def cache_prompts(
         return [texts_by_key[key] for key in keys]
 
     groups = dict.fromkeys(texts_by_key)  # all have one length, so any of them share a batch
-    _encode_missing(shards, groups, batch_size, texts_of, encode_batch, on_progress)
+    fill(shards, groups, batch_size, texts_of, encode_batch, on_progress)
     return cache
-
-
-def _encode_missing(
-    shards: Shards,
-    groups: Mapping[str, Hashable],
-    batch_size: int,
-    read: Callable[[list[str]], _Read],
-    encode_batch: Callable[[list[str], _Read], Iterable[dict[str, Tensor]]],
-    on_progress: OnProgress | None,
-) -> None:
-    """Write what `encode_batch` gives for the keys without a file, a batch from one group each.
-
-    `read` gives it what there is to encode, in another thread: while one batch is encoded, the
-    next is read.
-    """
-    require(batch_size >= 1, f"The batch size must be 1 or more, got {batch_size}.")
-    report = on_progress or (lambda done, total: None)
-    missing = shards.missing(groups)
-    done = len(groups) - len(missing)
-    report(done, len(groups))
-    batches = _batches(missing, groups, batch_size)
-    with shards.writing() as write, ThreadPoolExecutor(1) as reader:
-        for keys, batch in _read_ahead(reader, read, batches):
-            for key, tensors in zip(keys, encode_batch(keys, batch), strict=True):
-                write(key, {name: tensor.cpu() for name, tensor in tensors.items()})
-                done += 1
-                report(done, len(groups))
-
-
-def _read_ahead(
-    reader: ThreadPoolExecutor, read: Callable[[list[str]], _Read], batches: Iterable[list[str]]
-) -> Iterator[tuple[list[str], _Read]]:
-    """Each batch and what `read` gives for it, one more of which is on its way."""
-    ahead: tuple[list[str], Future[_Read]] | None = None
-    for keys in batches:
-        following = keys, reader.submit(read, keys)
-        if ahead:
-            yield ahead[0], ahead[1].result()
-        ahead = following
-    if ahead:
-        yield ahead[0], ahead[1].result()
-
-
-def _batches(
-    keys: Iterable[str], groups: Mapping[str, Hashable], batch_size: int
-) -> Iterator[list[str]]:
-    members: dict[Hashable, list[str]] = {}
-    for key in keys:
-        members.setdefault(groups[key], []).append(key)
-    for group in members.values():
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
 
 
 def _latent_subset(subset: Subset, encoder_id: str, settings: LatentSettings) -> LatentSubset:

@@ -20,11 +20,11 @@ from PIL import ImageOps
 from torch import Tensor
 
 from .caches import PromptCache, PromptEmbeds, PromptEntry
-from .caching import OnProgress
 from .captions import listed
 from .config import require
 from .dataset import Dataset, Record, open_picture
 from .files import require_room, write_atomically
+from .filling import OnProgress
 from .packages import importing
 from .shards import Shards
 
