@@ -18,24 +18,16 @@ import pytest
 import torch
 from atelier.nodes import host, loader_memory
 from atelier.nodes.caches import CacheLatents, EncodePrompts
-<<<<<<< HEAD
 from atelier.nodes.dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
-=======
-from atelier.nodes.dataset import ImageFolderDataset
 from atelier.nodes.embeddings import ExportEmbeddings, ImportEmbeddings
->>>>>>> 70c90b1 (Caches: texts, tests, reading ahead, benchmark)
 from atelier.nodes.settings import CaptionSettingsNode, PictureSettingsNode
 from executor import CountingLoader, Runner
 from PIL import Image, ImageOps
 
 NODES = [
-<<<<<<< HEAD
     *(ImageFolderDataset, ScheduleDataset, CombineDatasets),
     *(CaptionSettingsNode, PictureSettingsNode, CacheLatents, EncodePrompts),
-=======
-    *(ImageFolderDataset, CacheLatents, EncodePrompts, CaptionSettingsNode, PictureSettingsNode),
     *(ImportEmbeddings, ExportEmbeddings),
->>>>>>> 70c90b1 (Caches: texts, tests, reading ahead, benchmark)
 ]
 MODEL_FILES = {"vae": ["a.safetensors"], "text_encoders": ["c.safetensors", "t.safetensors"]}
 
