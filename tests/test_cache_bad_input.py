@@ -1,5 +1,7 @@
 """Caches that were cut, come from elsewhere, meet a full disk or another process."""
 
+import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,8 +127,6 @@ def test_two_processes_may_cache_the_same_pictures_at_once(pictures: Path, tmp_p
     command = [sys.executable, "-c", CACHE_ALONE, *map(str, folders)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     support = {"PYTHONPATH": str(ROOT / "tests" / "support")}
-    import os
-
     processes = [subprocess.Popen(command, env={**os.environ, **support}, **pipes) for _ in "ab"]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
@@ -140,4 +140,4 @@ def test_two_processes_may_cache_the_same_pictures_at_once(pictures: Path, tmp_p
     assert [float(total) for _, total in answers] == [pytest.approx(expected)] * 2
     assert sum(int(count) for count, _ in answers) > NUM_PICTURES  # they did it at once
     assert not list((tmp_path / "cache").glob(".*"))
-    assert num_missing(LatentCache(**{**vars(cache), "folder": str(tmp_path / "cache")})) == 0
+    assert num_missing(dataclasses.replace(cache, folder=str(tmp_path / "cache"))) == 0

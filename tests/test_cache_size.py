@@ -47,9 +47,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def read(source: Path, **options: object) -> Dataset:
+def read(pictures: Path, /, **options: object) -> Dataset:
     resolution = Resolution(width=64, height=96)
-    return Dataset(subsets=(image_folder(source, resolution=resolution, **options),))
+    return Dataset(subsets=(image_folder(pictures, resolution=resolution, **options),))
 
 
 @pytest.mark.parametrize("settings", [LatentSettings(), SAMPLE], ids=["distribution", "sample"])

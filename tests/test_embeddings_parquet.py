@@ -43,9 +43,9 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def read(source: Path, **captions: Any) -> Dataset:
+def read(pictures: Path, /, **captions: Any) -> Dataset:
     resolution, settings = Resolution(width=64, height=64), CaptionSettings(**captions)
-    return Dataset(subsets=(image_folder(source, resolution=resolution, captions=settings),))
+    return Dataset(subsets=(image_folder(pictures, resolution=resolution, captions=settings),))
 
 
 def decoded(path: Path) -> Image.Image:
@@ -218,7 +218,10 @@ def changed(path: Path, **columns: Any) -> Path:
         ({"prompt_embeds": [["x"]] * 3}, "it has no column prompt_embeds of the right type"),
         ({"text_ids": [[0.0] * 230] * 3}, "Row 1 of .* lists of 1848, 5 and 230 numbers, which do"),
         ({"prompt_embeds": [[0.5] * 100] * 3}, "Row 1 of .* lists of 100, 5 and 231 numbers"),
-        ({"pooled_prompt_embeds": [None] * 3}, "Row 1 of .* lists of 1848, 0 and 231 numbers"),
+        (
+            {"pooled_prompt_embeds": [None, [0.5], [0.5]]},
+            "Row 1 of .* lists of 1848, 0 and 231 numbers",
+        ),
         ({"pooled_prompt_embeds": [[0.5] * 5, [0.5] * 4, [0.5] * 5]}, "Row 2 of .* other lengths"),
         ({"pooled_prompt_embeds": [[float("nan")] * 5] * 3}, "Row 1 of .* that are not finite"),
     ],
