@@ -27,7 +27,7 @@ function translateSentence(text) {
 }
 
 // A message is one template, or several, each on a line of its own.
-function translate(message) {
+export function translate(message) {
   const whole = translateSentence(message.trim())
   return whole === message.trim() ? message.split('\n').map(translateSentence).join('\n') : whole
 }

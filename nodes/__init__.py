@@ -4,11 +4,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
+from .embeddings import ExportEmbeddings, ImportEmbeddings
 from .images import ImagesToDataset
 from .inspect import InspectDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
 from .memory import EstimateMemory
+from .routes import add_routes
 from .settings import CaptionSettingsNode, PictureSettingsNode
 from .train import TrainLora
 
@@ -27,9 +29,14 @@ NODES: list[type[io.ComfyNode]] = [
     CombineDatasets,
     ImagesToDataset,
     InspectDataset,
+    ImportEmbeddings,
+    ExportEmbeddings,
 ]
 
 
 class AtelierExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        add_routes()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..trainers import caching
 from ..trainers.caches import LatentCache, PromptCache
+from ..trainers.caching import LATENTS, LatentSettings
 from ..trainers.config import PROMPT_LENGTH
 from ..trainers.dataset import Dataset
 from ..trainers.shards import Shards
@@ -18,6 +21,9 @@ from .wires import AtelierDataset, AtelierLatentCache, AtelierPromptCache
 
 HOST_MIN_LENGTH = 256
 """T5 tokens that CLIP Text Encode gives at least for FLUX; longer texts give more."""
+LIMIT_GB = 50.0
+TILES = {"off": 0, "512": 512, "1024": 1024, "2048": 2048}
+"""Choice to the side in pixels."""
 
 
 class CacheLatents(io.ComfyNode):
@@ -49,6 +55,30 @@ class CacheLatents(io.ComfyNode):
                     tooltip="Pictures encoded at once. More is faster on a large GPU and needs "
                     "more memory; the training does not depend on it.",
                 ),
+                host.make_input(
+                    io.Combo,
+                    "latents",
+                    options=list(LATENTS),
+                    default=LATENTS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="distribution: mean and deviation, from which every step draws anew. "
+                    "one sample: a single draw of it, half the size on disk.",
+                ),
+                host.make_input(
+                    io.Combo,
+                    "tile",
+                    options=list(TILES),
+                    default="off",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Pictures with a longer side than this, in pixels, are encoded in "
+                    "overlapping tiles of this side. It needs less memory and gives slightly other "
+                    "numbers: only for pictures that do not fit otherwise.",
+                ),
+                _limit_input(
+                    tooltip="Fewer or smaller sizes, or latents as one sample, need less."
+                ),
             ],
             outputs=[
                 AtelierLatentCache.Output(
@@ -63,30 +93,47 @@ class CacheLatents(io.ComfyNode):
         return Shards(host.cache_folder("latents")).generation()
 
     @classmethod
-    def check_lazy_status(cls, dataset: Dataset, **_: Any) -> list[str]:
+    def check_lazy_status(
+        cls, dataset: Dataset, latents: str = LATENTS[0], tile: str = "off", **_: Any
+    ) -> list[str]:
         folder = host.cache_folder("latents")
         encoder_id = LoaderMemory(cls.hidden, "vae", folder).recall()
         if not encoder_id:
             return ["vae"]
-        wanted = caching.latent_cache(dataset, encoder_id, folder)
+        settings = LatentSettings(kept=latents, tile=TILES[tile])
+        wanted = caching.latent_cache(dataset, encoder_id, folder, settings)
         return ["vae"] if caching.num_missing(wanted) else []
 
     @classmethod
-    def execute(cls, dataset: Dataset, batch_size: int, vae: Any = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        dataset: Dataset,
+        batch_size: int,
+        vae: Any = None,
+        latents: str = LATENTS[0],
+        tile: str = "off",
+        limit_gb: float = LIMIT_GB,
+    ) -> io.NodeOutput:
         folder = host.cache_folder("latents")
         memory = LoaderMemory(cls.hidden, "vae", folder)
         encoder_id = memory.recall()
         encode = _not_loaded
         if vae is not None or not encoder_id:
-            encode, encoder_id = latent_encoder(vae)
-        cache = caching.cache_latents(
-            dataset,
-            encode,
-            encoder_id,
-            folder,
-            batch_size=batch_size,
-            on_progress=host.Progress().update,
-        )
+            encode, encoder_id = latent_encoder(vae, TILES[tile])
+        with _enough_memory(
+            "The GPU's memory is not enough to encode these pictures. Set batch_size to 1, or tile "
+            "to 1024 or 512."
+        ):
+            cache = caching.cache_latents(
+                dataset,
+                encode,
+                encoder_id,
+                folder,
+                settings=LatentSettings(kept=latents, tile=TILES[tile]),
+                batch_size=batch_size,
+                limit_bytes=int(limit_gb * 1e9),
+                on_progress=host.Progress().update,
+            )
         memory.remember(encoder_id)
         done = f"Pictures cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
         return io.NodeOutput(cache, ui=host.report(cls.hidden.unique_id, done))
@@ -120,6 +167,18 @@ class EncodePrompts(io.ComfyNode):
                     tooltip="T5 tokens of every caption, padded or cut; a word is one or two. 77 "
                     "is fast and small, 512 is the most that FLUX.1-dev knows (schnell: 256).",
                 ),
+                host.make_input(
+                    io.Int,
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=256,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Captions encoded at once. More is faster on a GPU and needs more "
+                    "memory; the training does not depend on it.",
+                ),
+                _limit_input(tooltip="Fewer caption variants or a shorter length need less."),
             ],
             outputs=[
                 AtelierPromptCache.Output(
@@ -143,20 +202,64 @@ class EncodePrompts(io.ComfyNode):
         return ["clip"] if caching.num_missing(wanted) else []
 
     @classmethod
-    def execute(cls, dataset: Dataset, length: int, clip: Any = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        dataset: Dataset,
+        length: int,
+        clip: Any = None,
+        batch_size: int = 1,
+        limit_gb: float = LIMIT_GB,
+    ) -> io.NodeOutput:
         folder = host.cache_folder("prompts")
         memory = LoaderMemory(cls.hidden, "clip", folder)
         encoder_id = memory.recall()
         encode = _not_loaded
         if clip is not None or not encoder_id:
             encode, encoder_id = prompt_encoder(clip, length)
-        cache = caching.cache_prompts(
-            dataset.texts, encode, encoder_id, length, folder, on_progress=host.Progress().update
-        )
+        with _enough_memory(
+            "The GPU's memory is not enough to encode these captions. Set batch_size to 1, or load "
+            "the text encoders in a smaller format."
+        ):
+            cache = caching.cache_prompts(
+                dataset.texts,
+                encode,
+                encoder_id,
+                length,
+                folder,
+                batch_size=batch_size,
+                limit_bytes=int(limit_gb * 1e9),
+                on_progress=host.Progress().update,
+            )
         memory.remember(encoder_id)
         warnings = _length_warnings(dataset.texts, length)
         done = f"Captions cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
         return io.NodeOutput(cache, ui=host.report(cls.hidden.unique_id, done, *warnings))
+
+
+def _limit_input(*, tooltip: str) -> Any:
+    return host.make_input(
+        io.Float,
+        "limit_gb",
+        default=LIMIT_GB,
+        min=0.1,
+        max=100_000.0,
+        step=1.0,
+        optional=True,
+        advanced=True,
+        tooltip="Gigabytes that one run of this node may add to the cache. What it will take is "
+        f"known before it is written; above this it stops. {tooltip}",
+    )
+
+
+@contextmanager
+def _enough_memory(sentence: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not host.is_out_of_memory(error):
+            raise
+        host.free_device_memory()
+        raise ValueError(sentence) from error
 
 
 def _not_loaded(_: Any) -> Any:

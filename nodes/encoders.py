@@ -25,14 +25,18 @@ from ..trainers.caching import EncodePictures, EncodeTexts
 from ..trainers.tensor_files import original_name
 
 CLIP_LENGTH = 77
+TILE_OVERLAP = 64
+"""Pixels by which tiles overlap, as in ComfyUI's own tiled encoding."""
 _SAMPLES = 1024
 
 
-def latent_encoder(vae: Any) -> tuple[EncodePictures, str]:
+def latent_encoder(vae: Any, tile: int = 0) -> tuple[EncodePictures, str]:
     """The encoder of a FLUX autoencoder and its identity.
 
     ComfyUI's own `encode` gives only the mean, so the network is called here. Mean and deviation
-    are those of the model's latents: shifted and scaled as FLUX expects.
+    are those of the model's latents: shifted and scaled as FLUX expects. Pictures with a side
+    longer than `tile` pixels, if that is above 0, are encoded in squares of that side, blended
+    where they overlap.
 
     Raises:
         ValueError: the VAE is of another kind.
@@ -40,15 +44,29 @@ def latent_encoder(vae: Any) -> tuple[EncodePictures, str]:
     require_flux_vae(vae)
     latent_format, network = comfy.latent_formats.Flux(), vae.first_stage_model
 
+    def encode_whole(pixels: Tensor) -> Tensor:
+        """Mean and log-variance [B, 2 C, h, w] of pixels [B, 3, H, W]."""
+        moments = network.encoder(_as_input(vae, pixels))
+        if hasattr(network, "quant_conv"):  # FLUX's own file has none, diffusers' may
+            moments = network.quant_conv(moments)
+        return moments.float()
+
+    def encode_tiles(pixels: Tensor) -> Tensor:
+        """The same, tile by tile."""
+        scale, channels = 1 / vae.downscale_ratio, 2 * vae.latent_channels
+        return comfy.utils.tiled_scale(
+            pixels, encode_whole, tile, tile, TILE_OVERLAP, scale, channels, vae.output_device
+        )
+
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [B, 3, H, W] in -1..1 to mean and deviation [B, C, h, w], float32 on the CPU."""
-        memory = vae.memory_used_encode(pixels.shape, vae.vae_dtype)
+        is_tiled = 0 < tile < max(pixels.shape[-2:])
+        at_once = (1, 3, tile, tile) if is_tiled else pixels.shape
+        memory = vae.memory_used_encode(at_once, vae.vae_dtype)
         comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory)
         with torch.no_grad():
-            moments = network.encoder(_as_input(vae, pixels))
-            if hasattr(network, "quant_conv"):  # FLUX's own file has none, diffusers' may
-                moments = network.quant_conv(moments)
-        mean, log_variance = moments.float().chunk(2, dim=1)
+            moments = encode_tiles(pixels) if is_tiled else encode_whole(pixels)
+        mean, log_variance = moments.chunk(2, dim=1)
         mean = latent_format.process_in(mean)
         deviation = torch.exp(0.5 * log_variance.clamp(-30, 20)) * latent_format.scale_factor
         return _result(mean), _result(deviation)

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -83,6 +83,36 @@ def dataset_folder(name: str) -> Path:
     raise ValueError(
         f"The picture folder {name!r} is not below {dataset_roots()[0]}. Put it there, or press R "
         "and choose another."
+    )
+
+
+def dataset_files(ending: str) -> list[str]:
+    """Names of the files below the dataset roots that end so, with forward slashes."""
+    names = {
+        Path(folder, name).relative_to(root).as_posix()
+        for root in dataset_roots()
+        for folder, _, files in os.walk(root)
+        for name in files
+        if name.lower().endswith(ending)
+    }
+    return sorted(names)
+
+
+def dataset_file(name: str) -> Path:
+    """The file called `name` below a dataset root.
+
+    Raises:
+        ValueError: there is none, or the name or a link leads out of the root.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    is_inside = bool(path.parts) and not path.is_absolute() and ":" not in name
+    for root in dataset_roots() if is_inside and ".." not in path.parts else []:
+        file = root.joinpath(path)
+        if file.is_file() and file.resolve().is_relative_to(root.resolve()):
+            return file
+    raise ValueError(
+        f"The file {name!r} is not below {dataset_roots()[0]}. Put it there, or press R and choose "
+        "another."
     )
 
 
@@ -164,6 +194,19 @@ def _server() -> Any:
     from server import PromptServer
 
     return getattr(PromptServer, "instance", None)
+
+
+def add_post_route(path: str, handler: Callable[[Any], Any]) -> None:
+    """Let ComfyUI's server, where there is one, answer POST requests to `path` by `handler`."""
+    server = _server()
+    if server is not None:
+        server.routes.post(path)(handler)
+
+
+def is_busy() -> bool:
+    """Whether a graph runs or waits in the queue."""
+    server = _server()
+    return server is not None and server.prompt_queue.get_tasks_remaining() > 0
 
 
 def blocked_output(message: str) -> Any:

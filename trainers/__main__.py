@@ -1,6 +1,7 @@
 """`python -m trainers job.json`: train a job without ComfyUI.
 
-Every run of the Train LoRA node leaves its `job.json` in output/atelier/<run>/.
+Every run of the Train LoRA node leaves its `job.json` in output/atelier/<run>/. Also, in place of
+the job: `python -m trainers clear-caches`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from .clearing import CACHES, clear_caches
 from .job import read_job, run_job
 from .loop import Hooks, Step
 
@@ -34,7 +36,45 @@ class StopFlag:
             raise Stopped
 
 
+CLEAR_CACHES = "clear-caches"
+PACK = Path(__file__).absolute().parent.parent
+OUTPUT_OF_COMFYUI = PACK.parent.parent / "output"
+"""Where it is when this pack lies in custom_nodes/."""
+
+
 def main() -> int:
+    try:
+        return _clear(sys.argv[2:]) if sys.argv[1:2] == [CLEAR_CACHES] else _train()
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def _clear(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m trainers {CLEAR_CACHES}",
+        description="Remove what is cached of pictures and captions. It is made again when needed.",
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=[*CACHES, "all"],
+        default="all",
+        help="encoded pictures, encoded captions, or sizes and hashes of files (default: all)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUTPUT_OF_COMFYUI,
+        help=f"output folder of your ComfyUI (default: {OUTPUT_OF_COMFYUI})",
+    )
+    options = parser.parse_args(arguments)
+    freed = clear_caches(options.output / "atelier" / "cache", options.what)
+    sys.stdout.write(f"{freed / 2**20:.1f} MiB are free again\n")
+    return 0
+
+
+def _train() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainers", description=__doc__)
     parser.add_argument("job", type=Path, help="the job file")
     parser.add_argument(
@@ -50,9 +90,6 @@ def main() -> int:
     except Stopped:
         sys.stderr.write("Stopped and saved. The same command goes on from here.\n")
         return 130
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
     sys.stdout.write(f"{path}\n")
     return 0
 

@@ -149,10 +149,10 @@ class LatentCache:
     def load(self, key: str, device: str | torch.device = "cpu") -> LatentDistribution:
         """Read one of an entry's keys. Raises ValueError when it is missing or damaged."""
         tensors = self._shards.read(key)
-        return LatentDistribution(
-            mean=tensors["mean"].to(device, torch.float32),
-            std=tensors["std"].to(device, torch.float32),
-        )
+        mean = tensors["mean"].to(device, torch.float32)
+        # Where only one sample was kept, it is all that can be drawn.
+        std = tensors["std"].to(mean) if "std" in tensors else torch.zeros_like(mean)
+        return LatentDistribution(mean=mean, std=std)
 
     def load_mask(self, key: str) -> Tensor:
         """Weights [h, w] of latents, float32 in 0..1, under one of an entry's masks.

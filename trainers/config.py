@@ -175,17 +175,22 @@ class JobSettings:
     of all blocks. Less memory of the GPU for copies both ways; the result is the same."""
 
     def __post_init__(self) -> None:
-        allowed = all(c.isalnum() or c in "-_. " for c in self.name)
-        bare = self.name.strip(" ").lstrip(".") == self.name
-        require(
-            allowed and bare and 1 <= len(self.name) <= 60,
-            f"The name '{self.name}' cannot be a file name. "
-            "Use up to 60 letters, digits, spaces, '-', '_' and '.'.",
-        )
+        require_file_name(self.name)
         require(
             self.checkpoint_every >= 1,
             f"Checkpoints need a distance of at least 1 step, got {self.checkpoint_every}.",
         )
+
+
+def require_file_name(name: str) -> None:
+    """Raises ValueError if a name that a user gave cannot be that of a file, or hides it."""
+    allowed = all(c.isalnum() or c in "-_. " for c in name)
+    bare = name.strip(" ").lstrip(".") == name
+    require(
+        allowed and bare and 1 <= len(name) <= 60,
+        f"The name '{name}' cannot be a file name. "
+        "Use up to 60 letters, digits, spaces, '-', '_' and '.'.",
+    )
 
 
 def to_json(settings: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,6 +46,32 @@ def not_written(path: Path, error: OSError) -> ValueError:
         f"Cannot write {path}: {error.strerror}. See to it that this folder can be written to, and "
         "queue again."
     )
+
+
+def require_room(folder: Path, num_bytes: int, limit_bytes: int | None = None) -> None:
+    """See that `num_bytes` more may be cached in `folder`, before anything is computed for it.
+
+    Raises:
+        ValueError: if it is more than the limit, or than the disk has free.
+    """
+    if limit_bytes is not None and num_bytes > limit_bytes:
+        raise ValueError(
+            f"Caching this would take {_gigabytes(num_bytes)} GB more, and limit_gb allows "
+            f"{_gigabytes(limit_bytes)}. Raise limit_gb, or make it smaller: fewer or smaller "
+            "sizes, latents as one sample, fewer caption variants, a shorter length."
+        )
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if num_bytes > free:
+        raise ValueError(
+            f"Caching this would take {_gigabytes(num_bytes)} GB more, and the disk of {folder} "
+            f"has {_gigabytes(free)} GB free. Free some space, or make it smaller: fewer or "
+            "smaller sizes, latents as one sample, fewer caption variants, a shorter length."
+        )
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g}"
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

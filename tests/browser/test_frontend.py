@@ -165,3 +165,58 @@ def test_refusals_speak_the_language_of_the_page(frontend: Frontend) -> None:
     details = [error["details"] for node in refused for error in node["errors"]]
     assert any(text.startswith("folder - 图片文件夹 'nowhere' 不在") for text in details), details
     frontend.evaluate("await app.api.interrupt()")
+
+
+PRESS_CLEAR = """
+const node = app.graph.nodes.find((node) => node.type === argument)
+node.widgets.find((widget) => widget.type === 'button').callback()
+"""
+
+CLEAR_TEXTS = {
+    "en": ("Clear cache", "Remove all encoded pictures?", "3.0 MiB are free again."),
+    "zh": ("清空缓存", "删除所有已编码的图片？", "已释放 3.0 MiB。"),
+}
+
+
+@pytest.fixture
+def cached_latents(browser_server: ComfyServer) -> Path:
+    """A file that stands for a shard of encoded pictures."""
+    folder = browser_server.base_directory / "output" / "atelier" / "cache" / "latents"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a.safetensors").write_bytes(bytes(3 << 20))
+    return folder / "a.safetensors"
+
+
+@pytest.mark.parametrize("vue_nodes", CANVASES.values(), ids=CANVASES)
+@pytest.mark.parametrize("locale", CLEAR_TEXTS)
+def test_the_button_of_cache_latents_clears_its_cache_when_it_is_confirmed(
+    frontend: Frontend, cached_latents: Path, vue_nodes: bool, locale: str
+) -> None:
+    label, question, done = CLEAR_TEXTS[locale]
+    frontend.open(locale=locale, vue_nodes=vue_nodes)
+    frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
+    if vue_nodes:
+        node = frontend.evaluate(
+            "return app.graph.nodes.find((node) => node.type === 'AtelierCacheLatents').id"
+        )
+        frontend.click(f'[data-node-id="{node}"] button:has-text("{label}")')
+    else:
+        frontend.evaluate(PRESS_CLEAR, "AtelierCacheLatents")
+    assert question in frontend.wait_for(f".p-dialog:has-text('{question}')")
+    assert cached_latents.is_file()
+    frontend.click(".p-dialog .p-button:has(.pi-check)")
+    assert done in frontend.wait_for(f".p-toast-message:has-text('{done}')")
+    assert not cached_latents.exists()
+    assert our_problems(frontend) == []
+
+
+def test_a_button_that_is_not_confirmed_clears_nothing(
+    frontend: Frontend, cached_latents: Path
+) -> None:
+    frontend.open()
+    frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
+    frontend.evaluate(PRESS_CLEAR, "AtelierCacheLatents")
+    frontend.wait_for(".p-dialog:has-text('Remove all encoded pictures?')")
+    frontend.click(".p-dialog .p-button:has(.pi-times)")
+    frontend.evaluate("await new Promise((resolve) => setTimeout(resolve, 1000))")
+    assert cached_latents.is_file()

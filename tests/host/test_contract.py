@@ -70,12 +70,26 @@ FROZEN = {
         ["pictures ATELIER_PICTURE_SETTINGS"],
     ),
     "AtelierCacheLatents": (
-        ["dataset ATELIER_DATASET", "vae VAE", "batch_size INT"],
+        [
+            *("dataset ATELIER_DATASET", "vae VAE", "batch_size INT", "latents? COMBO"),
+            *("tile? COMBO", "limit_gb? FLOAT"),
+        ],
         ["latents ATELIER_LATENT_CACHE"],
     ),
     "AtelierEncodePrompts": (
-        ["dataset ATELIER_DATASET", "clip CLIP", "length INT"],
+        [
+            *("dataset ATELIER_DATASET", "clip CLIP", "length INT", "batch_size? INT"),
+            "limit_gb? FLOAT",
+        ],
         ["prompts ATELIER_PROMPT_CACHE"],
+    ),
+    "AtelierImportEmbeddings": (
+        ["dataset ATELIER_DATASET", "file COMBO"],
+        ["prompts ATELIER_PROMPT_CACHE"],
+    ),
+    "AtelierExportEmbeddings": (
+        ["dataset ATELIER_DATASET", "prompts ATELIER_PROMPT_CACHE", "name STRING"],
+        ["file STRING"],
     ),
     "AtelierTrainLoRA": (
         [

@@ -19,6 +19,7 @@ import torch
 from atelier.nodes import host, loader_memory
 from atelier.nodes.caches import CacheLatents, EncodePrompts
 from atelier.nodes.dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
+from atelier.nodes.embeddings import ExportEmbeddings, ImportEmbeddings
 from atelier.nodes.settings import CaptionSettingsNode, PictureSettingsNode
 from executor import CountingLoader, Runner
 from PIL import Image, ImageOps
@@ -26,6 +27,7 @@ from PIL import Image, ImageOps
 NODES = [
     *(ImageFolderDataset, ScheduleDataset, CombineDatasets),
     *(CaptionSettingsNode, PictureSettingsNode, CacheLatents, EncodePrompts),
+    *(ImportEmbeddings, ExportEmbeddings),
 ]
 MODEL_FILES = {"vae": ["a.safetensors"], "text_encoders": ["c.safetensors", "t.safetensors"]}
 
@@ -294,6 +296,95 @@ def test_a_loader_that_cannot_be_remembered_runs_again(runner: Runner) -> None:
     for _ in range(2):
         assert runner.run(latents_graph()).entries
         assert CountingLoader.runs == 1
+
+
+def with_inputs(graph: dict[str, Any], node: str, **inputs: Any) -> dict[str, Any]:
+    changed = {**graph[node], "inputs": {**graph[node]["inputs"], **inputs}}
+    return {**graph, node: changed}
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        ("latents", {"latents": "one sample"}),
+        ("latents", {"tile": "512"}),
+        ("prompts", {"batch_size": 3}),
+    ],
+)
+def test_what_belongs_to_the_keys_runs_the_loader(
+    runner: Runner, workplace: Path, kind: str, inputs: dict[str, Any]
+) -> None:
+    """A tile only for pictures that are larger, a batch never."""
+    graph = {**GRAPHS[kind], "dataset": dataset_node(width=576, height=64)}
+    runner.run(graph)
+    for loads in (kind == "latents", 0):
+        runner.run(with_inputs(graph, kind, **inputs))
+        assert CountingLoader.runs == loads
+
+
+def test_prompts_encoded_at_once_equal_single_ones(runner: Runner, workplace: Path) -> None:
+    single = runner.run(prompts_graph())
+    loaded = [single.load(entry.text) for entry in single.entries]
+    for path in host.cache_folder("prompts").glob("*.safetensors"):
+        path.unlink()
+    batch = runner.run(with_inputs(prompts_graph(), "prompts", batch_size=2))
+    for entry, expected in zip(batch.entries, loaded, strict=True):
+        embeds = batch.load(entry.text)
+        torch.testing.assert_close(
+            embeds.prompt_embeds, expected.prompt_embeds, atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(embeds.pooled, expected.pooled, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_cache_above_the_limit_is_refused(runner: Runner, kind: str) -> None:
+    sides = {"width": 8192, "height": 8192} if kind == "latents" else {}
+    graph = {**GRAPHS[kind], "dataset": dataset_node(**sides)}
+    with pytest.raises(RuntimeError, match=r"^Caching this would take .* limit_gb allows"):
+        runner.run(with_inputs(graph, kind, limit_gb=0.1 if sides else 1e-5))
+
+
+def test_memory_that_is_not_enough_is_one_sentence(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise comfy.model_management.OOM_EXCEPTION("no memory")
+
+    monkeypatch.setattr(executor.nano_vae().first_stage_model, "encoder", run_out)
+    with pytest.raises(RuntimeError, match=r"^The GPU's memory is not enough to encode these pic"):
+        runner.run(latents_graph())
+
+
+def test_embeddings_go_to_the_recipe_and_come_back(runner: Runner, workplace: Path) -> None:
+    (workplace / "input" / "red" / "two.txt").write_text("caption one", encoding="utf-8")
+    write = {"dataset": ["dataset", 0], "prompts": ["prompts", 0], "name": "mine"}
+    graph = prompts_graph()
+    graph["write"] = {"class_type": "AtelierExportEmbeddings", "inputs": write}
+    prompts = runner.run(graph)
+    path = workplace / "output" / "atelier" / "embeddings" / "mine.parquet"
+    assert runner.texts["write"] == [f"Rows written: 2, to {path}."]
+    path.rename(workplace / "input" / "red" / "mine.parquet")
+    assert "red/mine.parquet" in host.dataset_files(".parquet")
+    read = {"dataset": ["dataset", 0], "file": "red/mine.parquet"}
+    imported = runner.run(
+        {
+            "dataset": dataset_node(),
+            "read": {"class_type": "AtelierImportEmbeddings", "inputs": read},
+            "keep": {"class_type": "Keep", "inputs": {"value": ["read", 0]}},
+        }
+    )
+    assert runner.texts["read"] == ["Captions imported: 1, of 77 tokens."]
+    ours, theirs = (cache.load("caption one") for cache in (prompts, imported))
+    assert torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
+    assert torch.equal(ours.pooled, theirs.pooled)
+
+
+@pytest.mark.parametrize("name", ["", "../x.parquet", "/x.parquet", "none.parquet", "link.parquet"])
+def test_a_parquet_file_outside_the_input_folder_is_refused(workplace: Path, name: str) -> None:
+    (workplace / "x.parquet").write_bytes(b"PAR1")
+    (workplace / "input" / "link.parquet").symlink_to(workplace / "x.parquet")
+    with pytest.raises(ValueError, match=r"^The file .* is not below .*input\. Put it there"):
+        host.dataset_file(name)
 
 
 def test_cancel_keeps_what_was_encoded(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,47 @@ def test_latents_of_flux_own_shape_equal_those_of_diffusers(tmp_path: Path) -> N
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
+LARGE = [(1, 3, 512, 128), (2, 3, 128, 320)]
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_a_tile_equals_what_diffusers_gives_for_it(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Where only the first tile lies: the others begin 64 pixels, 8 latents, further."""
+    reference = save_vae(tmp_path)
+    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    encode, _ = latent_encoder(build_vae(tmp_path), tile=128)
+    first = expected_latents(reference, pixels[..., :128, :128])
+    for ours, expected in zip(encode(pixels), first, strict=True):
+        assert ours.shape == (shape[0], 16, shape[2] // 8, shape[3] // 8)
+        torch.testing.assert_close(ours[..., :8, :8], expected[..., :8, :8], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_the_middle_of_a_tile_is_as_in_the_whole_picture(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """The attention and the norms of a VAE see all of a tile, so this needs a picture whose parts
+    are alike: a pattern of 8 pixels."""
+    save_vae(tmp_path)
+    vae = build_vae(tmp_path)
+    pattern = torch.rand((1, 3, 8, 8), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    pixels = pattern.repeat(shape[0], 1, shape[2] // 8, shape[3] // 8)
+    whole, tiled = (latent_encoder(vae, tile)[0](pixels) for tile in (0, 128))
+    for expected, ours in zip(whole, tiled, strict=True):
+        middle = (..., slice(6, 10), slice(6, 10))
+        assert (ours - expected)[middle].abs().max() < 0.1 * expected.abs().max()
+
+
+def test_pictures_no_larger_than_a_tile_are_encoded_whole(tmp_path: Path) -> None:
+    save_vae(tmp_path)
+    vae = build_vae(tmp_path)
+    pixels = torch.rand((1, 3, 128, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for whole, ours in zip(
+        latent_encoder(vae)[0](pixels), latent_encoder(vae, 128)[0](pixels), strict=True
+    ):
+        assert torch.equal(whole, ours)
+
+
 def test_the_mean_is_what_vae_encode_gives_to_the_model(tmp_path: Path) -> None:
     import comfy.latent_formats
 
