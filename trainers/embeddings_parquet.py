@@ -59,8 +59,7 @@ def import_embeddings(
     shards, keys, length = Shards(folder), {}, 0
     with _opened(path) as file, shards.writing() as write:
         _require_columns(file, path)
-        hashes = file.read(columns=[HASH])[HASH].to_pylist()
-        rows = {image_hash: number for number, image_hash in enumerate(hashes)}  # the last one
+        rows = _read_hashes(file, path)
         missing = [name for image_hash, (name, _) in texts.items() if image_hash not in rows]
         require(
             not missing,
@@ -202,6 +201,17 @@ def _require_columns(file: Any, path: Path) -> None:
         f"{listed(wrong)} of the right type. It needs image_hash (text), prompt_embeds, "
         "pooled_prompt_embeds and text_ids (lists of numbers).",
     )
+
+
+def _read_hashes(file: Any, path: Path) -> dict[str, int]:
+    """The row of each picture; of a picture that is there twice, the last one."""
+    import pyarrow  # pyright: ignore[reportMissingImports]
+
+    try:
+        hashes = file.read(columns=[HASH])[HASH].to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _unreadable(path) from error
+    return {image_hash: number for number, image_hash in enumerate(hashes)}
 
 
 def _read_rows(file: Any, wanted: dict[int, str], path: Path) -> Iterator[tuple[int, PromptEmbeds]]:
