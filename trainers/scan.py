@@ -152,6 +152,42 @@ def scan_folder(
     )
 
 
+def scan_files(
+    paths: Sequence[str],
+    folder: str | Path,
+    *,
+    on_bad_file: OnBadFile = "stop",
+    on_progress: OnProgress | None = None,
+) -> Scan:
+    """These files in their order, as `scan_folder` of a folder that holds them and others.
+
+    Nothing is remembered. `paths` are absolute and may name a file twice.
+
+    Raises:
+        ValueError: as `scan_folder`.
+    """
+    bad = _BadFiles(on_bad_file)
+    report = _throttled(on_progress)
+    pictures: list[Picture] = []
+    for number, path in enumerate(paths, start=1):
+        try:
+            try:
+                facts = os.stat(path)
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            pictures.append(Picture(path, facts.st_size, facts.st_mtime_ns, *_read_header(path)))
+        except ValueError as error:
+            bad.add(path, error)
+        report(number, len(paths))
+    return Scan(
+        folder=os.path.abspath(folder),
+        pictures=tuple(pictures),
+        other_files=frozenset(),
+        skipped=tuple(bad.found),
+        num_read=len(paths),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hashed:
     """Hashes of many files, and what they took."""
