@@ -550,7 +550,8 @@ def test_dropout_changes_no_other_draw() -> None:
          "name, instance prompt, metadata file."),
         ({"source": "instance prompt", "instance_prompt": " "}, "The instance prompt is empty. "
          "Write one, or choose another source of captions."),
-        ({"lines": "all"}, "The lines of a caption file must be one of one, each, got 'all'."),
+        ({"lines": "all"}, "The lines of a caption file must be one of one, each, "
+         "first, got 'all'."),
         ({"missing": "skip"}, "missing_captions must be one of error, file name, empty, got "
          "'skip'."),
         ({"separator": ""}, "The separator of tags is empty. A comma is usual."),

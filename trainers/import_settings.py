@@ -349,7 +349,8 @@ def sections(
 
 def _short(value: Any) -> str:
     # A YAML file of a few lines can hold lists of lists of lists with billions of items.
-    return _SHORT.repr(value)
+    shown = _SHORT.repr(value)
+    return shown if len(shown) <= 120 else f"{shown[:120]}…"
 
 
 _SHORT = reprlib.Repr()
