@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
 from .images import ImagesToDataset
-from .importers import ImportDataset
+from .importers import HubDataset, ImportDataset
 from .inspect import InspectDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
@@ -29,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     ImagesToDataset,
     InspectDataset,
     ImportDataset,
+    HubDataset,
 ]
 
 

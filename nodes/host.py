@@ -58,6 +58,12 @@ def dataset_folders() -> list[str]:
     return sorted(names)
 
 
+def dataset_trees(extensions: tuple[str, ...]) -> list[str]:
+    """Names of all folders below the dataset roots that hold, also deeper, files that end so."""
+    parents = (PurePosixPath(name).parents for name in dataset_files(extensions))
+    return sorted({str(folder) for folders in parents for folder in folders} - {"."})
+
+
 def dataset_files(extensions: tuple[str, ...]) -> list[str]:
     """Names of all files below the dataset roots that end so, with forward slashes."""
     names = set()

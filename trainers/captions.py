@@ -165,7 +165,8 @@ def given_captions(
         texts = written.get(path.as_posix()) or written.get(path.with_suffix("").as_posix())
         require(
             texts is not None or settings.may_be_missing,
-            f"The picture {picture} has no caption in the table of captions. Add an entry for it.",
+            f"The picture {picture} has no caption in the table or folder of captions. Add one "
+            "there.",
         )
         captions.append(texts or (filled_in(picture, settings),))
     return captions, _unused_marks(pictures, captions, settings)

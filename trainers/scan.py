@@ -117,7 +117,7 @@ def scan_folder(
     index = index_folder / _index_name(folder, recursive) if index_folder else None
     known = _read_rows(index, _FACTS) if index else {}
     prefix_length = len(os.path.join(folder, ""))
-    report = _throttled(on_progress)
+    report = throttled(on_progress)
     pictures: list[Picture] = []
     fresh: dict[str, tuple] = {}
     num_read = 0
@@ -167,7 +167,7 @@ def scan_files(
         ValueError: as `scan_folder`.
     """
     bad = _BadFiles(on_bad_file)
-    report = _throttled(on_progress)
+    report = throttled(on_progress)
     pictures: list[Picture] = []
     for number, path in enumerate(paths, start=1):
         try:
@@ -230,7 +230,7 @@ class ContentHashes:
         began = time.perf_counter()
         keys = [(picture.path, picture.num_bytes, picture.mtime_ns) for picture in pictures]
         missing = [key for key in keys if not self._remembered(*key)]
-        report = _throttled(on_progress)
+        report = throttled(on_progress)
         done = len(keys) - len(missing)
         digests = {}
         turns = [missing[i : i + _FILES_PER_TURN] for i in range(0, len(missing), _FILES_PER_TURN)]
@@ -393,7 +393,8 @@ def _unreadable(path: str, error: OSError) -> ValueError:
     return ValueError(f"Cannot read the file {path}: {error.strerror}.")
 
 
-def _throttled(on_progress: OnProgress | None) -> OnProgress:
+def throttled(on_progress: OnProgress | None) -> OnProgress:
+    """Calls it ten times a second at most, and at the end."""
     due = 0.0
 
     def report(done: int, total: int) -> None:
