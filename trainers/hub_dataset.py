@@ -135,7 +135,7 @@ class _Row:
     """One picture of a parquet file."""
 
     place: str
-    """The file and the number of the row, for messages."""
+    """The file and the number of the row, as messages name it."""
     data: bytes | None
     name: str
     """Its file name, if the row has one."""
@@ -198,7 +198,7 @@ def _rows(path: Path, column: str, *, wants_column: bool) -> Iterator[_Row]:
                     value = value if isinstance(value, dict) else {"bytes": value}
                     data, name = value.get("bytes"), value.get("path")
                     yield _Row(
-                        place=f"Row {line} of {path}",
+                        place=f"{path}:{line}",
                         data=data if isinstance(data, bytes) else None,
                         name=Path(name).name if is_text(name) else "",
                         texts=row_texts(row, caption, path, line) if caption else (),
