@@ -6,6 +6,7 @@ from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
 from .embeddings import ExportEmbeddings, ImportEmbeddings
 from .images import ImagesToDataset
+from .importers import HubDataset, ImportDataset
 from .inspect import InspectDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
@@ -31,6 +32,8 @@ NODES: list[type[io.ComfyNode]] = [
     InspectDataset,
     ImportEmbeddings,
     ExportEmbeddings,
+    ImportDataset,
+    HubDataset,
 ]
 
 

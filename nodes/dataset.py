@@ -118,8 +118,7 @@ class ImageFolderDataset(io.ComfyNode):
         mask_folder = _mask_folder(masks)
         weights = picture_files(mask_folder) if isinstance(mask_folder, Path) else []
         files = [*pictures, *captions, *tables, *weights]
-        stats = [(path, path.stat()) for path in files if path.is_file()]
-        return [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        return host.fingerprints(files)
 
     @classmethod
     def execute(
@@ -237,11 +236,12 @@ class CombineDatasets(io.ComfyNode):
         return dataset_output(Dataset(subsets=subsets), cls.hidden.unique_id)
 
 
-def dataset_output(dataset: Dataset, node_id: str) -> io.NodeOutput:
-    """The dataset, and on the node how many pictures it has and what is probably not meant."""
+def dataset_output(dataset: Dataset, node_id: str, *notes: str) -> io.NodeOutput:
+    """The dataset, and on the node how many pictures it has, `notes`, and what is probably not
+    meant."""
     pictures = sum(len(subset.records) for subset in dataset.subsets)
     count = f"Pictures: {pictures}, seen per epoch: {dataset.num_samples}."
-    return io.NodeOutput(dataset, ui=host.report(node_id, count, *dataset.warnings))
+    return io.NodeOutput(dataset, ui=host.report(node_id, count, *notes, *dataset.warnings))
 
 
 def _mask_folder(masks: str) -> str | Path | None:

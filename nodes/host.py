@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -56,6 +56,47 @@ def dataset_folders() -> list[str]:
             if has_picture and folder != str(root):
                 names.add(Path(folder).relative_to(root).as_posix())
     return sorted(names)
+
+
+def dataset_trees(extensions: tuple[str, ...]) -> list[str]:
+    """Names of all folders below the dataset roots that hold, also deeper, files that end so."""
+    parents = (PurePosixPath(name).parents for name in dataset_files(extensions))
+    return sorted({str(folder) for folders in parents for folder in folders} - {"."})
+
+
+def dataset_files(extensions: tuple[str, ...]) -> list[str]:
+    """Names of all files below the dataset roots that end so, with forward slashes."""
+    names = set()
+    for root in dataset_roots():
+        for folder, _, files in os.walk(root):
+            found = (name for name in files if name.lower().endswith(extensions))
+            names |= {Path(folder, name).relative_to(root).as_posix() for name in found}
+    return sorted(names)
+
+
+def dataset_file(name: str) -> Path:
+    """The file called `name` below a dataset root.
+
+    Raises:
+        ValueError: there is none, or the name or a link leads out of the root.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    if not path.parts or path.is_absolute() or ":" in name or ".." in path.parts:
+        raise ValueError(f"The file must lie below input/, got {name!r}. Choose one from the list.")
+    for root in dataset_roots():
+        file = root.joinpath(path)
+        if file.is_file() and file.resolve().is_relative_to(root.resolve()):
+            return file
+    raise ValueError(
+        f"The file {name!r} is not below {dataset_roots()[0]}. Put it there, or press R and choose "
+        "another."
+    )
+
+
+def fingerprints(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of those of the files that are there."""
+    stats = [(path, path.stat()) for path in files if path.is_file()]
+    return [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def dataset_folder(name: str) -> Path:

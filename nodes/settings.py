@@ -44,14 +44,14 @@ class CaptionSettingsNode(io.ComfyNode):
                     "column",
                     default="",
                     tooltip="The column of a metadata file that holds the captions. Empty takes "
-                    "text, else caption.",
+                    "text, else caption, else prompt.",
                 ),
                 io.Combo.Input(
                     "lines",
                     options=list(CAPTION_LINES),
                     default=CAPTION_LINES[0],
                     tooltip="one: a text file is one caption. each: every line of it is a caption, "
-                    "and one of them is drawn for each sample.",
+                    "and one of them is drawn for each sample. first: only its first line is.",
                 ),
                 io.String.Input(
                     "prefix", default="", tooltip="Text before every caption, never shuffled."

@@ -276,9 +276,10 @@ BAD_METADATA = [
      "file as UTF-8."),
     ("jsonl", GOOD.encode("utf-16"), "Line 1 of F/metadata.jsonl is not UTF-8 text. Save the file "
      "as UTF-8."),
-    ("jsonl", json_row(txt="a"), "Line 2 of F/metadata.jsonl has no column text or caption. Its "
-     "columns: file_name, txt."),
-    ("jsonl", GOOD + "{}", "Line 2 of F/metadata.jsonl has no column file_name. Its columns: -."),
+    ("jsonl", json_row(txt="a"), "Line 2 of F/metadata.jsonl has no column text or caption or "
+     "prompt. Its columns: file_name, txt."),
+    ("jsonl", GOOD + "{}", "Line 2 of F/metadata.jsonl has no column file_name or image. "
+     "Its columns: -."),
     ("jsonl", json_row(text=3), f"Line 2 of F/metadata.jsonl has 3 {NO_TEXT}"),
     ("jsonl", json_row(text=["a", None]), f"Line 2 of F/metadata.jsonl has ['a', None] {NO_TEXT}"),
     ("jsonl", json_row(text="a\0"), f"Line 2 of F/metadata.jsonl has 'a\\x00' {NO_TEXT}"),
@@ -299,8 +300,8 @@ BAD_METADATA = [
      f"{QUOTES}"),
     ("csv", 'file_name,text\nb.png,"x\ny"\na.png\n', f"Line 4 of F/metadata.csv has 1 values for 2 "
      f"columns. {QUOTES}"),
-    ("csv", "file_name;text\na.png;a\n", "Line 2 of F/metadata.csv has no column file_name. Its "
-     "columns: file_name;text."),
+    ("csv", "file_name;text\na.png;a\n", "Line 2 of F/metadata.csv has no column file_name or "
+     "image. Its columns: file_name;text."),
     ("csv", 'file_name,text\nb.png,b\na.png,"a', "Line 3 of F/metadata.csv is not valid CSV: "
      "unexpected end of data."),
     ("csv", "file_name,text\n", "The picture F/a.png has no caption in metadata.csv. Write one, or "
@@ -329,9 +330,9 @@ def test_a_column_that_was_named_must_be_there(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"file_name": ["a.png"], "txt": ["a"]}, "Line 1 of F/metadata.parquet has no column text "
-         "or caption. Its columns: file_name, txt."),
-        ({"image": ["a.png"], "text": ["a"]}, "Line 1 of F/metadata.parquet has no column "
-         "file_name. Its columns: image, text."),
+         "or caption or prompt. Its columns: file_name, txt."),
+        ({"path": ["a.png"], "text": ["a"]}, "Line 1 of F/metadata.parquet has no column "
+         "file_name or image. Its columns: path, text."),
         ({"file_name": ["b.png", "a.png"], "text": [1, 2]},
          f"Line 1 of F/metadata.parquet has 1 {NO_TEXT}"),
     ],
@@ -374,8 +375,8 @@ def test_two_metadata_files_in_a_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_metadata_file_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, "b.png", source="metadata file", missing="empty") == (
-        "The folder F holds none of metadata.jsonl, metadata.csv, metadata.parquet. Put one beside "
-        "the pictures, or choose another source of captions."
+        "The folder F holds none of metadata.jsonl, metadata.csv, metadata.parquet, metadata.json. "
+        "Put one beside the pictures, or choose another source of captions."
     )
 
 
@@ -549,7 +550,8 @@ def test_dropout_changes_no_other_draw() -> None:
          "name, instance prompt, metadata file."),
         ({"source": "instance prompt", "instance_prompt": " "}, "The instance prompt is empty. "
          "Write one, or choose another source of captions."),
-        ({"lines": "all"}, "The lines of a caption file must be one of one, each, got 'all'."),
+        ({"lines": "all"}, "The lines of a caption file must be one of one, each, "
+         "first, got 'all'."),
         ({"missing": "skip"}, "missing_captions must be one of error, file name, empty, got "
          "'skip'."),
         ({"separator": ""}, "The separator of tags is empty. A comma is usual."),

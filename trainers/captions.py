@@ -7,9 +7,10 @@ encoded once; which of them a sample takes is drawn from the generator of its mi
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,8 +29,8 @@ CAPTION_SOURCES: tuple[CaptionSource, ...] = (
 )
 MissingCaptions = Literal["error", "file name", "empty"]
 MISSING_CAPTIONS: tuple[MissingCaptions, ...] = ("error", "file name", "empty")
-CaptionLines = Literal["one", "each"]
-CAPTION_LINES: tuple[CaptionLines, ...] = ("one", "each")
+CaptionLines = Literal["one", "each", "first"]
+CAPTION_LINES: tuple[CaptionLines, ...] = ("one", "each", "first")
 
 TRIGGER_MARK = "[trigger]"
 """Stands for the trigger word in captions that are made for ai-toolkit."""
@@ -46,7 +47,7 @@ class CaptionSettings:
     column: str = ""
     """The column of a metadata file that holds the captions; empty takes `text`, else `caption`."""
     lines: CaptionLines = "one"
-    """Whether a text file is one caption, or each of its lines is one."""
+    """Whether a text file is one caption, each of its lines is one, or only its first line is."""
     missing: MissingCaptions = "error"
     """What a picture without a caption does: stop, take the file name, or train without a text."""
     trigger: str = ""
@@ -66,6 +67,10 @@ class CaptionSettings:
     """Share of samples, 0 to 1, that train with the empty prompt. 0.05 to 0.1 is usual."""
     variants: int = 8
     """How many orders of a caption are used. Each is encoded once: disk and time in proportion."""
+    extension: str = ".txt"
+    """How the names of text files end, in place of the picture's extension."""
+    default: str = ""
+    """The caption of pictures without one, or with an empty one; `missing` is then not asked."""
 
     def __post_init__(self) -> None:
         require(
@@ -105,6 +110,16 @@ class CaptionSettings:
             f"The number of caption variants must be between 1 and 1000, got {self.variants}. "
             "8 is usual.",
         )
+        require(
+            re.fullmatch(r"\.[^/\\:\0]+", self.extension) is not None,
+            "The extension of caption files must start with a dot and hold no path, such as .txt, "
+            f"got {self.extension!r}.",
+        )
+
+    @property
+    def may_be_missing(self) -> bool:
+        """Whether a picture without a caption is no mistake."""
+        return self.missing != "error" or bool(self.default)
 
 
 def read_captions(
@@ -122,11 +137,44 @@ def read_captions(
     if settings.source == "text file":
         captions, warnings = _from_text_files(pictures, settings)
     elif settings.source == "file name":
-        captions, warnings = [(_name_as_caption(picture),) for picture in pictures], []
+        captions, warnings = [(name_as_caption(picture),) for picture in pictures], []
     elif settings.source == "instance prompt":
         captions, warnings = [(settings.instance_prompt.strip(),)] * len(pictures), []
     else:
         captions, warnings = _from_metadata(pictures, settings, root)
+    return captions, [*warnings, *_unused_marks(pictures, captions, settings)]
+
+
+def given_captions(
+    pictures: Sequence[Path],
+    written: Mapping[str, tuple[str, ...]],
+    settings: CaptionSettings,
+    root: Path,
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """`read_captions` from a table in place of the source of the settings.
+
+    `written` has the captions by the path of a picture below `root`, with slashes, with or without
+    its extension.
+
+    Raises:
+        ValueError: a picture has none, and the settings do not let it be missing.
+    """
+    captions = []
+    for picture in pictures:
+        path = picture.relative_to(root)
+        texts = written.get(path.as_posix()) or written.get(path.with_suffix("").as_posix())
+        require(
+            texts is not None or settings.may_be_missing,
+            f"The picture {picture} has no caption in the table or folder of captions. Add one "
+            "there.",
+        )
+        captions.append(texts or (filled_in(picture, settings),))
+    return captions, _unused_marks(pictures, captions, settings)
+
+
+def _unused_marks(
+    pictures: Sequence[Path], captions: Sequence[tuple[str, ...]], settings: CaptionSettings
+) -> list[str]:
     if not settings.trigger.strip():
         marked = [
             picture.name
@@ -134,10 +182,8 @@ def read_captions(
             if any(TRIGGER_MARK in text for text in texts)
         ]
         if marked:
-            warnings.append(
-                f"Captions hold [trigger], but there is no trigger word: {listed(marked)}."
-            )
-    return captions, warnings
+            return [f"Captions hold [trigger], but there is no trigger word: {listed(marked)}."]
+    return []
 
 
 def caption_text(caption: str, settings: CaptionSettings) -> str:
@@ -195,25 +241,44 @@ def _from_text_files(
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     captions, owners = [], {}
     for picture in pictures:
-        path = picture.with_suffix(".txt")
-        text = _caption_text(path)
-        if text is None:
+        path = picture.with_suffix(settings.extension)
+        text = read_caption_file(path)
+        if text is None or (settings.default and not text.strip()):
             require(
-                settings.missing != "error",
+                settings.may_be_missing,
                 f"The picture {picture} has no caption file {path.name}. Write one, or let missing "
                 "captions be the file name or empty.",
             )
-            captions.append((_filled_in(picture, settings),))
+            captions.append((filled_in(picture, settings),))
         else:
             owners.setdefault(path, []).append(picture.name)
-            captions.append(one_or_more(text.splitlines() if settings.lines == "each" else [text]))
+            captions.append(one_or_more(_split(text, settings.lines)))
     shared = [name for names in owners.values() if len(names) > 1 for name in names]
     warnings = [f"Pictures that share a caption file: {listed(shared)}."] if shared else []
     return captions, warnings
 
 
-def _caption_text(path: Path) -> str | None:
-    """The text of a file, or None if there is no such file."""
+def captions_in_folder(folder: Path, settings: CaptionSettings) -> dict[str, tuple[str, ...]]:
+    """The captions of all text files directly in `folder`, by their names without the extension.
+
+    Raises:
+        ValueError: a file cannot be read, or is not UTF-8.
+    """
+    paths = sorted(folder.glob(f"*{settings.extension}"))
+    texts = {path.stem: read_caption_file(path) or "" for path in paths}
+    return {name: one_or_more(_split(text, settings.lines)) for name, text in texts.items()}
+
+
+def _split(text: str, lines: CaptionLines) -> list[str]:
+    return [text] if lines == "one" else text.splitlines()[: 1 if lines == "first" else None]
+
+
+def read_caption_file(path: Path) -> str | None:
+    """The text of a file, or None if there is no such file.
+
+    Raises:
+        ValueError: it cannot be read, or is not UTF-8.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -241,11 +306,11 @@ def _from_metadata(
         texts = entries[path].get(name)
         if not texts:
             require(
-                settings.missing != "error",
+                settings.may_be_missing,
                 f"The picture {picture} has no caption in {path.name}. Write one, or let missing "
                 "captions be the file name or empty.",
             )
-            texts = (_filled_in(picture, settings),)
+            texts = (filled_in(picture, settings),)
         captions.append(texts)
     warnings = [
         f"Entries of {path} without a picture: {listed(list(names))}."
@@ -268,11 +333,19 @@ def _metadata_of(folder: Path, root: Path | None) -> Path:
     )
 
 
-def _filled_in(picture: Path, settings: CaptionSettings) -> str:
-    return _name_as_caption(picture) if settings.missing == "file name" else ""
+def filled_in(picture: Path, settings: CaptionSettings) -> str:
+    """The caption of a picture that has none and may have none."""
+    if settings.default:
+        return settings.default.strip()
+    return name_as_caption(picture) if settings.missing == "file name" else ""
 
 
-def _name_as_caption(picture: Path) -> str:
+def name_as_caption(picture: Path) -> str:
+    """The file name with spaces for underscores.
+
+    Raises:
+        ValueError: it is no text.
+    """
     require(
         is_text(picture.stem),
         f"The name of the picture {str(picture)!a} is not UTF-8 and cannot be a caption. Rename "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,25 @@ from PIL import Image
 from torch import Tensor
 
 from .buckets import Resolution, Size, is_enlarged
-from .captions import CaptionSettings, caption_variants, listed, read_captions
+from .captions import (
+    CaptionSettings,
+    caption_variants,
+    given_captions,
+    listed,
+    read_captions,
+)
 from .config import ALWAYS, Schedule, require
 from .masks import ALPHA, Mask, alpha_masks, folder_masks, latent_weights, mask_image
 from .pictures import PictureSettings, Transform, decode
-from .scan import PICTURE_EXTENSIONS, ContentHashes, OnBadFile, OnProgress, Picture, scan_folder
+from .scan import (
+    PICTURE_EXTENSIONS,
+    ContentHashes,
+    OnBadFile,
+    OnProgress,
+    Picture,
+    Scan,
+    scan_folder,
+)
 
 _SEED = 0
 """Of the orders of shuffled tags: they are encoded once, whatever the seed of a training."""
@@ -156,13 +170,17 @@ def image_folder(
     on_bad_file: OnBadFile = "stop",
     index_folder: Path | None = None,
     on_progress: OnProgress | None = None,
+    recursive: bool = False,
+    written: Mapping[str, tuple[str, ...]] | None = None,
+    keep: Callable[[Picture], bool] | None = None,
 ) -> Subset:
     """The pictures of one folder, sorted by name, each with its captions.
 
     `masks` is a folder of masks, or `masks.ALPHA` for the transparency of the pictures. Headers are
     read and bytes hashed here, once for each version of a file if `index_folder` is
-    given to remember them; pixels are decoded when they are encoded. Subfolders are not read.
-    `on_progress(done, total)` may raise to stop.
+    given to remember them; pixels are decoded when they are encoded. Subfolders are read if
+    `recursive`. `written` is a table of captions, as `captions.given_captions` has it; pictures for
+    which `keep` is false are left out. `on_progress(done, total)` may raise to stop.
 
     Raises:
         ValueError: the folder is missing or holds no pictures, a file is no picture, a caption is
@@ -171,30 +189,86 @@ def image_folder(
             left out, and named in the warnings.
     """
     require(repeats >= 1, f"Repeats must be 1 or more, got {repeats}. 1 shows each picture once.")
-    scan = scan_folder(path, index_folder, on_bad_file=on_bad_file, on_progress=on_progress)
+    scan = scan_folder(
+        path, index_folder, recursive=recursive, on_bad_file=on_bad_file, on_progress=on_progress
+    )
     _require_some(scan.pictures, scan.folder)
-    written, warnings = read_captions([Path(p.path) for p in scan.pictures], captions)
+    told: list[str] = []
+    if keep:
+        kept, dropped = [], []
+        for picture in scan.pictures:
+            (kept if keep(picture) else dropped).append(picture)
+        names = [Path(picture.path).name for picture in dropped]
+        told = [f"Left out by the settings of the dataset: {listed(names)}."] if names else []
+        require(
+            bool(kept),
+            f"The settings of the dataset leave out all pictures of {scan.folder}. Check its "
+            "limits of size and shape.",
+        )
+        scan = dataclasses.replace(scan, pictures=tuple(kept))
+    paths, root = [Path(picture.path) for picture in scan.pictures], Path(scan.folder)
+    if written is None:
+        texts, warnings = read_captions(paths, captions, root)
+    else:
+        texts, warnings = given_captions(paths, written, captions, root)
+    return subset_of(
+        scan,
+        texts,
+        resolution=resolution,
+        repeats=repeats,
+        pictures=pictures,
+        captions=captions,
+        masks=masks,
+        on_bad_file=on_bad_file,
+        index_folder=index_folder,
+        on_progress=on_progress,
+        told=(*told, *warnings),
+        name=root.name,
+    )
+
+
+def subset_of(
+    scan: Scan,
+    texts: Sequence[tuple[str, ...]],
+    *,
+    name: str,
+    resolution: Resolution,
+    repeats: int = 1,
+    pictures: PictureSettings = DEFAULT_PICTURES,
+    captions: CaptionSettings = DEFAULT_CAPTIONS,
+    masks: str | Path | None = None,
+    on_bad_file: OnBadFile = "stop",
+    index_folder: Path | None = None,
+    on_progress: OnProgress | None = None,
+    told: Sequence[str] = (),
+) -> Subset:
+    """The pictures of a scan with their captions as they are written; the rest as `image_folder`.
+
+    Raises:
+        ValueError: a picture cannot be read, a mask is missing or no mask of its picture, or all
+            pictures are bad.
+    """
     hashes = ContentHashes(index_folder / "contents.json" if index_folder else None)
     contents = hashes.of_all(scan.pictures, on_progress).digests
     found: Sequence[Mask | str | None] = [None] * len(contents)
     if masks == ALPHA:
         found = alpha_masks(scan.pictures, contents)
     elif masks:
-        found = folder_masks(scan.pictures, masks, index_folder, hashes, on_progress)
+        found = folder_masks(scan.pictures, masks, scan.folder, index_folder, hashes, on_progress)
     wrong = (mask for mask in found if isinstance(mask, str))
     left_out = [*(sentence for _, sentence in scan.skipped), *wrong]
     require(on_bad_file == "skip" or not left_out, "".join(left_out[:1]))
     records = make_records(
-        scan.pictures, written, contents, found, captions=captions, repeats=repeats
+        scan.pictures, texts, contents, found, captions=captions, repeats=repeats
     )
     require(bool(records), "".join(left_out[:1]))
     return Subset(
         records=records,
         resolution=resolution,
-        name=Path(scan.folder).name,
+        name=name,
         pictures=pictures,
         captions=captions,
-        told=(*_told(scan.pictures), *warnings, *(f"Left out: {text}" for text in left_out)),
+        told=(*_told(scan.pictures), *told, *(f"Left out: {text}" for text in left_out)),
     )
 
 

@@ -1,6 +1,6 @@
-"""A FLUX of a Hugging Face repository, in the hub's own cache.
+"""A FLUX of a Hugging Face repository, in the hub's own cache; what every use of the hub needs.
 
-Nothing else here uses the network, and this only for a repository that the user named. Token,
+Only this and `hub_dataset` use the network, and only for a repository that the user named. Token,
 mirror and offline mode are the hub's own: `hf auth login` or HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
@@ -12,12 +12,16 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from .config import require
 from .files import not_written
 from .flux import FluxConfig
 from .load import flux_config, inspect_flux
 from .tensor_files import shapes_in_header
+
+Kind = Literal["model", "dataset"]
+"""Of a repository."""
 
 _FOLDER = "transformer/"
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
@@ -30,7 +34,7 @@ def require_hub_id(hub_id: str) -> None:
     require(
         _HUB_ID.fullmatch(hub_id) is not None,
         "A Hugging Face repository is named by its owner and its name, such as "
-        f"black-forest-labs/FLUX.1-dev, got {hub_id!r}. Leave hub_id empty to use model.",
+        f"black-forest-labs/FLUX.1-dev, got {hub_id!r}. Leave hub_id empty if none is meant.",
     )
 
 
@@ -65,16 +69,16 @@ def inspect_hub_flux(hub_id: str) -> FluxConfig:
     path = _cached(hub_id)
     if path is not None:
         return inspect_flux(path).config
-    with _refusals(hub_id):
+    with refusals(hub_id):
         return _config_in_headers(hub_id, _listed_files(hub_id))
 
 
 def _cached(hub_id: str) -> Path | None:
     """Where the model is in the cache with every tensor of a FLUX, else None."""
     try:
-        snapshot = _snapshot(hub_id)
-        files = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*")]
-        path = _flux_path(snapshot, _flux_files(hub_id, files))
+        place = snapshot(hub_id)
+        files = [file.relative_to(place).as_posix() for file in place.rglob("*")]
+        path = _flux_path(place, _flux_files(hub_id, files))
         inspect_flux(path)
     except (OSError, ValueError):
         return None
@@ -84,13 +88,13 @@ def _cached(hub_id: str) -> Path | None:
 def _downloaded(hub_id: str, on_progress: Callable[[int, int], None]) -> Path:
     from huggingface_hub import hf_hub_download
 
-    with _refusals(hub_id):
+    with refusals(hub_id):
         names = _listed_files(hub_id)
         _config_in_headers(hub_id, names)  # before gigabytes of something else
         for done, name in enumerate(names):
             on_progress(done, len(names))
             hf_hub_download(hub_id, name)
-        return _flux_path(_snapshot(hub_id), names)
+        return _flux_path(snapshot(hub_id), names)
 
 
 def _listed_files(hub_id: str) -> list[str]:
@@ -119,8 +123,8 @@ def _config_in_headers(hub_id: str, names: list[str]) -> FluxConfig:
 
 
 @contextmanager
-def _refusals(hub_id: str) -> Iterator[None]:
-    """What the hub's client raises becomes a sentence."""
+def refusals(hub_id: str, kind: Kind = "model") -> Iterator[None]:
+    """What the hub's client raises becomes a sentence, as a ValueError."""
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -131,17 +135,18 @@ def _refusals(hub_id: str) -> Iterator[None]:
 
     # requests' errors are OSErrors, hf_xet's are RuntimeErrors; those of httpx, which the hub uses
     # from 1.0 on, have only this base.
+    page = f"{ENDPOINT}/{hub_id if kind == 'model' else f'datasets/{hub_id}'}"
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         yield
     except OfflineModeIsEnabled as error:
         raise ValueError(
             f"'{hub_id}' is not in the cache of the Hugging Face Hub, and HF_HUB_OFFLINE forbids "
-            "its download. Unset the variable, or leave hub_id empty and choose a model."
+            "its download. Unset the variable, or leave hub_id empty."
         ) from error
     except GatedRepoError as error:
         raise ValueError(
-            f"The repository '{hub_id}' is gated. Accept its licence on {ENDPOINT}/{hub_id}, then "
+            f"The repository '{hub_id}' is gated. Accept its licence on {page}, then "
             "log in with `hf auth login`, or start ComfyUI with HF_TOKEN set."
         ) from error
     except RepositoryNotFoundError as error:
@@ -151,7 +156,7 @@ def _refusals(hub_id: str) -> Iterator[None]:
         ) from error
     except (OSError, RuntimeError, http_error) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise not_written(_repository(hub_id), error) from error
+            raise not_written(_repository(hub_id, kind), error) from error
         is_answer = isinstance(error, HfHubHTTPError)
         reason = str(error).partition("\n")[0] if is_answer else type(error).__name__
         raise ValueError(
@@ -160,19 +165,22 @@ def _refusals(hub_id: str) -> Iterator[None]:
         ) from error
 
 
-def _repository(hub_id: str) -> Path:
+def _repository(hub_id: str, kind: Kind) -> Path:
     """The repository's folder in the cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    return Path(HF_HUB_CACHE) / f"{kind}s--{hub_id.replace('/', '--')}"
 
 
-def _snapshot(hub_id: str) -> Path:
+def snapshot(hub_id: str, kind: Kind = "model") -> Path:
     """Its main branch in the cache, by the cache's documented layout.
 
     The hub's own look-ups do not say whether a part of a repository is there, or want all of it.
+
+    Raises:
+        OSError: nothing of it was downloaded.
     """
-    repository = _repository(hub_id)
+    repository = _repository(hub_id, kind)
     return repository / "snapshots" / (repository / "refs" / "main").read_text(encoding="utf-8")
 
 
@@ -198,5 +206,5 @@ def _flux_files(hub_id: str, files: list[str]) -> list[str]:
     return single
 
 
-def _flux_path(snapshot: Path, names: list[str]) -> Path:
-    return snapshot / (_FOLDER if names[0].startswith(_FOLDER) else names[0])
+def _flux_path(place: Path, names: list[str]) -> Path:
+    return place / (_FOLDER if names[0].startswith(_FOLDER) else names[0])

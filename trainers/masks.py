@@ -6,6 +6,7 @@ of the picture itself.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,31 +48,36 @@ def alpha_masks(pictures: Sequence[Picture], contents: Sequence[str]) -> list[Ma
 def folder_masks(
     pictures: Iterable[Picture],
     folder: str | Path,
+    root: str,
     index_folder: Path | None,
     hashes: ContentHashes,
     on_progress: OnProgress | None,
 ) -> list[Mask | str]:
-    """The mask of each picture: that of its name in `folder`, whatever the extension; or the
-    sentence that says what is wrong.
+    """The mask of each picture: that of its path below `root` in `folder`, whatever the extension;
+    or the sentence that says what is wrong.
 
     Raises:
         ValueError: the folder is missing, or two masks have one name.
     """
-    scan = scan_folder(folder, index_folder, on_bad_file="skip", on_progress=on_progress)
+    pictures = list(pictures)
+    recursive = any(os.path.dirname(picture.path) != root for picture in pictures)
+    scan = scan_folder(
+        folder, index_folder, recursive=recursive, on_bad_file="skip", on_progress=on_progress
+    )
     by_name: dict[str, Picture] = {}
     for picture in scan.pictures:
-        other = by_name.setdefault(Path(picture.path).stem, picture)
+        other = by_name.setdefault(_name_below(scan.folder, picture.path), picture)
         require(
             other is picture,
             f"The masks {other.path} and {picture.path} have one name. Remove one of them.",
         )
-    bad = {Path(path).stem: sentence for path, sentence in scan.skipped}
+    bad = {_name_below(scan.folder, path): sentence for path, sentence in scan.skipped}
     contents = dict(
         zip(by_name, hashes.of_all([*by_name.values()], on_progress).digests, strict=True)
     )
 
     def mask_of(picture: Picture) -> Mask | str:
-        name = Path(picture.path).stem
+        name = _name_below(root, picture.path)
         found = by_name.get(name)
         if found is None:
             missing = (
@@ -87,6 +93,11 @@ def folder_masks(
         return Mask(path=found.path, content=contents[name])
 
     return [mask_of(picture) for picture in pictures]
+
+
+def _name_below(folder: str, path: str) -> str:
+    """The path below the folder, without the extension."""
+    return os.path.splitext(path[len(os.path.join(folder, "")) :])[0]
 
 
 def mask_image(mask: Mask, data: bytes) -> Image.Image:

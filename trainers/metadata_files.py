@@ -2,6 +2,7 @@
 
 The convention is that of Hugging Face's ImageFolder: one entry per picture, with its path below the
 folder in the column `file_name` and its caption in another. Only these two columns are read.
+DiffSynth-Studio's convention is the same with other names of columns, and also has metadata.json.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import require
 from .packages import importing
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-FILE_NAME = "file_name"
-CAPTION_COLUMNS = ("text", "caption")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
+FILE_NAMES = ("file_name", "image")
+"""Where the path of a picture is: in Hugging Face's files, and in DiffSynth-Studio's."""
+CAPTION_COLUMNS = ("text", "caption", "prompt")
 """Where captions are when no column is named; the first that is there."""
 
 
@@ -48,19 +50,33 @@ def read_metadata(path: Path, column: str = "") -> dict[str, tuple[str, ...]]:
             line; in a parquet file that is the number of the row.
     """
     wanted = (column,) if column else CAPTION_COLUMNS
-    rows = {".jsonl": _json_rows, ".csv": _csv_rows}.get(path.suffix)
     entries: dict[str, tuple[str, ...]] = {}
     lines: dict[str, int] = {}
-    for line, row in rows(path) if rows else _parquet_rows(path, wanted):
-        name = _picture_name(row[_first_column(row, (FILE_NAME,), path, line)], path, line)
+    for line, row in read_table(path, (FILE_NAMES, wanted)):
+        name = _picture_name(row[first_column(row, FILE_NAMES, path, line)], path, line)
         require(
             name not in entries,
             f"Line {line} of {path} names the picture {name} again, after line {lines.get(name)}. "
             "Keep one of the two; several captions of a picture are a list of texts in one entry.",
         )
-        entries[name] = _texts(row, _first_column(row, wanted, path, line), path, line)
+        entries[name] = row_texts(row, first_column(row, wanted, path, line), path, line)
         lines[name] = line
     return entries
+
+
+def read_table(
+    path: Path, columns: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of each line or row of a .jsonl, .json, .csv or .parquet file, and what it holds.
+
+    Of each of `columns` a parquet file must have one or several, and only they are read. A .json
+    file is a list of objects.
+
+    Raises:
+        ValueError: if the file or a line of it is not as it should be.
+    """
+    rows = {".jsonl": _json_lines, ".json": _json_objects, ".csv": _csv_rows}.get(path.suffix)
+    return rows(path) if rows else _parquet_rows(path, columns)
 
 
 def is_text(value: Any) -> bool:
@@ -68,7 +84,12 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udfff]", value)
 
 
-def _first_column(columns: Collection[str], wanted: tuple[str, ...], path: Path, line: int) -> str:
+def first_column(columns: Collection[str], wanted: tuple[str, ...], path: Path, line: int) -> str:
+    """The first of the wanted columns that is there.
+
+    Raises:
+        ValueError: there is none.
+    """
     for column in wanted:
         if column in columns:
             return column
@@ -91,7 +112,12 @@ def _picture_name(value: Any, path: Path, line: int) -> str:
     return name
 
 
-def _texts(row: Mapping[str, Any], column: str, path: Path, line: int) -> tuple[str, ...]:
+def row_texts(row: Mapping[str, Any], column: str, path: Path, line: int) -> tuple[str, ...]:
+    """The captions in a column of a line; none if it holds null.
+
+    Raises:
+        ValueError: it holds something else than a text or a list of texts.
+    """
     value = row[column]
     texts = [] if value is None else value if isinstance(value, list) else [value]
     require(
@@ -107,7 +133,22 @@ def one_or_more(texts: list[str]) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts if text.strip()) or ("",)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        rows = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        if "UTF-8" in str(error):
+            raise
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(
+            f"The file {path} is not a list of JSON objects. Every picture must be one, with its "
+            "path and its caption."
+        )
+    yield from enumerate(rows, 1)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     # Not splitlines(): a text may hold a U+2028 as it is.
     for line, text in enumerate(_read_text(path).split("\n"), 1):
         if not text.strip():
@@ -143,7 +184,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise ValueError(f"Line {line} of {path} is not valid CSV: {error}.") from error
 
 
-def _parquet_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(
+    path: Path, columns: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     with importing("pyarrow"):
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
@@ -151,8 +194,10 @@ def _parquet_rows(path: Path, wanted: tuple[str, ...]) -> Iterator[tuple[int, di
         # Not read_table: it makes columns of folders that are named a=b.
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [_first_column(names, choices, path, 1) for choices in ((FILE_NAME,), wanted)]
-            table = file.read(columns=columns)
+            for choices in columns:
+                first_column(names, choices, path, 1)
+            wanted = {name for choices in columns for name in choices}
+            table = file.read(columns=[name for name in names if name in wanted])
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"The file {path} cannot be read as parquet: it is damaged or another kind of file. "

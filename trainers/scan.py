@@ -117,7 +117,7 @@ def scan_folder(
     index = index_folder / _index_name(folder, recursive) if index_folder else None
     known = _read_rows(index, _FACTS) if index else {}
     prefix_length = len(os.path.join(folder, ""))
-    report = _throttled(on_progress)
+    report = throttled(on_progress)
     pictures: list[Picture] = []
     fresh: dict[str, tuple] = {}
     num_read = 0
@@ -149,6 +149,42 @@ def scan_folder(
         other_files=frozenset(other_files),
         skipped=tuple(bad.found),
         num_read=num_read,
+    )
+
+
+def scan_files(
+    paths: Sequence[str],
+    folder: str | Path,
+    *,
+    on_bad_file: OnBadFile = "stop",
+    on_progress: OnProgress | None = None,
+) -> Scan:
+    """These files in their order, as `scan_folder` of a folder that holds them and others.
+
+    Nothing is remembered. `paths` are absolute and may name a file twice.
+
+    Raises:
+        ValueError: as `scan_folder`.
+    """
+    bad = _BadFiles(on_bad_file)
+    report = throttled(on_progress)
+    pictures: list[Picture] = []
+    for number, path in enumerate(paths, start=1):
+        try:
+            try:
+                facts = os.stat(path)
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            pictures.append(Picture(path, facts.st_size, facts.st_mtime_ns, *_read_header(path)))
+        except ValueError as error:
+            bad.add(path, error)
+        report(number, len(paths))
+    return Scan(
+        folder=os.path.abspath(folder),
+        pictures=tuple(pictures),
+        other_files=frozenset(),
+        skipped=tuple(bad.found),
+        num_read=len(paths),
     )
 
 
@@ -194,7 +230,7 @@ class ContentHashes:
         began = time.perf_counter()
         keys = [(picture.path, picture.num_bytes, picture.mtime_ns) for picture in pictures]
         missing = [key for key in keys if not self._remembered(*key)]
-        report = _throttled(on_progress)
+        report = throttled(on_progress)
         done = len(keys) - len(missing)
         digests = {}
         turns = [missing[i : i + _FILES_PER_TURN] for i in range(0, len(missing), _FILES_PER_TURN)]
@@ -357,7 +393,8 @@ def _unreadable(path: str, error: OSError) -> ValueError:
     return ValueError(f"Cannot read the file {path}: {error.strerror}.")
 
 
-def _throttled(on_progress: OnProgress | None) -> OnProgress:
+def throttled(on_progress: OnProgress | None) -> OnProgress:
+    """Calls it ten times a second at most, and at the end."""
     due = 0.0
 
     def report(done: int, total: int) -> None:

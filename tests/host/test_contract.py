@@ -57,6 +57,16 @@ FROZEN = {
         ],
         ["dataset ATELIER_DATASET"],
     ),
+    "AtelierImportDataset": (["file COMBO", "on_bad_file COMBO"], ["dataset ATELIER_DATASET"]),
+    "AtelierHubDataset": (
+        [
+            *("folder COMBO", "width INT", "height INT", "mode COMBO", "repeats INT"),
+            *("trigger STRING", "missing_captions COMBO", "on_bad_file COMBO"),
+            *("captions? ATELIER_CAPTION_SETTINGS", "pictures? ATELIER_PICTURE_SETTINGS"),
+            "hub_id? STRING",
+        ],
+        ["dataset ATELIER_DATASET"],
+    ),
     "AtelierCaptionSettings": (
         [
             *("source COMBO", "instance_prompt STRING", "column STRING", "lines COMBO"),

@@ -14,7 +14,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Serves `<folder>/<owner>/<name>/` as repositories; gated ones by their id and token."""
+    """Serves `<folder>/<owner>/<name>/` as models and `<folder>/datasets/<owner>/<name>/` as
+    datasets; gated ones by this path and their token."""
 
     def __init__(self, folder: Path, gated: Mapping[str, str]) -> None:
         self.folder, self.gated = folder, gated
@@ -57,13 +58,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, has_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server_hub.requests.append((self.command, path))
-        is_list = path.startswith("/api/models/")
-        owner, name, *rest = path.removeprefix("/api/models" if is_list else "")[1:].split("/")
-        folder = self.server_hub.folder / owner / name
-        token = self.server_hub.gated.get(f"{owner}/{name}")
+        is_list = path.startswith("/api/")
+        parts = path.removeprefix("/api").removeprefix("/models")[1:].split("/")
+        length = 3 if parts[0] == "datasets" else 2
+        hub_id, rest = "/".join(parts[:length]), parts[length:]
+        folder = self.server_hub.folder / hub_id
+        token = self.server_hub.gated.get(hub_id)
         if not folder.is_dir():
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, has_body)
-        elif is_list:  # /api/models/<id>/tree/<revision>: also gated ones are listed
+        elif is_list:  # /api/models/<id>/tree/<revision>, also of datasets; gated ones are listed
             self._send(200, _tree(folder), {"Content-Type": "application/json"}, has_body)
         elif token and self.headers["Authorization"] != f"Bearer {token}":
             self._send(401, b"", {"X-Error-Code": "GatedRepo"}, has_body)
