@@ -120,6 +120,7 @@ class CacheLatents(io.ComfyNode):
         encode = _not_loaded
         if vae is not None or not encoder_id:
             encode, encoder_id = latent_encoder(vae, TILES[tile])
+        left_out: list[str] = []
         with _enough_memory(
             "The GPU's memory is not enough to encode these pictures. Set batch_size to 1, or tile "
             "to 1024 or 512."
@@ -133,10 +134,11 @@ class CacheLatents(io.ComfyNode):
                 batch_size=batch_size,
                 limit_bytes=int(limit_gb * 1e9),
                 on_progress=host.Progress().update,
+                on_skip=left_out.append,
             )
         memory.remember(encoder_id)
         done = f"Pictures cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
-        return io.NodeOutput(cache, ui=host.report(cls.hidden.unique_id, done))
+        return io.NodeOutput(cache, ui=host.report(cls.hidden.unique_id, done, *left_out))
 
 
 class EncodePrompts(io.ComfyNode):

@@ -35,7 +35,7 @@ class ImportEmbeddings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file",
-                    options=host.dataset_files(".parquet"),
+                    options=host.dataset_files((".parquet",)),
                     tooltip="A parquet file below ComfyUI's input folder, with the columns "
                     "image_hash, prompt_embeds, pooled_prompt_embeds and text_ids. Press R to list "
                     "new files.",

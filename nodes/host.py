@@ -127,36 +127,6 @@ def dataset_folder(name: str) -> Path:
     )
 
 
-def dataset_files(ending: str) -> list[str]:
-    """Names of the files below the dataset roots that end so, with forward slashes."""
-    names = {
-        Path(folder, name).relative_to(root).as_posix()
-        for root in dataset_roots()
-        for folder, _, files in os.walk(root)
-        for name in files
-        if name.lower().endswith(ending)
-    }
-    return sorted(names)
-
-
-def dataset_file(name: str) -> Path:
-    """The file called `name` below a dataset root.
-
-    Raises:
-        ValueError: there is none, or the name or a link leads out of the root.
-    """
-    path = PurePosixPath(name.replace("\\", "/"))
-    is_inside = bool(path.parts) and not path.is_absolute() and ":" not in name
-    for root in dataset_roots() if is_inside and ".." not in path.parts else []:
-        file = root.joinpath(path)
-        if file.is_file() and file.resolve().is_relative_to(root.resolve()):
-            return file
-    raise ValueError(
-        f"The file {name!r} is not below {dataset_roots()[0]}. Put it there, or press R and choose "
-        "another."
-    )
-
-
 def model_file(kind: str, name: str) -> Path | None:
     """The file that ComfyUI's own loaders open for `name`, or None."""
     path = folder_paths.get_full_path(kind, name)

@@ -9,8 +9,9 @@ Shapes: B batch, C latent channels, H W pixels, h w latent size, L text tokens, 
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .filling import OnProgress, fill
 from .flux import LATENT_CHANNELS
 from .masks import Mask
 from .pictures import Transform, transform
+from .scan import OnBadFile
 from .shards import Shards
 
 LATENTS = ("distribution", "one sample")
@@ -109,45 +111,50 @@ def cache_latents(
     batch_size: int = 1,
     limit_bytes: int | None = None,
     on_progress: OnProgress | None = None,
+    on_skip: Callable[[str], None] = lambda sentence: None,
 ) -> LatentCache:
     """Encode the pictures that are not in `folder` yet, `batch_size` of one size at a time.
 
     `encode` is not called when nothing is missing. Whatever stops the work, what is done stays.
+    `on_skip` is told of each picture that its subset leaves out because it is bad.
 
     Raises:
         ValueError: what is missing would take more than `limit_bytes` or than the disk has, a
-            picture changed or broke, or the latents are not finite.
+            picture or a mask changed or is bad, or the latents are not finite.
     """
     cache = latent_cache(dataset, encoder_id, folder, settings)
-    wanted: dict[str, tuple[Record, Transform]] = {}
-    masks: dict[str, tuple[Mask, Transform]] = {}
+    wanted: dict[str, _Wanted] = {}
+    masks: dict[str, _Wanted] = {}
     for subset, cached in zip(dataset.subsets, cache.subsets, strict=True):
         for record, entry in zip(subset.records, cached.entries, strict=True):
-            transforms = _transforms(subset, record)
-            wanted |= {key: (record, how) for key, how in zip(entry.keys, transforms, strict=True)}
-            if record.mask:
-                hows = zip(entry.masks, transforms, strict=True)
-                masks |= {key: (record.mask, how) for key, how in hows}
+            hows = [_Wanted(record, how, subset.on_bad_file) for how in _transforms(subset, record)]
+            wanted |= zip(entry.keys, hows, strict=True)
+            masks |= zip(entry.masks, hows, strict=False)
+    bad: dict[str, str] = {}
 
-    def read(keys: list[str]) -> Tensor:
-        batch = [wanted[key] for key in keys]
-        return torch.stack([transform(open_picture(record), how) for record, how in batch])
+    def read(keys: list[str]) -> list[tuple[str, Tensor]]:
+        return list(_readable(keys, wanted, lambda one: one.pixels(), bad))
 
-    def encode_batch(keys: list[str], pixels: Tensor) -> Iterator[dict[str, Tensor]]:
-        mean, std = encode(pixels)
-        for index, key in enumerate(keys):
-            _require_finite(mean[index], f"the picture {wanted[key][0].path}")
+    def encode_batch(batch: list[tuple[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        if not batch:
+            return
+        mean, std = encode(torch.stack([pixels for _, pixels in batch]))
+        for index, (key, _) in enumerate(batch):
+            _require_finite(mean[index], f"the picture {wanted[key].record.path}")
             if settings.is_sample:
-                yield {"mean": _sample(mean[index], std[index], key)}
+                yield key, {"mean": _sample(mean[index], std[index], key)}
             else:
-                yield {"mean": mean[index], "std": std[index]}
+                yield key, {"mean": mean[index], "std": std[index]}
 
-    def weigh(keys: list[str]) -> list[dict[str, Tensor]]:
-        return [{"mask": mask_weights(*masks[key])} for key in keys]
+    def weigh(keys: list[str]) -> list[tuple[str, dict[str, Tensor]]]:
+        return [
+            (key, {"mask": weights})
+            for key, weights in _readable(keys, masks, lambda one: one.weights(), bad)
+        ]
 
     shards = Shards(folder)
-    sizes = {key: (how.width, how.height) for key, (_, how) in wanted.items()}
-    mask_sizes = {key: (how.width, how.height) for key, (_, how) in masks.items()}
+    sizes = {key: one.size for key, one in wanted.items()}
+    mask_sizes = {key: one.size for key, one in masks.items()}
     num_floats = LATENT_CHANNELS * (1 if settings.is_sample else 2)
     require_room(
         shards.folder,
@@ -157,8 +164,10 @@ def cache_latents(
     )
     fill(shards, sizes, batch_size, read, encode_batch, on_progress)
     if masks:
-        fill(shards, mask_sizes, 1, weigh, lambda _, made: made, on_progress)
-    return cache
+        fill(shards, mask_sizes, 1, weigh, lambda made: made, on_progress)
+    for sentence in dict.fromkeys(bad.values()):
+        on_skip(f"Left out: {sentence}")
+    return _without(cache, bad)
 
 
 def cache_prompts(
@@ -186,21 +195,70 @@ def cache_prompts(
     shards = Shards(folder)
     missing = shards.missing(texts_by_key)
 
-    def encode_batch(keys: list[str], batch: list[str]) -> Iterator[dict[str, Tensor]]:
+    def encode_batch(keys: list[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        batch = [texts_by_key[key] for key in keys]
         embeds, pooled = encode(batch)
         if keys[0] == missing[0]:
             text_bytes = embeds[0].nbytes + pooled[0].nbytes
             require_room(shards.folder, len(missing) * text_bytes, limit_bytes)
-        for index, text in enumerate(batch):
+        for index, (key, text) in enumerate(zip(keys, batch, strict=True)):
             _require_finite(embeds[index], f"the caption {text[:80]!r}")
-            yield {"prompt_embeds": embeds[index], "pooled": pooled[index]}
-
-    def texts_of(keys: list[str]) -> list[str]:
-        return [texts_by_key[key] for key in keys]
+            yield key, {"prompt_embeds": embeds[index], "pooled": pooled[index]}
 
     groups = dict.fromkeys(texts_by_key)  # all have one length, so any of them share a batch
-    fill(shards, groups, batch_size, texts_of, encode_batch, on_progress)
+    fill(shards, groups, batch_size, lambda keys: keys, encode_batch, on_progress)
     return cache
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A picture at one size, and its mask."""
+
+    record: Record
+    how: Transform
+    on_bad_file: OnBadFile
+
+    @property
+    def size(self) -> Size:
+        return self.how.width, self.how.height
+
+    def pixels(self) -> Tensor:
+        return transform(open_picture(self.record), self.how)
+
+    def weights(self) -> Tensor:
+        assert self.record.mask is not None
+        return mask_weights(self.record.mask, self.how)
+
+
+def _readable(
+    keys: Iterable[str],
+    wanted: Mapping[str, _Wanted],
+    read: Callable[[_Wanted], Tensor],
+    bad: dict[str, str],
+) -> Iterator[tuple[str, Tensor]]:
+    """What is read for each key; those that are to be skipped go into `bad` with the reason."""
+    for key in keys:
+        one = wanted[key]
+        try:
+            yield key, read(one)
+        except ValueError as error:
+            if one.on_bad_file == "stop":
+                raise
+            bad[key] = str(error)
+
+
+def _without(cache: LatentCache, bad: Mapping[str, str]) -> LatentCache:
+    """The cache without the entries that have one of the keys.
+
+    Raises:
+        ValueError: if nothing is left of a subset.
+    """
+    subsets = []
+    for subset in cache.subsets:
+        kept = tuple(e for e in subset.entries if bad.keys().isdisjoint((*e.keys, *e.masks)))
+        require(bool(kept), next(iter(bad.values()), ""))
+        subsets.append(dataclasses.replace(subset, entries=kept))
+    return dataclasses.replace(cache, subsets=tuple(subsets))
 
 
 def _latent_subset(subset: Subset, encoder_id: str, settings: LatentSettings) -> LatentSubset:

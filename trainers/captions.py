@@ -10,7 +10,7 @@ import hashlib
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,9 @@ MissingCaptions = Literal["error", "file name", "empty"]
 MISSING_CAPTIONS: tuple[MissingCaptions, ...] = ("error", "file name", "empty")
 CaptionLines = Literal["one", "each", "first"]
 CAPTION_LINES: tuple[CaptionLines, ...] = ("one", "each", "first")
+
+OnBad = Callable[[str, ValueError], None]
+"""Called with the path of a picture and what is wrong with its caption. It may raise to stop."""
 
 TRIGGER_MARK = "[trigger]"
 """Stands for the trigger word in captions that are made for ai-toolkit."""
@@ -122,26 +125,35 @@ class CaptionSettings:
         return self.missing != "error" or bool(self.default)
 
 
+def stop(path: str, error: ValueError) -> None:
+    """What is done with a bad file unless the caller collects them."""
+    raise error
+
+
 def read_captions(
-    pictures: Sequence[Path], settings: CaptionSettings, root: Path | None = None
+    pictures: Sequence[Path],
+    settings: CaptionSettings,
+    root: Path | None = None,
+    on_bad: OnBad = stop,
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     """The captions of each picture, one or more in the order of `pictures`, and warnings.
 
     Captions are as they are written: without trigger, prefix and suffix. A metadata file is looked
     for in the folder of a picture and, with `root`, in those above it up to `root`; the paths of
-    `pictures` are then absolute if `root` is.
+    `pictures` are then absolute if `root` is. A caption that is missing or is not text is given to
+    `on_bad`; where that goes on, the picture has no captions.
 
     Raises:
-        ValueError: a caption is missing, is not text, or a metadata file is not as it should be.
+        ValueError: a caption is bad and `on_bad` stops, or a metadata file is not as it should be.
     """
     if settings.source == "text file":
-        captions, warnings = _from_text_files(pictures, settings)
+        captions, warnings = _from_text_files(pictures, settings, on_bad)
     elif settings.source == "file name":
-        captions, warnings = [(name_as_caption(picture),) for picture in pictures], []
+        captions, warnings = _each(pictures, lambda p: (name_as_caption(p),), on_bad), []
     elif settings.source == "instance prompt":
         captions, warnings = [(settings.instance_prompt.strip(),)] * len(pictures), []
     else:
-        captions, warnings = _from_metadata(pictures, settings, root)
+        captions, warnings = _from_metadata(pictures, settings, root, on_bad)
     return captions, [*warnings, *_unused_marks(pictures, captions, settings)]
 
 
@@ -150,6 +162,7 @@ def given_captions(
     written: Mapping[str, tuple[str, ...]],
     settings: CaptionSettings,
     root: Path,
+    on_bad: OnBad = stop,
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     """`read_captions` from a table in place of the source of the settings.
 
@@ -157,10 +170,10 @@ def given_captions(
     its extension.
 
     Raises:
-        ValueError: a picture has none, and the settings do not let it be missing.
+        ValueError: a picture has none, the settings do not let it be missing, and `on_bad` stops.
     """
-    captions = []
-    for picture in pictures:
+
+    def captions_of(picture: Path) -> tuple[str, ...]:
         path = picture.relative_to(root)
         texts = written.get(path.as_posix()) or written.get(path.with_suffix("").as_posix())
         require(
@@ -168,7 +181,9 @@ def given_captions(
             f"The picture {picture} has no caption in the table or folder of captions. Add one "
             "there.",
         )
-        captions.append(texts or (filled_in(picture, settings),))
+        return texts or (filled_in(picture, settings),)
+
+    captions = _each(pictures, captions_of, on_bad)
     return captions, _unused_marks(pictures, captions, settings)
 
 
@@ -236,11 +251,26 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
-def _from_text_files(
-    pictures: Sequence[Path], settings: CaptionSettings
-) -> tuple[list[tuple[str, ...]], list[str]]:
-    captions, owners = [], {}
+def _each(
+    pictures: Sequence[Path], captions_of: Callable[[Path], tuple[str, ...]], on_bad: OnBad
+) -> list[tuple[str, ...]]:
+    """The captions of each picture, none where they are bad."""
+    captions: list[tuple[str, ...]] = []
     for picture in pictures:
+        try:
+            captions.append(captions_of(picture))
+        except ValueError as error:
+            on_bad(str(picture), error)
+            captions.append(())
+    return captions
+
+
+def _from_text_files(
+    pictures: Sequence[Path], settings: CaptionSettings, on_bad: OnBad
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    owners: dict[Path, list[str]] = {}
+
+    def captions_of(picture: Path) -> tuple[str, ...]:
         path = picture.with_suffix(settings.extension)
         text = read_caption_file(path)
         if text is None or (settings.default and not text.strip()):
@@ -249,10 +279,11 @@ def _from_text_files(
                 f"The picture {picture} has no caption file {path.name}. Write one, or let missing "
                 "captions be the file name or empty.",
             )
-            captions.append((filled_in(picture, settings),))
-        else:
-            owners.setdefault(path, []).append(picture.name)
-            captions.append(one_or_more(_split(text, settings.lines)))
+            return (filled_in(picture, settings),)
+        owners.setdefault(path, []).append(picture.name)
+        return one_or_more(_split(text, settings.lines))
+
+    captions = _each(pictures, captions_of, on_bad)
     shared = [name for names in owners.values() if len(names) > 1 for name in names]
     warnings = [f"Pictures that share a caption file: {listed(shared)}."] if shared else []
     return captions, warnings
@@ -293,25 +324,25 @@ def read_caption_file(path: Path) -> str | None:
 
 
 def _from_metadata(
-    pictures: Sequence[Path], settings: CaptionSettings, root: Path | None
+    pictures: Sequence[Path], settings: CaptionSettings, root: Path | None, on_bad: OnBad
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     files = {folder: _metadata_of(folder, root) for folder in {p.parent for p in pictures}}
     entries = {path: read_metadata(path, settings.column) for path in sorted(set(files.values()))}
     unused = {path: dict.fromkeys(names) for path, names in entries.items()}
-    captions = []
-    for picture in pictures:
+
+    def captions_of(picture: Path) -> tuple[str, ...]:
         path = files[picture.parent]
         name = picture.relative_to(path.parent).as_posix()
         unused[path].pop(name, None)
         texts = entries[path].get(name)
-        if not texts:
-            require(
-                settings.may_be_missing,
-                f"The picture {picture} has no caption in {path.name}. Write one, or let missing "
-                "captions be the file name or empty.",
-            )
-            texts = (filled_in(picture, settings),)
-        captions.append(texts)
+        require(
+            bool(texts) or settings.may_be_missing,
+            f"The picture {picture} has no caption in {path.name}. Write one, or let missing "
+            "captions be the file name or empty.",
+        )
+        return texts or (filled_in(picture, settings),)
+
+    captions = _each(pictures, captions_of, on_bad)
     warnings = [
         f"Entries of {path} without a picture: {listed(list(names))}."
         for path, names in unused.items()

@@ -28,6 +28,7 @@ from .masks import ALPHA, Mask, alpha_masks, folder_masks, latent_weights, mask_
 from .pictures import PictureSettings, Transform, decode
 from .scan import (
     PICTURE_EXTENSIONS,
+    BadFiles,
     ContentHashes,
     OnBadFile,
     OnProgress,
@@ -79,6 +80,8 @@ class Subset:
     name: str
     pictures: PictureSettings = DEFAULT_PICTURES
     captions: CaptionSettings = DEFAULT_CAPTIONS
+    on_bad_file: OnBadFile = "stop"
+    """What is done with a picture that turns out to be bad when it is decoded."""
     schedule: Schedule = ALWAYS
     is_regularization: bool = False
     """Whether its pictures train towards what the model draws without the LoRA."""
@@ -185,8 +188,8 @@ def image_folder(
     Raises:
         ValueError: the folder is missing or holds no pictures, a file is no picture, a caption is
             missing or not UTF-8, or a mask is missing or no mask of its picture. The message names
-            the file. With `on_bad_file` "skip" pictures that are none or whose mask is wrong are
-            left out, and named in the warnings.
+            the file. With `on_bad_file` "skip" pictures that are none or whose caption or mask is
+            wrong are left out, and named in the warnings.
     """
     require(repeats >= 1, f"Repeats must be 1 or more, got {repeats}. 1 shows each picture once.")
     scan = scan_folder(
@@ -207,12 +210,13 @@ def image_folder(
         )
         scan = dataclasses.replace(scan, pictures=tuple(kept))
     paths, root = [Path(picture.path) for picture in scan.pictures], Path(scan.folder)
+    bad = BadFiles(on_bad_file)
     if written is None:
-        texts, warnings = read_captions(paths, captions, root)
+        texts, warnings = read_captions(paths, captions, root, bad.add)
     else:
-        texts, warnings = given_captions(paths, written, captions, root)
+        texts, warnings = given_captions(paths, written, captions, root, bad.add)
     return subset_of(
-        scan,
+        dataclasses.replace(scan, skipped=(*scan.skipped, *bad.found)),
         texts,
         resolution=resolution,
         repeats=repeats,
@@ -268,6 +272,7 @@ def subset_of(
         name=name,
         pictures=pictures,
         captions=captions,
+        on_bad_file=on_bad_file,
         told=(*_told(scan.pictures), *told, *(f"Left out: {text}" for text in left_out)),
     )
 
@@ -282,7 +287,7 @@ def make_records(
     repeats: int,
 ) -> tuple[Record, ...]:
     """Records of pictures, their captions as they are written, and the hashes of their bytes; a
-    picture whose mask is a sentence that says what is wrong is left out."""
+    picture without a caption, or whose mask is a sentence that says what is wrong, is left out."""
     return tuple(
         Record(
             path=picture.path,
@@ -294,7 +299,7 @@ def make_records(
             repeats=repeats,
         )
         for picture, some, content, mask in zip(pictures, written, contents, masks, strict=True)
-        if not isinstance(mask, str)
+        if some and not isinstance(mask, str)
     )
 
 

@@ -22,13 +22,13 @@ def fill(
     groups: Mapping[str, Hashable],
     batch_size: int,
     read: Callable[[list[str]], _Read],
-    encode: Callable[[list[str], _Read], Iterable[dict[str, Tensor]]],
+    encode: Callable[[_Read], Iterable[tuple[str, dict[str, Tensor]]]],
     on_progress: OnProgress | None,
 ) -> None:
-    """Write the tensors by name that `encode` gives for each key that `shards` lack.
+    """Write what `encode` gives, keys with their tensors by name, for the keys that `shards` lack.
 
     Keys of one group, in batches, are given to `read`, and what it returns to `encode`. It runs in
-    another thread: while one batch is encoded, the next is read.
+    another thread: while one batch is encoded, the next is read. A key may be left out.
 
     Raises:
         ValueError: the batch size is below 1, and what `read`, `encode` and the disk raise. What
@@ -41,8 +41,8 @@ def fill(
     report(done, len(groups))
     batches = _batches(missing, groups, batch_size)
     with shards.writing() as write, ThreadPoolExecutor(1) as reader:
-        for keys, batch in _read_ahead(reader, read, batches):
-            for key, tensors in zip(keys, encode(keys, batch), strict=True):
+        for batch in _read_ahead(reader, read, batches):
+            for key, tensors in encode(batch):
                 write(key, {name: tensor.cpu() for name, tensor in tensors.items()})
                 done += 1
                 report(done, len(groups))
@@ -50,16 +50,16 @@ def fill(
 
 def _read_ahead(
     reader: ThreadPoolExecutor, read: Callable[[list[str]], _Read], batches: Iterable[list[str]]
-) -> Iterator[tuple[list[str], _Read]]:
-    """Each batch and what `read` gives for it, one more of which is on its way."""
-    ahead: tuple[list[str], Future[_Read]] | None = None
+) -> Iterator[_Read]:
+    """What `read` gives for each batch; the next one is on its way meanwhile."""
+    ahead: Future[_Read] | None = None
     for keys in batches:
-        following = keys, reader.submit(read, keys)
+        following = reader.submit(read, keys)
         if ahead:
-            yield ahead[0], ahead[1].result()
+            yield ahead.result()
         ahead = following
     if ahead:
-        yield ahead[0], ahead[1].result()
+        yield ahead.result()
 
 
 def _batches(

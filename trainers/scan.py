@@ -112,7 +112,7 @@ def scan_folder(
         on_bad_file in ON_BAD_FILE,
         f"on_bad_file must be one of {', '.join(ON_BAD_FILE)}, got {on_bad_file!r}.",
     )
-    bad = _BadFiles(on_bad_file)
+    bad = BadFiles(on_bad_file)
     files, other_files = _list_files(str(folder), recursive, bad)
     index = index_folder / _index_name(folder, recursive) if index_folder else None
     known = _read_rows(index, _FACTS) if index else {}
@@ -166,7 +166,7 @@ def scan_files(
     Raises:
         ValueError: as `scan_folder`.
     """
-    bad = _BadFiles(on_bad_file)
+    bad = BadFiles(on_bad_file)
     report = throttled(on_progress)
     pictures: list[Picture] = []
     for number, path in enumerate(paths, start=1):
@@ -286,7 +286,7 @@ class ContentHashes:
         return digest.hexdigest()
 
 
-class _BadFiles:
+class BadFiles:
     """Raises what is wrong with a file, or collects it."""
 
     def __init__(self, choice: OnBadFile) -> None:
@@ -300,7 +300,7 @@ class _BadFiles:
 
 
 def _list_files(
-    folder: str, recursive: bool, bad: _BadFiles
+    folder: str, recursive: bool, bad: BadFiles
 ) -> tuple[list[tuple[str, int, int]], set[str]]:
     """(path, size, mtime) of the pictures, sorted; paths of the other visible files."""
     pictures: list[tuple[str, int, int]] = []
@@ -333,7 +333,7 @@ def _list_files(
     return sorted(pictures), others
 
 
-def _entries(folder: str, bad: _BadFiles) -> list[os.DirEntry[str]]:
+def _entries(folder: str, bad: BadFiles) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             # macOS leaves "._name.jpg" files of its own beside pictures on shared drives.

@@ -364,7 +364,7 @@ def test_embeddings_go_to_the_recipe_and_come_back(runner: Runner, workplace: Pa
     path = workplace / "output" / "atelier" / "embeddings" / "mine.parquet"
     assert runner.texts["write"] == [f"Rows written: 2, to {path}."]
     path.rename(workplace / "input" / "red" / "mine.parquet")
-    assert "red/mine.parquet" in host.dataset_files(".parquet")
+    assert "red/mine.parquet" in host.dataset_files((".parquet",))
     read = {"dataset": ["dataset", 0], "file": "red/mine.parquet"}
     imported = runner.run(
         {
