@@ -26,10 +26,14 @@ function translateSentence(text) {
   return text
 }
 
-// A message is one template, or several, each on a line of its own.
+// A message is several templates, each on a line of its own, or one, whose values may have lines. A
+// value that ends a template would match all lines after it, so single lines are looked at first.
 export function translate(message) {
+  const lines = message.trim().split('\n')
+  const translated = lines.map(translateSentence)
+  if (translated.every((line, index) => line !== lines[index])) return translated.join('\n')
   const whole = translateSentence(message.trim())
-  return whole === message.trim() ? message.split('\n').map(translateSentence).join('\n') : whole
+  return whole === message.trim() ? translated.join('\n') : whole
 }
 
 // ComfyUI puts the name of the input before what a node says about it: "model - The model …".

@@ -50,7 +50,11 @@ class ImagesToDataset(io.ComfyNode):
                     tooltip="Which parts of the pictures are learned: white is, black is not. One "
                     "mask for each picture, of its size.",
                 ),
-                shared_input("captions"),
+                shared_input(
+                    "captions",
+                    tooltip="What is done with the captions, from Caption Settings; its source has "
+                    "no effect here. Without it: the texts, as they are.",
+                ),
                 shared_input("pictures"),
             ],
             outputs=[

@@ -114,7 +114,7 @@ def _joins(character: str) -> bool:
 
 
 def _escape(character: str) -> str:
-    return character.encode("ascii", "backslashreplace").decode()
+    return character.encode("unicode_escape").decode()
 
 
 def _has(name: str, character: str) -> bool:

@@ -144,7 +144,7 @@ def _eight_bit_mask(mask: Tensor, picture: Picture, index: int) -> np.ndarray:
     height, width = mask.shape
     require(
         (width, height) == (picture.width, picture.height),
-        f"Mask {index + 1} has {width}x{height} pixels and its picture "
+        f"The mask {index + 1} has {width}x{height} pixels and its picture "
         f"{picture.width}x{picture.height}. Make them equal.",
     )
     return _eight_bit(mask)

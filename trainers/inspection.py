@@ -59,37 +59,46 @@ def _epoch(dataset: Dataset, settings: TrainSettings) -> str:
     pictures = sum(len(subset.records) for subset in dataset.subsets)
     steps = batches / settings.gradient_accumulation
     return (
-        f"An epoch: {dataset.num_samples} samples of {pictures} pictures, in {batches} batches of "
-        f"up to {settings.batch_size}, which are {steps:.4g} steps with gradient accumulation "
-        f"{settings.gradient_accumulation}."
+        f"Epoch: samples {dataset.num_samples} of {pictures} pictures; batches of up to "
+        f"{settings.batch_size}: {batches}; steps with gradient accumulation "
+        f"{settings.gradient_accumulation}: {steps:.6g}."
     )
 
 
 def _subset_lines(dataset: Dataset, subset: Subset, batch_size: int) -> Iterator[str]:
-    schedule, name = subset.schedule, subset.name
-    yield f"{name}: {len(subset.records)} pictures, {subset.num_samples} samples per epoch."
+    schedule, name = subset.schedule, _label(dataset, subset)
+    yield f"Dataset {name}: pictures {len(subset.records)}, samples per epoch {subset.num_samples}."
     total = sum(other.schedule.probability for other in dataset.subsets)
     if total:
-        yield f"{name}: {schedule.probability / total:.1%} of the batches come from it."
+        yield f"Dataset {name}: share of the batches {schedule.probability / total:.1%}."
     if schedule.start_step:
-        yield f"{name}: its pictures are seen from step {schedule.start_step} on."
+        yield f"Dataset {name}: seen from step {schedule.start_step} on."
     if subset.is_regularization:
-        yield f"{name}: regularization, which keeps what the model can draw already."
+        yield f"Dataset {name}: regularization, which keeps what the model can draw already."
     num_masked = sum(record.mask is not None for record in subset.records)
     if num_masked:
-        yield f"{name}: {num_masked} of {len(subset.records)} pictures have a mask."
+        yield f"Dataset {name}: pictures with a mask {num_masked}."
     samples = _samples(subset)
     for (width, height), count in samples.most_common(_SIZES_NAMED):
-        yield _size_line(name, f"{width}x{height}", count, batch_size)
+        size = f"{width}x{height}"
+        batches, rest = math.ceil(count / batch_size), count % batch_size
+        if rest:
+            yield (
+                f"Size {size} of {name}: samples {count}, batches {batches}, one of them with only "
+                f"{rest}."
+            )
+        else:
+            yield f"Size {size} of {name}: samples {count}, batches {batches}."
     if len(samples) > _SIZES_NAMED:
-        yield f"{name}: {len(samples) - _SIZES_NAMED} more sizes with fewer pictures."
+        rarer = len(samples) - _SIZES_NAMED
+        yield f"Dataset {name}: further sizes, with fewer pictures {rarer}."
 
 
-def _size_line(name: str, size: str, count: int, batch_size: int) -> str:
-    batches, rest = math.ceil(count / batch_size), count % batch_size
-    if rest:
-        return f"{name}, {size}: {count} samples, {batches} batches, one of them of only {rest}."
-    return f"{name}, {size}: {count} samples, {batches} batches."
+def _label(dataset: Dataset, subset: Subset) -> str:
+    """The name of a subset, and its size where another has the same name."""
+    names = [other.name for other in dataset.subsets]
+    size = f" at {subset.resolution.width}x{subset.resolution.height}"
+    return subset.name + (size if names.count(subset.name) > 1 else "")
 
 
 def _samples(subset: Subset) -> Counter[Size]:

@@ -67,6 +67,21 @@ FROZEN = {
         ],
         ["dataset ATELIER_DATASET"],
     ),
+    "AtelierImagesToDataset": (
+        [
+            *("images IMAGE", "texts STRING", "width INT", "height INT", "mode COMBO"),
+            *("repeats INT", "trigger STRING", "masks? MASK"),
+            *("captions? ATELIER_CAPTION_SETTINGS", "pictures? ATELIER_PICTURE_SETTINGS"),
+        ],
+        ["dataset ATELIER_DATASET"],
+    ),
+    "AtelierInspectDataset": (
+        [
+            *("dataset ATELIER_DATASET", "length INT", "batch_size INT"),
+            *("gradient_accumulation INT", "max_pictures INT", "page INT"),
+        ],
+        ["sheet IMAGE", "report STRING"],
+    ),
     "AtelierCaptionSettings": (
         [
             *("source COMBO", "instance_prompt STRING", "column STRING", "lines COMBO"),
@@ -147,6 +162,7 @@ SETTINGS = {
     "AtelierTrainLoRA": {**RECIPE, "length": Length().amount, "unit": Length().unit},
     "AtelierEstimateMemory": {**RECIPE, "prompt_length": PROMPT_LENGTH},
     "AtelierEncodePrompts": {"length": PROMPT_LENGTH},
+    "AtelierInspectDataset": {**RECIPE, "length": PROMPT_LENGTH},
 }
 
 

@@ -105,32 +105,39 @@ class Name:
 
 
 class Runner:
-    """Runs graphs as ComfyUI does, each time with an empty cache of node outputs or with none."""
+    """Runs graphs as ComfyUI does, each time with an empty cache of node outputs or with none; or
+    one after the other, with what it keeps between them."""
 
-    def __init__(self, *, caches: bool = True) -> None:
+    def __init__(self, *, caches: bool = True, one_after_the_other: bool = False) -> None:
         self._caches = caches
+        self._keeps = one_after_the_other
+        self._executor: Any = None
 
     def run(self, graph: dict[str, Any]) -> Any:
-        """The value that the graph's Keep node got. Raises RuntimeError with ComfyUI's message."""
+        """The value that the graph's Keep node got, None if it did not run. Raises RuntimeError
+        with ComfyUI's message."""
         import execution  # brings in all of ComfyUI's nodes
 
         from nodes import NODE_CLASS_MAPPINGS  # noqa: TID251
 
         kinds = {name: NODE_CLASS_MAPPINGS[node["class_type"]] for name, node in graph.items()}
         outputs = [name for name, kind in kinds.items() if getattr(kind, "OUTPUT_NODE", False)]
-        server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None)
         Keep.kept.clear()
         CountingLoader.runs = 0
-        kind = execution.CacheType.CLASSIC if self._caches else execution.CacheType.NONE
-        sizes = {"ram": 0, "ram_inactive": 0, "lru": 0}
-        executor = execution.PromptExecutor(server, kind, cache_args=sizes)
+        if not (self._keeps and self._executor):
+            server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *_: None)
+            kind = execution.CacheType.CLASSIC if self._caches else execution.CacheType.NONE
+            sizes = {"ram": 0, "ram_inactive": 0, "lru": 0}
+            self._executor = execution.PromptExecutor(server, kind, cache_args=sizes)
+        executor = self._executor
         executor.execute(copy.deepcopy(graph), "prompt", {}, outputs)
         event, data = executor.status_messages[-1]
         if event != "execution_success":
             raise RuntimeError(data.get("exception_message", event))
         outputs = executor.history_result["outputs"]
         self.texts = {name: output["text"] for name, output in outputs.items() if "text" in output}
-        return Keep.kept[0]
+        self.images = {name: out["images"] for name, out in outputs.items() if "images" in out}
+        return Keep.kept[0] if Keep.kept else None
 
 
 def forget_networks() -> None:
