@@ -25,6 +25,9 @@ FILES = {
 }
 """What the graph for FLUX.1-dev expects in models/, by input."""
 
+FOLDERS = ("openmoji", "my_pictures", "my_masks", "my_class_pictures")
+"""What the graphs expect below input/."""
+
 workflows = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
 
@@ -59,7 +62,7 @@ def test_workflows_hold_values_of_the_declared_types(server: ComfyServer, path: 
             if isinstance(value, list):  # a link
                 continue
             if choices is not None:
-                assert value in {*choices, *FILES.values(), "openmoji", "my_pictures"}
+                assert value in {*choices, *FILES.values(), *FOLDERS}
             else:
                 assert isinstance(value, python_types[kind])
                 assert options.get("min", value) <= value <= options.get("max", value)
@@ -88,6 +91,36 @@ def test_the_quickstart_runs(server: ComfyServer) -> None:
     assert images.keys() >= {"Before", "After", "Samples", "Loss"}
     assert server.view(images["Before"][0]) != server.view(images["After"][0])
     assert server.path_of(images["After"][0]).parent.name == "atelier"
+
+
+def test_a_folder_at_several_sizes_trains(server: ComfyServer) -> None:
+    run_briefly(server, "atelier_multi_resolution")
+
+
+def test_a_graph_of_masks_and_regularization_trains(server: ComfyServer) -> None:
+    """Long enough to see the class pictures, which begin at step 50 of the graph."""
+    inputs = server.base_directory / "input"
+    for folder in ("my_class_pictures", "my_masks"):
+        write_pictures(inputs / folder, size=128)
+    texts = run_briefly(server, "atelier_masks_and_regularization", "Schedule: keep.start_step=1")
+    assert any("regularization" in text for text in texts)
+
+
+def test_pictures_of_a_graph_train(server: ComfyServer) -> None:
+    run_briefly(server, "atelier_images_from_a_graph")
+
+
+def run_briefly(server: ComfyServer, name: str, *settings: str) -> list[str]:
+    """Two steps of a graph on pictures of random colours; the texts that its nodes gave."""
+    write_pictures(server.base_directory / "input" / "my_pictures", size=128)
+    object_info = server.object_info()
+    graph = workflow.load(ROOT / "workflows" / f"{name}.json", object_info)
+    for setting in ("Train LoRA.length=2", *settings):
+        workflow.apply_setting(graph, setting, object_info)
+    outputs = server.run(graph, timeout_s=300)["outputs"].values()
+    shown = [image for output in outputs for image in output.get("images", [])]
+    assert len(shown) == 2  # the contact sheet, and the loss
+    return [text for output in outputs for text in output.get("text", [])]
 
 
 def test_the_flux1_dev_graph_lacks_only_its_files(server: ComfyServer) -> None:
