@@ -38,8 +38,6 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class AtelierExtension(ComfyExtension):
-    async def on_load(self) -> None:
-        add_routes()
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        add_routes()  # not in on_load: 0.3.75 does not call it
         return NODES

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class LatentSettings:
     def is_sample(self) -> bool:
         return self.kept == LATENTS[1]
 
-    def facts(self, how: Transform) -> list[object]:
+    def facts(self, how: Transform) -> list[Any]:
         """What stands for this in a picture's key: nothing where it is the default."""
         is_tiled = 0 < self.tile < max(how.width, how.height)
         return [self.kept] * self.is_sample + [{"tile": self.tile}] * is_tiled

@@ -173,8 +173,8 @@ node.widgets.find((widget) => widget.type === 'button').callback()
 """
 
 CLEAR_TEXTS = {
-    "en": ("Clear cache", "Remove all encoded pictures?", "3.0 MiB are free again."),
-    "zh": ("清空缓存", "删除所有已编码的图片？", "已释放 3.0 MiB。"),
+    "en": ("Clear cache", "Remove all encoded pictures?", "Confirm", "3.0 MiB are free again."),
+    "zh": ("清空缓存", "删除所有已编码的图片？", "确认", "已释放 3.0 MiB。"),
 }
 
 
@@ -192,7 +192,7 @@ def cached_latents(browser_server: ComfyServer) -> Path:
 def test_the_button_of_cache_latents_clears_its_cache_when_it_is_confirmed(
     frontend: Frontend, cached_latents: Path, vue_nodes: bool, locale: str
 ) -> None:
-    label, question, done = CLEAR_TEXTS[locale]
+    label, question, confirm, done = CLEAR_TEXTS[locale]
     frontend.open(locale=locale, vue_nodes=vue_nodes)
     frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
     if vue_nodes:
@@ -202,10 +202,10 @@ def test_the_button_of_cache_latents_clears_its_cache_when_it_is_confirmed(
         frontend.click(f'[data-node-id="{node}"] button:has-text("{label}")')
     else:
         frontend.evaluate(PRESS_CLEAR, "AtelierCacheLatents")
-    assert question in frontend.wait_for(f".p-dialog:has-text('{question}')")
+    assert question in frontend.wait_for(f"[role=dialog]:has-text('{question}')")
     assert cached_latents.is_file()
-    frontend.click(".p-dialog .p-button:has(.pi-check)")
-    assert done in frontend.wait_for(f".p-toast-message:has-text('{done}')")
+    frontend.click(f"[role=dialog] button:has-text('{confirm}')")
+    assert done in frontend.wait_for(f"[role=alert]:has-text('{done}')")
     assert not cached_latents.exists()
     assert our_problems(frontend) == []
 
@@ -216,7 +216,7 @@ def test_a_button_that_is_not_confirmed_clears_nothing(
     frontend.open()
     frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
     frontend.evaluate(PRESS_CLEAR, "AtelierCacheLatents")
-    frontend.wait_for(".p-dialog:has-text('Remove all encoded pictures?')")
-    frontend.click(".p-dialog .p-button:has(.pi-times)")
+    frontend.wait_for("[role=dialog]:has-text('Remove all encoded pictures?')")
+    frontend.click("[role=dialog] button:has-text('Cancel')")
     frontend.evaluate("await new Promise((resolve) => setTimeout(resolve, 1000))")
     assert cached_latents.is_file()

@@ -350,7 +350,7 @@ def test_memory_that_is_not_enough_is_one_sentence(
     def run_out(*_: Any, **__: Any) -> None:
         raise comfy.model_management.OOM_EXCEPTION("no memory")
 
-    monkeypatch.setattr(executor.nano_vae().first_stage_model, "encoder", run_out)
+    monkeypatch.setattr(executor.nano_vae().first_stage_model.encoder, "forward", run_out)
     with pytest.raises(RuntimeError, match=r"^The GPU's memory is not enough to encode these pic"):
         runner.run(latents_graph())
 
