@@ -35,6 +35,9 @@ const commands = {
   async click({ selector }) {
     await page.locator(selector).first().click()
   },
+  async fill({ selector, text }) {
+    await page.locator(selector).first().fill(text)
+  },
   async press({ keys }) {
     await page.keyboard.press(keys)
   },

@@ -147,6 +147,11 @@ class Frontend:
     def click(self, selector: str) -> None:
         self._call("click", selector=selector)
 
+    def enter(self, selector: str, text: str) -> None:
+        """Write a text into a field, and press Enter."""
+        self._call("fill", selector=selector, text=text)
+        self._call("press", keys="Enter")
+
     def wait_for(self, selector: str) -> str:
         """The text of the first element that matches, once it is visible."""
         return self._call("wait", selector=selector)

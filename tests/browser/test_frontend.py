@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import workflow
 from comfy_server import ComfyServer
 from frontend import ROOT, WORKFLOWS, Frontend
+from PIL import Image
 
 CANVASES = {"classic": False, "nodes2": True}
 """Name to whether the nodes are drawn in HTML, as Nodes 2.0 does."""
@@ -220,3 +223,55 @@ def test_a_button_that_is_not_confirmed_clears_nothing(
     frontend.click("[role=dialog] button:has-text('Cancel')")
     frontend.evaluate("await new Promise((resolve) => setTimeout(resolve, 1000))")
     assert cached_latents.is_file()
+
+
+UPLOAD = """
+const node = app.graph.nodes.find((node) => node.type === 'AtelierImageFolderDataset')
+node.widgets.find((widget) => widget.type === 'button').callback()
+const picker = document.querySelector('.atelier-upload')
+const files = new DataTransfer()
+for (const [name, bytes] of argument)
+  files.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name))
+picker.files = files.files
+picker.dispatchEvent(new Event('change'))
+"""
+UPLOAD_TEXTS = {
+    "en": ("Upload pictures", "4 files lie in the folder"),
+    "zh": ("上传图片", "4 个文件已放入文件夹"),
+}
+
+
+def png_bytes(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("vue_nodes", CANVASES.values(), ids=CANVASES)
+@pytest.mark.parametrize("locale", UPLOAD_TEXTS)
+def test_pictures_and_captions_are_uploaded_into_a_folder_that_is_then_chosen(
+    frontend: Frontend, browser_server: ComfyServer, vue_nodes: bool, locale: str
+) -> None:
+    label, done = UPLOAD_TEXTS[locale]
+    folder = f"uploaded {locale} {vue_nodes}"
+    files = {
+        "one.png": png_bytes("red"),
+        "one.txt": b"a red picture",
+        "two.png": png_bytes("blue"),
+        "two.txt": "蓝色".encode(),
+    }
+    frontend.open(locale=locale, vue_nodes=vue_nodes)
+    frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
+    sent = [[name, base64.b64encode(data).decode()] for name, data in files.items()]
+    frontend.evaluate(UPLOAD, sent)
+    assert label in frontend.wait_for(f".p-dialog:has-text('{label}')")
+    frontend.enter(".p-dialog input", folder)
+    assert done in frontend.wait_for(f".p-toast-message:has-text('{done}')")
+    lying = browser_server.base_directory / "input" / folder
+    assert {path.name: path.read_bytes() for path in lying.iterdir()} == files
+    chosen = frontend.evaluate(
+        "return app.graph.nodes.find((node) => node.type === 'AtelierImageFolderDataset')"
+        ".widgets.find((widget) => widget.name === 'folder').value"
+    )
+    assert chosen == folder
+    assert our_problems(frontend) == []
