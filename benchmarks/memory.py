@@ -1,7 +1,7 @@
 """What one training step takes, beside what the pre-flight says of it, and beside the plain recipe.
 
     python -P benchmarks/memory.py [--formats nf4 int8 bf16] [--runs 5]        # an NVIDIA card
-    python -P benchmarks/memory.py --nano                          # a CPU, in about two minutes
+    python -P benchmarks/memory.py --nano                          # a CPU, in some minutes
 
 On a card: a FLUX.1-dev of true shape with random weights, which are made and packed matrix by
 matrix, so there is no file and no 24 GB in between; they wait in RAM (6.4 GB in nf4, 12 in int8, 24

@@ -7,7 +7,6 @@ to, the store.
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,22 +23,17 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..trainers.flux import AXES, LATENT_CHANNELS, FluxConfig, norm_sources
-from ..trainers.frozen import FrozenLora
-from ..trainers.load import BaseFlux, LoadedFlux
-from ..trainers.store import Weights, WeightStore
-from ..trainers.tensor_files import original_name
+from ..trainers.load import LoadedFlux
+from ..trainers.store import WeightStore
 from .linear import (
     PlacedLoras,
     RuntimeLora,
     StoreLinear,
     StoreModule,
     StoreOps,
-    kind_of_patch,
     lora_bytes,
     loras_beside,
-    runtime_lora,
 )
-from .parameters import flux_of_parameters
 
 
 class _Original(NamedTuple):
@@ -292,65 +286,6 @@ def _unet_config(config: FluxConfig) -> dict[str, Any]:
 def _norm_scales(loaded: LoadedFlux) -> dict[str, Tensor]:
     names = [f"{name}.scale" for name in norm_sources(loaded.config).values()]
     return {name: loaded.store.plain[name].clone() for name in names}
-
-
-def base_flux(model: Any) -> BaseFlux:
-    """The FLUX behind a MODEL, ours or the core's, with its LoRAs frozen.
-
-    Raises:
-        ValueError: if it is no FLUX.1, or carries patches that are no plain LoRAs.
-    """
-    is_ours = isinstance(model, StorePatcher)
-    return with_loras_of(model, model.model.atelier if is_ours else flux_of_parameters(model))
-
-
-def with_loras_of(model: Any, base: BaseFlux) -> BaseFlux:
-    """`base` with the LoRAs that a MODEL of the same weights carries, frozen; their shapes are all
-    that is asked of the weights.
-
-    Raises:
-        ValueError: if the MODEL carries patches that are no plain LoRAs.
-    """
-    return dataclasses.replace(base, frozen=_frozen_loras(model, base.store))
-
-
-def _frozen_loras(model: Any, store: Weights) -> tuple[FrozenLora, ...]:
-    """The LoRAs on a MODEL, those of a strength of 0 left out."""
-    if "bypass_lora" in model.injections:  # newer hosts' loader that patches nothing
-        raise ValueError(
-            "This MODEL carries a LoRA in bypass mode, which training cannot see. Put it on with "
-            "Apply LoRA or Load LoRA instead."
-        )
-    return tuple(
-        _frozen_lora(key, patch, store)
-        for key, patches in sorted(model.patches.items())
-        for patch in patches
-        if patch[0] != 0
-    )
-
-
-def _frozen_lora(key: str, patch: tuple, store: Weights) -> FrozenLora:
-    matrix = store.packed.get(original_name(key))
-    lora = runtime_lora(patch) if matrix is not None else None
-    if lora is None or matrix is None:
-        raise ValueError(
-            f"This MODEL carries a patch of the kind '{kind_of_patch(patch)}' on '{key}', and only "
-            "plain LoRAs can be trained on top of. Take it off, or save the MODEL with it by "
-            "ModelSave, load that file with Load Quantized FLUX and train on it."
-        )
-    name = original_name(key).removesuffix(".weight")
-    lora.check_shape(name, *matrix.shape)
-    start, down, up = lora.rows.start or 0, lora.down.cpu(), lora.ordered_up().cpu()
-    return FrozenLora(name=name, start=start, down=down, up=up, scale=lora.scale)
-
-
-def without_patches(model: Any) -> Any:
-    """The MODEL, or a clone of it without its patches."""
-    if not model.patches:
-        return model
-    clone = model.clone()
-    clone.patches, clone.patches_uuid = {}, uuid.uuid4()
-    return clone
 
 
 def add_lora(model: Any, tensors: dict[str, Tensor], strength: float) -> Any:

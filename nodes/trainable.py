@@ -1,4 +1,5 @@
-"""What is trained on of a MODEL: its own weights, or where ComfyUI pages these, those of its file.
+"""What is trained on of a MODEL: its own weights, or where ComfyUI pages these, those of its file;
+with its LoRAs, which stay as they are.
 
 Newer ComfyUIs page the weights of their own loaders' MODELs in and out on NVIDIA cards (dynamic
 VRAM): no tensor of them stays. Their patcher remembers how it was loaded, for copies on other
@@ -7,6 +8,8 @@ devices (`cached_patcher_init`: a function of comfy.sd and its arguments, a file
 
 from __future__ import annotations
 
+import dataclasses
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,15 @@ from torch import Tensor
 
 from ..trainers.devices import compute_dtype
 from ..trainers.flux import FluxConfig
+from ..trainers.frozen import FrozenLora
 from ..trainers.load import BaseFlux, inspect_flux, load_flux
 from ..trainers.memory import empty_store, store_bytes
-from ..trainers.store import Matrix, WeightStore
-from ..trainers.tensor_files import TensorFiles, model_files
+from ..trainers.store import Matrix, Weights, WeightStore
+from ..trainers.tensor_files import TensorFiles, model_files, original_name
 from . import host
-from .native import base_flux, build_model, with_loras_of, without_patches
+from .linear import kind_of_patch, runtime_lora
+from .native import StorePatcher, build_model
+from .parameters import flux_of_parameters
 
 _CORE_LOADERS = {
     ("comfy.sd", "load_diffusion_model"),
@@ -162,3 +168,62 @@ def _format_like(model: Any, config: FluxConfig) -> str:
     fp8 for an fp8 file, whose bytes are then kept."""
     has_8_bits = model.model_size() < 0.75 * store_bytes(config, "bf16")
     return "fp8" if has_8_bits else "bf16"
+
+
+def base_flux(model: Any) -> BaseFlux:
+    """The FLUX behind a MODEL, ours or the core's, with its LoRAs frozen.
+
+    Raises:
+        ValueError: if it is no FLUX.1, or carries patches that are no plain LoRAs.
+    """
+    is_ours = isinstance(model, StorePatcher)
+    return with_loras_of(model, model.model.atelier if is_ours else flux_of_parameters(model))
+
+
+def with_loras_of(model: Any, base: BaseFlux) -> BaseFlux:
+    """`base` with the LoRAs that a MODEL of the same weights carries, frozen; their shapes are all
+    that is asked of the weights.
+
+    Raises:
+        ValueError: if the MODEL carries patches that are no plain LoRAs.
+    """
+    return dataclasses.replace(base, frozen=_frozen_loras(model, base.store))
+
+
+def _frozen_loras(model: Any, store: Weights) -> tuple[FrozenLora, ...]:
+    """The LoRAs on a MODEL, those of a strength of 0 left out."""
+    if "bypass_lora" in model.injections:  # newer hosts' loader that patches nothing
+        raise ValueError(
+            "This MODEL carries a LoRA in bypass mode, which training cannot see. Put it on with "
+            "Apply LoRA or Load LoRA instead."
+        )
+    return tuple(
+        _frozen_lora(key, patch, store)
+        for key, patches in sorted(model.patches.items())
+        for patch in patches
+        if patch[0] != 0
+    )
+
+
+def _frozen_lora(key: str, patch: tuple, store: Weights) -> FrozenLora:
+    matrix = store.packed.get(original_name(key))
+    lora = runtime_lora(patch) if matrix is not None else None
+    if lora is None or matrix is None:
+        raise ValueError(
+            f"This MODEL carries a patch of the kind '{kind_of_patch(patch)}' on '{key}', and only "
+            "plain LoRAs can be trained on top of. Take it off, or save the MODEL with it by "
+            "ModelSave, load that file with Load Quantized FLUX and train on it."
+        )
+    name = original_name(key).removesuffix(".weight")
+    lora.check_shape(name, *matrix.shape)
+    start, down, up = lora.rows.start or 0, lora.down.cpu(), lora.ordered_up().cpu()
+    return FrozenLora(name=name, start=start, down=down, up=up, scale=lora.scale)
+
+
+def without_patches(model: Any) -> Any:
+    """The MODEL, or a clone of it without its patches."""
+    if not model.patches:
+        return model
+    clone = model.clone()
+    clone.patches, clone.patches_uuid = {}, uuid.uuid4()
+    return clone

@@ -14,6 +14,7 @@ from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import load_flux
 from atelier.trainers.store import WeightStore
 from dense import ROUND_TRIPS, dense_transformer, to_diffusers
+from diffusers import Flux2Transformer2DModel
 from flux_files import flux_shapes, flux_tensors, write_flux
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -332,6 +333,14 @@ def flux_2(folder: Path, tensors: Tensors) -> Path:
     return save(folder / "flux2.safetensors", {name: torch.zeros(8, 8) for name in names})
 
 
+def diffusers_flux_2(folder: Path, tensors: Tensors) -> Path:
+    """diffusers' own, in little."""
+    sizes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
+    widths = {"attention_head_dim": 128, "joint_attention_dim": 64, "in_channels": 16}
+    Flux2Transformer2DModel(**sizes, **widths).save_pretrained(folder / "transformer")
+    return folder
+
+
 def lora_file(folder: Path, tensors: Tensors) -> Path:
     name = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
     return save(folder / "lora.safetensors", {name: torch.zeros(4, 8)})
@@ -395,6 +404,7 @@ BAD_FILES: dict[Callable, str] = {
     sd3: r"^'sd3_medium.safetensors' is not a FLUX.1 model: .*Choose a FLUX.1 file",
     diffusers_sd3: r"^'.*' is not a FLUX.1 model: .*Choose a FLUX.1 file",
     flux_2: r"^'flux2.safetensors' is a FLUX.2 model, .* Choose a FLUX.1 file",
+    diffusers_flux_2: r"^'.*' is a FLUX.2 model, .* Choose a FLUX.1 file",
     lora_file: r"^'lora.safetensors' is not a FLUX.1 model: ",
     without_a_tensor: r"is an incomplete FLUX.1 model: 'single_blocks.1.linear2.bias' is missing\.",
     without_a_diffusers_tensor: r"is an incomplete FLUX.1 model: .*double_blocks.0.img_attn.qkv",

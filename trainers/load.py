@@ -221,7 +221,7 @@ def flux_config(shapes: dict[str, tuple[int, ...]], file_name: str) -> FluxConfi
     Raises:
         ValueError: if they make no whole FLUX.1; it names `file_name`.
     """
-    if "double_stream_modulation_img.lin.weight" in shapes:
+    if any(name.startswith("double_stream_modulation_img.") for name in shapes):
         raise ValueError(
             f"'{file_name}' is a FLUX.2 model, which is not known here. "
             "Choose a FLUX.1 file such as flux1-dev.safetensors."

@@ -21,10 +21,10 @@ import pytest
 import torch
 from atelier.nodes import host
 from atelier.nodes.lora import ApplyLora
-from atelier.nodes.native import add_lora, base_flux, build_model, without_patches
+from atelier.nodes.native import add_lora, build_model
 from atelier.nodes.parameters import flux_of_parameters
 from atelier.nodes.train import TrainLora
-from atelier.nodes.trainable import model_to_train
+from atelier.nodes.trainable import base_flux, model_to_train, without_patches
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.job import read_job
 from atelier.trainers.load import load_flux
