@@ -81,9 +81,8 @@ def dataset_file(name: str) -> Path:
         ValueError: there is none, or the name or a link leads out of the root.
     """
     path = PurePosixPath(name.replace("\\", "/"))
-    if not path.parts or path.is_absolute() or ":" in name or ".." in path.parts:
-        raise ValueError(f"The file must lie below input/, got {name!r}. Choose one from the list.")
-    for root in dataset_roots():
+    leads_out = path.is_absolute() or ":" in name or ".." in path.parts
+    for root in [] if leads_out else dataset_roots():
         file = root.joinpath(path)
         if file.is_file() and file.resolve().is_relative_to(root.resolve()):
             return file

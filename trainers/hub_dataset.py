@@ -200,7 +200,7 @@ def _rows(path: Path, column: str, *, wants_column: bool) -> Iterator[_Row]:
                     yield _Row(
                         place=f"{path}:{line}",
                         data=data if isinstance(data, bytes) else None,
-                        name=Path(name).name if is_text(name) else "",
+                        name=Path(str(name)).name if is_text(name) else "",
                         texts=row_texts(row, caption, path, line) if caption else (),
                     )
     except (OSError, pyarrow.ArrowException) as error:

@@ -152,14 +152,13 @@ def _resolutions(dataset: Settings) -> tuple[Resolution, ...]:
     if not sides or not all(type(side) in (int, float) for side in sides):
         raise dataset.fail("resolution", "a number of pixels or a list of them")
     in_buckets = dataset.flag("buckets", True) and not dataset.flag("square_crop")
-    found = [
-        Resolution(**sized(dataset, "resolution", (side, side), step=16), mode="square")
+    shape: dict[str, Any] = {"mode": "square"}
+    if in_buckets:
+        shape = {"mode": "preserved", "upscale": False, "max_aspect": ANY_ASPECT}
+    return tuple(
+        dataclasses.replace(sized(dataset, "resolution", (side, side), step=16), **shape)
         for side in sides
-    ]
-    if not in_buckets:
-        return tuple(found)
-    shape: dict[str, Any] = {"mode": "preserved", "upscale": False, "max_aspect": ANY_ASPECT}
-    return tuple(dataclasses.replace(resolution, **shape) for resolution in found)
+    )
 
 
 def _captions(dataset: Settings, *, trigger: str) -> CaptionSettings:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,14 @@ def _resolution(dataset: Settings) -> Resolution:
         dataset.note("{0}: sides of buckets are multiples of 16 or 64 pixels.", "bucket_reso_steps")
     size = sized(dataset, "resolution", (sides[0], sides[1]), step=step)
     if not in_buckets:
-        return Resolution(**size, mode="fixed")
+        return size
     if stays_small:  # kohya too makes a size of each shape then, and minds neither limit
-        return Resolution(**size, mode="preserved", upscale=False, max_aspect=ANY_ASPECT)
-    area = size["width"] * size["height"]
+        return replace(size, mode="preserved", upscale=False, max_aspect=ANY_ASPECT)
+    area = size.width * size.height
     if not 0 < shortest <= longest:
         raise dataset.fail("min_bucket_reso", "above 0, and not above max_bucket_reso")
     longest = max(min(longest, area / shortest), area**0.5)
-    return Resolution(**size, mode="buckets", max_aspect=longest**2 / area)
+    return replace(size, mode="buckets", max_aspect=longest**2 / area)
 
 
 def _folder(subset: Settings, resolution: Resolution, places: Places) -> FolderPlan:

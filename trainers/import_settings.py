@@ -317,8 +317,8 @@ _PARSERS = {
 }
 
 
-def sized(settings: Settings, name: str, size: tuple[float, float], *, step: int) -> dict[str, int]:
-    """width, height and step of a Resolution, from the setting `name` that gave the size.
+def sized(settings: Settings, name: str, size: tuple[float, float], *, step: int) -> Resolution:
+    """A resolution of that (width, height) in pixels, which the setting `name` gave.
 
     Sides are rounded to 16 pixels, and the step is 16, where 64 does not divide them.
     """
@@ -328,7 +328,7 @@ def sized(settings: Settings, name: str, size: tuple[float, float], *, step: int
     if any(abs(exact - side) > 1 for exact, side in zip(size, (width, height), strict=True)):
         settings.note("{0}: sides are multiples of 16 pixels, so the nearest is taken.", name)
     coarse = step >= STEPS[1] and width % STEPS[1] == 0 and height % STEPS[1] == 0
-    return {"width": width, "height": height, "step": STEPS[1] if coarse else STEP}
+    return Resolution(width=width, height=height, step=STEPS[1] if coarse else STEP)
 
 
 def sections(

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .buckets import Resolution
-from .captions import CaptionSettings
+from .buckets import Mode, Resolution
+from .captions import CaptionSettings, CaptionSource
 from .config import Schedule, require
 from .dataset import PictureSettings
 from .import_settings import (
@@ -74,7 +74,17 @@ _SKIPPED = {
     "eval": "{0}: no pictures are set aside for validation.",
 }
 _CROPS: dict[str, Crop] = {"random": "random", "center": "center", "corner": "top left"}
-_SHAPES = {"square": "square", "preserve": "preserved", "closest": "buckets", "random": "random"}
+_SHAPES: dict[str, Mode] = {
+    "square": "square",
+    "preserve": "preserved",
+    "closest": "buckets",
+    "random": "random",
+}
+_SOURCES: dict[str, CaptionSource] = {
+    "textfile": "text file",
+    "filename": "file name",
+    "parquet": "metadata file",
+}
 _SEPARATORS = {"comma": ",", "space": " ", "period": "."}
 
 
@@ -210,7 +220,8 @@ def _resolution(backend: Settings) -> Resolution:
             "{0}: there it is the shorter side, here the side of a square of equal area.",
             "resolution",
         )
-    return Resolution(**size, mode=_SHAPES[shape], max_aspect=_max_aspect(backend, shape))
+    aspect = _max_aspect(backend, shape)
+    return dataclasses.replace(size, mode=_SHAPES[shape], max_aspect=aspect)
 
 
 def _max_aspect(backend: Settings, shape: str) -> float:
@@ -260,11 +271,10 @@ def _captions(backend: Settings) -> CaptionSettings:
     if not tags.flag("include_original", True):
         tags.note("{0}: a caption's own order is always one of those trained.", "include_original")
     tags.note_unused({"seed": (None, "{0}: the orders follow from picture and caption.")})
-    sources = {"textfile": "text file", "filename": "file name", "parquet": "metadata file"}
-    if strategy not in sources:
+    if strategy not in _SOURCES:
         raise backend.fail("caption_strategy", "textfile, filename, instanceprompt or parquet")
     return CaptionSettings(
-        source=sources[strategy],
+        source=_SOURCES[strategy],
         lines="one" if is_whole else "each",
         missing="file name" if strategy == "parquet" else "error",
         prefix=before,
