@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..trainers.dataset import (
 )
 from ..trainers.masks import ALPHA
 from ..trainers.metadata_files import METADATA_FILES
+from ..trainers.picture_files import PictureFiles
 from ..trainers.scan import ON_BAD_FILE
 from . import host
 from .inputs import SIZE_AND_TRIGGER, shared_input
@@ -242,6 +244,13 @@ def dataset_output(dataset: Dataset, node_id: str, *notes: str) -> io.NodeOutput
     pictures = sum(len(subset.records) for subset in dataset.subsets)
     count = f"Pictures: {pictures}, seen per epoch: {dataset.num_samples}."
     return io.NodeOutput(dataset, ui=host.report(node_id, count, *notes, *dataset.warnings))
+
+
+@cache
+def kept_pictures(folder: Path) -> PictureFiles:
+    """One for each folder: it knows what was kept since ComfyUI started, as ComfyUI's own cache of
+    outputs does."""
+    return PictureFiles(folder)
 
 
 def _mask_folder(masks: str) -> str | Path | None:

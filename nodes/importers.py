@@ -17,7 +17,7 @@ from ..trainers.import_dataset import imported_files, plan_import, read_import
 from ..trainers.import_settings import CONFIG_EXTENSIONS, Places, Plan
 from ..trainers.scan import ON_BAD_FILE, PICTURE_EXTENSIONS
 from . import host
-from .dataset import dataset_output
+from .dataset import dataset_output, kept_pictures
 from .inputs import SIZE_AND_TRIGGER, shared_input
 from .wires import AtelierDataset
 
@@ -156,13 +156,12 @@ class HubDataset(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(
-        cls, folder: str, hub_id: str = "", **_: Any
-    ) -> list[tuple[str, int, int]] | str:
+    def fingerprint_inputs(cls, folder: str, hub_id: str = "", **_: Any) -> list[Any]:
+        mark = kept_pictures(host.cache_folder("pictures")).generation()
         if hub_id:
             is_there = is_fetched(hub_id, host.cache_folder("files"))
-            return str(snapshot(hub_id, "dataset")) if is_there else ""
-        return host.fingerprints(sorted(_local_folder(folder).rglob("*")))
+            return [mark, str(snapshot(hub_id, "dataset")) if is_there else ""]
+        return [mark, *host.fingerprints(sorted(_local_folder(folder).rglob("*")))]
 
     @classmethod
     def execute(
@@ -182,7 +181,7 @@ class HubDataset(io.ComfyNode):
         index, update = host.cache_folder("files"), host.Progress().update
         subset = hub_folder(
             fetch_dataset(hub_id, index, update) if hub_id else _local_folder(folder),
-            picture_folder=host.cache_folder("pictures"),
+            files=kept_pictures(host.cache_folder("pictures")),
             resolution=Resolution(width=width, height=height, mode=mode),
             repeats=repeats,
             captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),

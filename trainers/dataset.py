@@ -252,7 +252,7 @@ def subset_of(
         ValueError: a picture cannot be read, a mask is missing or no mask of its picture, or all
             pictures are bad.
     """
-    hashes = ContentHashes(index_folder / "contents.json" if index_folder else None)
+    hashes = ContentHashes.in_folder(index_folder)
     contents = hashes.of_all(scan.pictures, on_progress).digests
     found: Sequence[Mask | str | None] = [None] * len(contents)
     if masks == ALPHA:

@@ -213,6 +213,11 @@ class ContentHashes:
         self._rows = _read_rows(file, _HASH) if file else {}
         self._fresh: dict[str, tuple] = {}
 
+    @classmethod
+    def in_folder(cls, index_folder: Path | None) -> ContentHashes:
+        """Those of the folder of our own files, as `scan_folder` takes it."""
+        return cls(index_folder / "contents.json" if index_folder else None)
+
     def of(self, path: str, num_bytes: int, mtime_ns: int) -> str:
         """The hash in hex of the file that had this size and time when it was listed.
 
