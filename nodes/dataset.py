@@ -10,7 +10,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.buckets import Resolution, parse_sizes
-from ..trainers.captions import MISSING_CAPTIONS, CaptionSettings
+from ..trainers.captions import CaptionSettings
 from ..trainers.config import Schedule
 from ..trainers.dataset import (
     DEFAULT_CAPTIONS,
@@ -48,27 +48,10 @@ class ImageFolderDataset(io.ComfyNode):
                     "subfolders are not read. Press R to list new folders.",
                 ),
                 *(shared_input(name) for name in SIZE_AND_TRIGGER),
-                host.make_input(
-                    io.Combo,
-                    "missing_captions",
-                    options=list(MISSING_CAPTIONS),
-                    default="error",
-                    advanced=True,
-                    tooltip="A picture without a text file: stop with an error, use its file name "
-                    "(a_red_cat.png is 'a red cat'), or leave the caption empty.",
-                ),
+                shared_input("missing_captions"),
                 shared_input("captions"),
                 shared_input("pictures"),
-                host.make_input(
-                    io.Combo,
-                    "on_bad_file",
-                    options=list(ON_BAD_FILE),
-                    default=ON_BAD_FILE[0],
-                    optional=True,
-                    advanced=True,
-                    tooltip="A file that has a picture's name and is none, cannot be read, or has "
-                    "no right mask. stop: end with its name. skip: go on without it, and say so.",
-                ),
+                shared_input("on_bad_file", optional=True),
                 host.make_input(
                     io.String,
                     "more_sizes",

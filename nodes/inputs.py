@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.buckets import MODES, STEP
+from ..trainers.captions import MISSING_CAPTIONS
 from ..trainers.config import (
     COMPUTE_DTYPES,
     LORA_TARGETS,
@@ -16,6 +17,7 @@ from ..trainers.config import (
     LoraSettings,
     TrainSettings,
 )
+from ..trainers.scan import ON_BAD_FILE
 from . import host
 from .wires import AtelierCaptionSettings, AtelierPictureSettings
 
@@ -64,6 +66,24 @@ _INPUTS: dict[str, Callable[..., Any]] = {
         default="",
         tooltip="A word that will call up what is learned. It is put before every "
         "caption that does not contain it: 'sks, a dog on a beach'.",
+    ),
+    "missing_captions": partial(
+        host.make_input,
+        io.Combo,
+        options=list(MISSING_CAPTIONS),
+        default=MISSING_CAPTIONS[0],
+        advanced=True,
+        tooltip="A picture without a caption: stop with an error, use its file name "
+        "(a_red_cat.png is 'a red cat'), or leave the caption empty.",
+    ),
+    "on_bad_file": partial(
+        host.make_input,
+        io.Combo,
+        options=list(ON_BAD_FILE),
+        default=ON_BAD_FILE[0],
+        advanced=True,
+        tooltip="A picture that is damaged or none, cannot be read, or whose caption or mask is "
+        "wrong. stop: end with its name. skip: go on without it, and say so.",
     ),
     "captions": partial(
         host.make_input,

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from .config import require
+from .files import not_read
 from .metadata_files import METADATA_FILES, find_metadata, is_text, one_or_more, read_metadata
 
 CaptionSource = Literal["text file", "file name", "instance prompt", "metadata file"]
@@ -315,7 +316,7 @@ def read_caption_file(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ValueError(f"Cannot read the file {path}: {error.strerror}.") from error
+        raise not_read(path, error) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"The caption {path} is not UTF-8 text. Save it as UTF-8.") from error
     # UTF-16 without a mark decodes as UTF-8 and is full of NULs.

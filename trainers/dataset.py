@@ -24,6 +24,7 @@ from .captions import (
     read_captions,
 )
 from .config import ALWAYS, Schedule, require
+from .files import read_bytes
 from .masks import ALPHA, Mask, alpha_masks, folder_masks, latent_weights, mask_image
 from .pictures import PictureSettings, Transform, decode
 from .scan import (
@@ -195,7 +196,7 @@ def image_folder(
     scan = scan_folder(
         path, index_folder, recursive=recursive, on_bad_file=on_bad_file, on_progress=on_progress
     )
-    _require_some(scan.pictures, scan.folder)
+    _require_some(scan.pictures, scan.folder, recursive=recursive)
     told: list[str] = []
     if keep:
         kept, dropped = [], []
@@ -332,8 +333,14 @@ def picture_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def _require_some(pictures: Sequence[object], folder: str | Path) -> None:
+def _require_some(
+    pictures: Sequence[object], folder: str | Path, *, recursive: bool = False
+) -> None:
     kinds = ", ".join(extension[1:] for extension in PICTURE_EXTENSIONS)
+    require(
+        bool(pictures) or not recursive,
+        f"The folder {folder} and its subfolders hold no pictures ({kinds}). Put some into it.",
+    )
     require(
         bool(pictures),
         f"The folder {folder} holds no pictures ({kinds}). Put them directly into it: "
@@ -365,10 +372,7 @@ def mask_weights(mask: Mask, how: Transform) -> Tensor:
 
 
 def _read(path: str, content: str) -> bytes:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"Cannot read the file {path}: {error.strerror}.") from error
+    data = read_bytes(path)
     require(
         hashlib.sha256(data).hexdigest() == content,
         f"The picture {path} changed after the dataset was read. Queue the graph again.",
