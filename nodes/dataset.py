@@ -9,14 +9,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.buckets import Resolution, parse_sizes
+from ..trainers.buckets import Mode, parse_sizes
 from ..trainers.captions import CaptionSettings
 from ..trainers.config import Schedule
 from ..trainers.dataset import (
     DEFAULT_CAPTIONS,
-    DEFAULT_PICTURES,
     Dataset,
-    PictureSettings,
     image_folder,
     picture_files,
 )
@@ -25,7 +23,7 @@ from ..trainers.metadata_files import METADATA_FILES
 from ..trainers.picture_files import PictureFiles
 from ..trainers.scan import ON_BAD_FILE
 from . import host
-from .inputs import SIZE_AND_TRIGGER, shared_input
+from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, PictureChoices, shared_input
 from .wires import AtelierDataset
 
 
@@ -111,22 +109,22 @@ class ImageFolderDataset(io.ComfyNode):
         folder: str,
         width: int,
         height: int,
-        mode: str,
+        mode: Mode,
         repeats: int,
         trigger: str,
         missing_captions: str,
         captions: CaptionSettings = DEFAULT_CAPTIONS,
-        pictures: PictureSettings = DEFAULT_PICTURES,
+        pictures: PictureChoices = DEFAULT_CHOICES,
         on_bad_file: str = ON_BAD_FILE[0],
         more_sizes: str = "",
         masks: str = "none",
     ) -> io.NodeOutput:
         subset = image_folder(
             host.dataset_folder(folder),
-            resolution=Resolution(width=width, height=height, mode=mode),
+            resolution=pictures.resolution(width, height, mode),
             repeats=repeats,
             captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),
-            pictures=pictures,
+            pictures=pictures.pixels,
             masks=_mask_folder(masks),
             on_bad_file=on_bad_file,
             index_folder=host.cache_folder("files"),

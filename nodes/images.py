@@ -7,12 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.buckets import Resolution
-from ..trainers.dataset import DEFAULT_CAPTIONS, DEFAULT_PICTURES, Dataset
+from ..trainers.dataset import DEFAULT_CAPTIONS, Dataset
 from ..trainers.graph_pictures import graph_pictures
 from . import host
 from .dataset import dataset_output, kept_pictures
-from .inputs import SIZE_AND_TRIGGER, shared_input
+from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, shared_input
 from .wires import AtelierDataset
 
 
@@ -77,15 +76,16 @@ class ImagesToDataset(io.ComfyNode):
     ) -> io.NodeOutput:
         one = {name: values[0] for name, values in settings.items()}
         captions = one.get("captions") or DEFAULT_CAPTIONS
+        pictures = one.get("pictures") or DEFAULT_CHOICES
         subset = graph_pictures(
             [image for batch in images for image in batch],
             texts,
             kept_pictures(host.cache_folder("pictures")),
             masks=[mask for batch in masks or [] for mask in batch.reshape(-1, *batch.shape[-2:])],
-            resolution=Resolution(width=one["width"], height=one["height"], mode=one["mode"]),
+            resolution=pictures.resolution(one["width"], one["height"], one["mode"]),
             repeats=one["repeats"],
             captions=dataclasses.replace(captions, trigger=one["trigger"]),
-            pictures=one.get("pictures") or DEFAULT_PICTURES,
+            pictures=pictures.pixels,
             index_folder=host.cache_folder("files"),
             on_progress=host.Progress().update,
         )

@@ -8,9 +8,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.buckets import Resolution
+from ..trainers.buckets import Mode
 from ..trainers.captions import CaptionSettings
-from ..trainers.dataset import DEFAULT_CAPTIONS, DEFAULT_PICTURES, Dataset, PictureSettings
+from ..trainers.dataset import DEFAULT_CAPTIONS, Dataset
 from ..trainers.hub import require_hub_id, snapshot
 from ..trainers.hub_dataset import fetch_dataset, hub_folder, is_fetched
 from ..trainers.import_dataset import imported_files, plan_import, read_import
@@ -18,7 +18,7 @@ from ..trainers.import_settings import CONFIG_EXTENSIONS, Places, Plan
 from ..trainers.scan import PICTURE_EXTENSIONS
 from . import host
 from .dataset import dataset_output, kept_pictures
-from .inputs import SIZE_AND_TRIGGER, shared_input
+from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, PictureChoices, shared_input
 from .wires import AtelierDataset
 
 
@@ -145,23 +145,23 @@ class HubDataset(io.ComfyNode):
         folder: str,
         width: int,
         height: int,
-        mode: str,
+        mode: Mode,
         repeats: int,
         trigger: str,
         missing_captions: str,
         on_bad_file: str,
         captions: CaptionSettings = DEFAULT_CAPTIONS,
-        pictures: PictureSettings = DEFAULT_PICTURES,
+        pictures: PictureChoices = DEFAULT_CHOICES,
         hub_id: str = "",
     ) -> io.NodeOutput:
         index, update = host.cache_folder("files"), host.Progress().update
         subset = hub_folder(
             fetch_dataset(hub_id, index, update) if hub_id else _local_folder(folder),
             files=kept_pictures(host.cache_folder("pictures")),
-            resolution=Resolution(width=width, height=height, mode=mode),
+            resolution=pictures.resolution(width, height, mode),
             repeats=repeats,
             captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),
-            pictures=pictures,
+            pictures=pictures.pixels,
             on_bad_file=on_bad_file,
             index_folder=index,
             on_progress=update,

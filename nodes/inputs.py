@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.buckets import MODES, STEP
+from ..trainers.buckets import MODES, STEP, Mode, Resolution
 from ..trainers.captions import MISSING_CAPTIONS
 from ..trainers.config import (
     COMPUTE_DTYPES,
@@ -17,12 +18,30 @@ from ..trainers.config import (
     LoraSettings,
     TrainSettings,
 )
+from ..trainers.dataset import DEFAULT_PICTURES, PictureSettings
 from ..trainers.scan import ON_BAD_FILE
 from . import host
 from .wires import AtelierCaptionSettings, AtelierPictureSettings
 
 SIZE_AND_TRIGGER = ("width", "height", "mode", "repeats", "trigger")
 """What every node that makes a dataset asks, in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureChoices:
+    """What Picture Settings says: of the pixels of pictures, and of the sizes they get."""
+
+    pixels: PictureSettings = DEFAULT_PICTURES
+    step: int = STEP
+    upscale: bool = True
+
+    def resolution(self, width: int, height: int, mode: Mode) -> Resolution:
+        return Resolution(
+            width=width, height=height, mode=mode, step=self.step, upscale=self.upscale
+        )
+
+
+DEFAULT_CHOICES = PictureChoices()
 QUANTIZE_ON = ("auto", "cpu", "gpu")
 
 

@@ -45,11 +45,12 @@ _NO_SPACE_BEFORE = ",.;:!?，。；：！？、"
 class CaptionSettings:
     source: CaptionSource = "text file"
     """A text file beside each picture (cat.txt of cat.png), the name of the picture with spaces for
-    underscores, one prompt for all, or metadata.jsonl, .csv or .parquet in the folder."""
+    underscores, one prompt for all, or metadata.jsonl, .csv, .parquet or .json in the folder."""
     instance_prompt: str = ""
     """The caption of all pictures, for that source."""
     column: str = ""
-    """The column of a metadata file that holds the captions; empty takes `text`, else `caption`."""
+    """The column of a metadata file that holds the captions; empty takes `text`, else `caption`,
+    else `prompt`."""
     lines: CaptionLines = "one"
     """Whether a text file is one caption, each of its lines is one, or only its first line is."""
     missing: MissingCaptions = "error"
