@@ -402,6 +402,7 @@ def test_embeddings_go_to_the_recipe_and_come_back(runner: Runner, workplace: Pa
         ("", "must lie below input/"),
         ("../x.parquet", "must lie below input/"),
         ("/x.parquet", "must lie below input/"),
+        ("none.parquet", "is not below .*input\\. Put it there"),
         ("link.parquet", "is not below .*input\\. Put it there"),
     ],
 )
