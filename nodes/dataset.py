@@ -12,12 +12,8 @@ from comfy_api.latest import io
 from ..trainers.buckets import Mode, parse_sizes
 from ..trainers.captions import CaptionSettings
 from ..trainers.config import Schedule
-from ..trainers.dataset import (
-    DEFAULT_CAPTIONS,
-    Dataset,
-    image_folder,
-    picture_files,
-)
+from ..trainers.dataset import DEFAULT_CAPTIONS, Dataset
+from ..trainers.image_folder import image_folder, picture_files
 from ..trainers.masks import ALPHA
 from ..trainers.metadata_files import METADATA_FILES
 from ..trainers.picture_files import PictureFiles

@@ -10,7 +10,7 @@ import torch
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.captions import CaptionSettings
 from atelier.trainers.clearing import CACHES, clear_caches
-from atelier.trainers.dataset import image_folder
+from atelier.trainers.image_folder import image_folder
 from atelier.trainers.picture_files import PictureFiles
 from atelier.trainers.shards import Shards
 from PIL import Image

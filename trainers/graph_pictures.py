@@ -14,7 +14,8 @@ from torch import Tensor
 from .buckets import Resolution
 from .captions import CAPTION_SOURCES, CaptionSettings
 from .config import require
-from .dataset import Subset, make_records
+from .dataset import Subset
+from .image_folder import make_records
 from .masks import Mask
 from .metadata_files import one_or_more
 from .picture_files import PictureFiles

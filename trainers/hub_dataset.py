@@ -18,9 +18,10 @@ from typing import Any
 from .buckets import Resolution
 from .captions import CaptionSettings, captions_in_folder, filled_in, name_as_caption
 from .config import require
-from .dataset import PictureSettings, Subset, image_folder, subset_of
+from .dataset import PictureSettings, Subset
 from .files import write_json
 from .hub import refusals, require_hub_id, snapshot
+from .image_folder import image_folder, subset_of
 from .metadata_files import (
     CAPTION_COLUMNS,
     METADATA_FILES,
@@ -96,7 +97,7 @@ def hub_folder(
     in `files`.
 
     Captions come from the metadata where `captions` would take text files. The rest is as
-    `dataset.image_folder` has it.
+    `image_folder` has it.
 
     Raises:
         ValueError: as `image_folder`, or a parquet file is not as it should be.

@@ -70,7 +70,7 @@ class FolderPlan:
     pictures: PictureSettings = DEFAULT_PICTURES
     captions: CaptionSettings = DEFAULT_CAPTIONS
     masks: str | Path | None = None
-    """As `dataset.image_folder` takes it."""
+    """As `image_folder` takes it."""
     schedule: Schedule = ALWAYS
     """Its probability is for each picture of it, in proportion to those of other folders."""
     is_regularization: bool = False
