@@ -45,7 +45,8 @@ from atelier.trainers.caches import LatentCache, LatentEntry, LatentSubset, Prom
 from atelier.trainers.caching import cache_latents, cache_prompts  # noqa: E402
 from atelier.trainers.captions import CaptionSettings  # noqa: E402
 from atelier.trainers.data import Sample, TrainingData  # noqa: E402
-from atelier.trainers.dataset import Dataset, image_folder  # noqa: E402
+from atelier.trainers.dataset import Dataset  # noqa: E402
+from atelier.trainers.image_folder import image_folder  # noqa: E402
 from atelier.trainers.pictures import decode, transform  # noqa: E402
 from atelier.trainers.shards import Shards  # noqa: E402
 from PIL import Image  # noqa: E402

@@ -4,7 +4,7 @@ import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { addButton, ownTexts, tell } from './buttons.js'
 
-const KINDS = '.png,.jpg,.jpeg,.webp,.bmp,.txt,.jsonl,.csv,.parquet'
+const KINDS = '.png,.jpg,.jpeg,.webp,.bmp,.txt,.jsonl,.csv,.parquet,.json'
 const AT_ONCE = 4
 let texts
 

@@ -15,7 +15,7 @@ from ..trainers.config import PROMPT_LENGTH
 from ..trainers.dataset import Dataset
 from ..trainers.shards import Shards
 from . import host
-from .encoders import cut_texts, latent_encoder, prompt_encoder
+from .encoders import cut_sentences, latent_encoder, prompt_encoder
 from .loader_memory import LoaderMemory
 from .wires import AtelierDataset, AtelierLatentCache, AtelierPromptCache
 
@@ -279,10 +279,4 @@ def _length_warnings(texts: tuple[str, ...], length: int) -> list[str]:
             f"Captions are encoded to {length} T5 tokens; CLIP Text Encode will use "
             f"{HOST_MIN_LENGTH} or more. Set length to {HOST_MIN_LENGTH} to train on the same."
         )
-    cut = cut_texts(texts, length)
-    if cut:
-        warnings.append(
-            f"Captions longer than {length} tokens, whose end is cut off: {len(cut)}, for example "
-            f"{cut[0][:60]!r}."
-        )
-    return warnings
+    return [*warnings, *cut_sentences(texts, length)]

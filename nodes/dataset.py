@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.buckets import Resolution, parse_sizes
-from ..trainers.captions import MISSING_CAPTIONS, CaptionSettings
+from ..trainers.buckets import Mode, parse_sizes
+from ..trainers.captions import CaptionSettings
 from ..trainers.config import Schedule
-from ..trainers.dataset import (
-    DEFAULT_CAPTIONS,
-    DEFAULT_PICTURES,
-    Dataset,
-    PictureSettings,
-    image_folder,
-    picture_files,
-)
+from ..trainers.dataset import DEFAULT_CAPTIONS, Dataset
+from ..trainers.image_folder import image_folder, picture_files
 from ..trainers.masks import ALPHA
 from ..trainers.metadata_files import METADATA_FILES
+from ..trainers.picture_files import PictureFiles
 from ..trainers.scan import ON_BAD_FILE
 from . import host
-from .inputs import SIZE_AND_TRIGGER, shared_input
+from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, PictureChoices, shared_input
 from .wires import AtelierDataset
 
 
@@ -46,27 +42,10 @@ class ImageFolderDataset(io.ComfyNode):
                     "subfolders are not read. Press R to list new folders.",
                 ),
                 *(shared_input(name) for name in SIZE_AND_TRIGGER),
-                host.make_input(
-                    io.Combo,
-                    "missing_captions",
-                    options=list(MISSING_CAPTIONS),
-                    default="error",
-                    advanced=True,
-                    tooltip="A picture without a text file: stop with an error, use its file name "
-                    "(a_red_cat.png is 'a red cat'), or leave the caption empty.",
-                ),
+                shared_input("missing_captions"),
                 shared_input("captions"),
                 shared_input("pictures"),
-                host.make_input(
-                    io.Combo,
-                    "on_bad_file",
-                    options=list(ON_BAD_FILE),
-                    default=ON_BAD_FILE[0],
-                    optional=True,
-                    advanced=True,
-                    tooltip="A file that has a picture's name and is none, cannot be read, or has "
-                    "no right mask. stop: end with its name. skip: go on without it, and say so.",
-                ),
+                shared_input("on_bad_file", optional=True),
                 host.make_input(
                     io.String,
                     "more_sizes",
@@ -126,22 +105,22 @@ class ImageFolderDataset(io.ComfyNode):
         folder: str,
         width: int,
         height: int,
-        mode: str,
+        mode: Mode,
         repeats: int,
         trigger: str,
         missing_captions: str,
         captions: CaptionSettings = DEFAULT_CAPTIONS,
-        pictures: PictureSettings = DEFAULT_PICTURES,
+        pictures: PictureChoices = DEFAULT_CHOICES,
         on_bad_file: str = ON_BAD_FILE[0],
         more_sizes: str = "",
         masks: str = "none",
     ) -> io.NodeOutput:
         subset = image_folder(
             host.dataset_folder(folder),
-            resolution=Resolution(width=width, height=height, mode=mode),
+            resolution=pictures.resolution(width, height, mode),
             repeats=repeats,
             captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),
-            pictures=pictures,
+            pictures=pictures.pixels,
             masks=_mask_folder(masks),
             on_bad_file=on_bad_file,
             index_folder=host.cache_folder("files"),
@@ -242,6 +221,13 @@ def dataset_output(dataset: Dataset, node_id: str, *notes: str) -> io.NodeOutput
     pictures = sum(len(subset.records) for subset in dataset.subsets)
     count = f"Pictures: {pictures}, seen per epoch: {dataset.num_samples}."
     return io.NodeOutput(dataset, ui=host.report(node_id, count, *notes, *dataset.warnings))
+
+
+@cache
+def kept_pictures(folder: Path) -> PictureFiles:
+    """One for each folder: it knows what was kept since ComfyUI started, as ComfyUI's own cache of
+    outputs does."""
+    return PictureFiles(folder)
 
 
 def _mask_folder(masks: str) -> str | Path | None:

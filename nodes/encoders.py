@@ -115,6 +115,17 @@ def cut_texts(texts: tuple[str, ...], length: int) -> list[str]:
     return [text for text, ids in zip(texts, tokens, strict=True) if len(ids) > length]
 
 
+def cut_sentences(texts: tuple[str, ...], length: int) -> list[str]:
+    """What a user should read of the texts that are cut, if there are any."""
+    cut = cut_texts(texts, length)
+    if not cut:
+        return []
+    return [
+        f"Captions longer than {length} tokens, whose end is cut off: {len(cut)}, for example "
+        f"{cut[0][:60]!r}."
+    ]
+
+
 def unknown_texts(texts: tuple[str, ...]) -> list[str]:
     """The texts with signs that T5 does not know, as Chinese ones: all of them are one token."""
     unknown, tokens = _t5_tokens(texts)

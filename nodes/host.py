@@ -80,9 +80,8 @@ def dataset_file(name: str) -> Path:
     Raises:
         ValueError: there is none, or the name or a link leads out of the root.
     """
-    path = PurePosixPath(name.replace("\\", "/"))
-    leads_out = path.is_absolute() or ":" in name or ".." in path.parts
-    for root in [] if leads_out else dataset_roots():
+    path = _path_below(name)
+    for root in dataset_roots() if path else []:
         file = root.joinpath(path)
         if file.is_file() and file.resolve().is_relative_to(root.resolve()):
             return file
@@ -92,22 +91,16 @@ def dataset_file(name: str) -> Path:
     )
 
 
-def fingerprints(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of those of the files that are there."""
-    stats = [(path, path.stat()) for path in files if path.is_file()]
-    return [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-
-
 def dataset_folder(name: str) -> Path:
     """The folder called `name` below a dataset root.
 
     Raises:
         ValueError: there is none, or the name or a link leads out of the root.
     """
-    path = PurePosixPath(name.replace("\\", "/"))
-    if not path.parts:
+    if not name:
         raise ValueError("No picture folder is chosen. Make one below input/ and put pictures in.")
-    if path.is_absolute() or ":" in name or ".." in path.parts:
+    path = _path_below(name)
+    if path is None:
         raise ValueError(
             f"The picture folder must lie below input/, got {name!r}. Choose one from the list."
         )
@@ -124,6 +117,20 @@ def dataset_folder(name: str) -> Path:
         f"The picture folder {name!r} is not below {dataset_roots()[0]}. Put it there, or press R "
         "and choose another."
     )
+
+
+def fingerprints(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of those of the files that are there."""
+    stats = [(path, path.stat()) for path in files if path.is_file()]
+    return [(path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def _path_below(name: str) -> PurePosixPath | None:
+    """A path, with slashes of either kind, if it leads down and nowhere else."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if not path.parts or path.is_absolute() or ":" in name or ".." in path.parts:
+        return None
+    return path
 
 
 def model_file(kind: str, name: str) -> Path | None:

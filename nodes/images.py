@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.buckets import Resolution
-from ..trainers.dataset import DEFAULT_CAPTIONS, DEFAULT_PICTURES, Dataset
-from ..trainers.graph_pictures import PictureFiles, graph_pictures
+from ..trainers.dataset import DEFAULT_CAPTIONS, Dataset
+from ..trainers.graph_pictures import graph_pictures
 from . import host
-from .dataset import dataset_output
-from .inputs import SIZE_AND_TRIGGER, shared_input
+from .dataset import dataset_output, kept_pictures
+from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, shared_input
 from .wires import AtelierDataset
 
 
@@ -67,7 +64,7 @@ class ImagesToDataset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
-        return _picture_files(host.cache_folder("pictures")).generation()
+        return kept_pictures(host.cache_folder("pictures")).generation()
 
     @classmethod
     def execute(
@@ -79,23 +76,17 @@ class ImagesToDataset(io.ComfyNode):
     ) -> io.NodeOutput:
         one = {name: values[0] for name, values in settings.items()}
         captions = one.get("captions") or DEFAULT_CAPTIONS
+        pictures = one.get("pictures") or DEFAULT_CHOICES
         subset = graph_pictures(
             [image for batch in images for image in batch],
             texts,
-            _picture_files(host.cache_folder("pictures")),
+            kept_pictures(host.cache_folder("pictures")),
             masks=[mask for batch in masks or [] for mask in batch.reshape(-1, *batch.shape[-2:])],
-            resolution=Resolution(width=one["width"], height=one["height"], mode=one["mode"]),
+            resolution=pictures.resolution(one["width"], one["height"], one["mode"]),
             repeats=one["repeats"],
             captions=dataclasses.replace(captions, trigger=one["trigger"]),
-            pictures=one.get("pictures") or DEFAULT_PICTURES,
-            contents_file=host.cache_folder("files") / "contents.json",
+            pictures=pictures.pixels,
+            index_folder=host.cache_folder("files"),
             on_progress=host.Progress().update,
         )
         return dataset_output(Dataset(subsets=(subset,)), cls.hidden.unique_id)
-
-
-@cache
-def _picture_files(folder: Path) -> PictureFiles:
-    """One for each folder: it knows what was kept since ComfyUI started, as ComfyUI's own cache of
-    outputs does."""
-    return PictureFiles(folder)

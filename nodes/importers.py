@@ -8,17 +8,17 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.buckets import Resolution
-from ..trainers.captions import MISSING_CAPTIONS, CaptionSettings
-from ..trainers.dataset import DEFAULT_CAPTIONS, DEFAULT_PICTURES, Dataset, PictureSettings
+from ..trainers.buckets import Mode
+from ..trainers.captions import CaptionSettings
+from ..trainers.dataset import DEFAULT_CAPTIONS, Dataset
 from ..trainers.hub import require_hub_id, snapshot
 from ..trainers.hub_dataset import fetch_dataset, hub_folder, is_fetched
 from ..trainers.import_dataset import imported_files, plan_import, read_import
 from ..trainers.import_settings import CONFIG_EXTENSIONS, Places, Plan
-from ..trainers.scan import ON_BAD_FILE, PICTURE_EXTENSIONS
+from ..trainers.scan import PICTURE_EXTENSIONS
 from . import host
-from .dataset import dataset_output
-from .inputs import SIZE_AND_TRIGGER, shared_input
+from .dataset import dataset_output, kept_pictures
+from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, PictureChoices, shared_input
 from .wires import AtelierDataset
 
 
@@ -42,15 +42,7 @@ class ImportDataset(io.ComfyNode):
                     "and ai-toolkit's 1 is once per epoch, SimpleTuner's 0 is once. Press R to "
                     "list new files.",
                 ),
-                host.make_input(
-                    io.Combo,
-                    "on_bad_file",
-                    options=list(ON_BAD_FILE),
-                    default=ON_BAD_FILE[0],
-                    advanced=True,
-                    tooltip="A file that has a picture's name and is none, cannot be read, or has "
-                    "no right mask. stop: end with its name. skip: go on without it, and say so.",
-                ),
+                shared_input("on_bad_file"),
             ],
             outputs=[
                 AtelierDataset.Output(
@@ -107,24 +99,8 @@ class HubDataset(io.ComfyNode):
                     "called test or validation are left out. Press R to list new folders.",
                 ),
                 *(shared_input(name) for name in SIZE_AND_TRIGGER),
-                host.make_input(
-                    io.Combo,
-                    "missing_captions",
-                    options=list(MISSING_CAPTIONS),
-                    default="error",
-                    advanced=True,
-                    tooltip="A picture without a caption: stop with an error, use its file name, "
-                    "or leave the caption empty.",
-                ),
-                host.make_input(
-                    io.Combo,
-                    "on_bad_file",
-                    options=list(ON_BAD_FILE),
-                    default=ON_BAD_FILE[0],
-                    advanced=True,
-                    tooltip="A picture that is none or cannot be read. stop: end with its name. "
-                    "skip: go on without it, and say so.",
-                ),
+                shared_input("missing_captions"),
+                shared_input("on_bad_file"),
                 shared_input("captions"),
                 shared_input("pictures"),
                 io.String.Input(
@@ -156,13 +132,12 @@ class HubDataset(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(
-        cls, folder: str, hub_id: str = "", **_: Any
-    ) -> list[tuple[str, int, int]] | str:
+    def fingerprint_inputs(cls, folder: str, hub_id: str = "", **_: Any) -> list[Any]:
+        mark = kept_pictures(host.cache_folder("pictures")).generation()
         if hub_id:
             is_there = is_fetched(hub_id, host.cache_folder("files"))
-            return str(snapshot(hub_id, "dataset")) if is_there else ""
-        return host.fingerprints(sorted(_local_folder(folder).rglob("*")))
+            return [mark, str(snapshot(hub_id, "dataset")) if is_there else ""]
+        return [mark, *host.fingerprints(sorted(_local_folder(folder).rglob("*")))]
 
     @classmethod
     def execute(
@@ -170,23 +145,23 @@ class HubDataset(io.ComfyNode):
         folder: str,
         width: int,
         height: int,
-        mode: str,
+        mode: Mode,
         repeats: int,
         trigger: str,
         missing_captions: str,
         on_bad_file: str,
         captions: CaptionSettings = DEFAULT_CAPTIONS,
-        pictures: PictureSettings = DEFAULT_PICTURES,
+        pictures: PictureChoices = DEFAULT_CHOICES,
         hub_id: str = "",
     ) -> io.NodeOutput:
         index, update = host.cache_folder("files"), host.Progress().update
         subset = hub_folder(
             fetch_dataset(hub_id, index, update) if hub_id else _local_folder(folder),
-            picture_folder=host.cache_folder("pictures"),
-            resolution=Resolution(width=width, height=height, mode=mode),
+            files=kept_pictures(host.cache_folder("pictures")),
+            resolution=pictures.resolution(width, height, mode),
             repeats=repeats,
             captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),
-            pictures=pictures,
+            pictures=pictures.pixels,
             on_bad_file=on_bad_file,
             index_folder=index,
             on_progress=update,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.buckets import MODES, STEP
+from ..trainers.buckets import MODES, STEP, Mode, Resolution
+from ..trainers.captions import MISSING_CAPTIONS
 from ..trainers.config import (
     COMPUTE_DTYPES,
     LORA_TARGETS,
@@ -16,11 +18,30 @@ from ..trainers.config import (
     LoraSettings,
     TrainSettings,
 )
+from ..trainers.dataset import DEFAULT_PICTURES, PictureSettings
+from ..trainers.scan import ON_BAD_FILE
 from . import host
 from .wires import AtelierCaptionSettings, AtelierPictureSettings
 
 SIZE_AND_TRIGGER = ("width", "height", "mode", "repeats", "trigger")
 """What every node that makes a dataset asks, in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureChoices:
+    """What Picture Settings says: of the pixels of pictures, and of the sizes they get."""
+
+    pixels: PictureSettings = DEFAULT_PICTURES
+    step: int = STEP
+    upscale: bool = True
+
+    def resolution(self, width: int, height: int, mode: Mode) -> Resolution:
+        return Resolution(
+            width=width, height=height, mode=mode, step=self.step, upscale=self.upscale
+        )
+
+
+DEFAULT_CHOICES = PictureChoices()
 QUANTIZE_ON = ("auto", "cpu", "gpu")
 
 
@@ -64,6 +85,24 @@ _INPUTS: dict[str, Callable[..., Any]] = {
         default="",
         tooltip="A word that will call up what is learned. It is put before every "
         "caption that does not contain it: 'sks, a dog on a beach'.",
+    ),
+    "missing_captions": partial(
+        host.make_input,
+        io.Combo,
+        options=list(MISSING_CAPTIONS),
+        default=MISSING_CAPTIONS[0],
+        advanced=True,
+        tooltip="A picture without a caption: stop with an error, use its file name "
+        "(a_red_cat.png is 'a red cat'), or leave the caption empty.",
+    ),
+    "on_bad_file": partial(
+        host.make_input,
+        io.Combo,
+        options=list(ON_BAD_FILE),
+        default=ON_BAD_FILE[0],
+        advanced=True,
+        tooltip="A picture that is damaged or none, cannot be read, or whose caption or mask is "
+        "wrong. stop: end with its name. skip: go on without it, and say so.",
     ),
     "captions": partial(
         host.make_input,

@@ -13,7 +13,7 @@ from ..trainers.contact_sheet import contact_sheet
 from ..trainers.dataset import Dataset
 from ..trainers.inspection import report
 from . import host
-from .encoders import cut_texts, unknown_texts
+from .encoders import cut_sentences, unknown_texts
 from .inputs import shared_input
 from .wires import AtelierDataset
 
@@ -92,13 +92,7 @@ class InspectDataset(io.ComfyNode):
 
 
 def _captions(texts: tuple[str, ...], length: int) -> list[str]:
-    sentences = []
-    cut, unknown = cut_texts(texts, length), unknown_texts(texts)
-    if cut:
-        sentences.append(
-            f"Captions longer than {length} tokens, whose end is cut off: {len(cut)}, for example "
-            f"{cut[0][:60]!r}."
-        )
+    sentences, unknown = cut_sentences(texts, length), unknown_texts(texts)
     if unknown:
         sentences.append(
             "Captions with signs that T5 does not know, such as Chinese, which it cannot learn "

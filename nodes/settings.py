@@ -6,10 +6,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..trainers.buckets import STEP, STEPS
 from ..trainers.captions import CAPTION_LINES, CAPTION_SOURCES, CaptionSettings
 from ..trainers.dataset import PictureSettings
 from ..trainers.pictures import CROPS, FILTERS
 from . import host
+from .inputs import PictureChoices
 from .wires import AtelierCaptionSettings, AtelierPictureSettings
 
 
@@ -31,8 +33,8 @@ class CaptionSettingsNode(io.ComfyNode):
                     default=CAPTION_SOURCES[0],
                     tooltip="text file: cat.txt beside cat.png. file name: a_red_cat.png is 'a red "
                     "cat'. instance prompt: one text for all pictures. metadata file: "
-                    "metadata.jsonl, .csv or .parquet in the folder, as Hugging Face datasets have "
-                    "it.",
+                    "metadata.jsonl, .csv, .parquet or .json in the folder, as Hugging Face "
+                    "datasets have it.",
                 ),
                 io.String.Input(
                     "instance_prompt",
@@ -123,8 +125,8 @@ class PictureSettingsNode(io.ComfyNode):
             node_id="AtelierPictureSettings",
             display_name="Picture Settings",
             category="Atelier/dataset",
-            description="Which part of a picture is trained and how it is resampled. Changing one "
-            "of these encodes the pictures anew.",
+            description="Which part of a picture is trained, how it is resampled and which sizes "
+            "there are. A change encodes the pictures anew that it is about.",
             search_aliases=["crop", "flip", "mirror", "bucket"],
             inputs=[
                 io.Combo.Input(
@@ -156,6 +158,25 @@ class PictureSettingsNode(io.ComfyNode):
                     tooltip="Train each picture also mirrored, every other time. It doubles the "
                     "cache. Not for faces, text or anything with a left and a right.",
                 ),
+                host.make_input(
+                    io.Combo,
+                    "step",
+                    options=[str(step) for step in STEPS],
+                    default=str(STEP),
+                    optional=True,
+                    advanced=True,
+                    tooltip="Sides of the sizes are multiples of this many pixels. 64: fewer "
+                    "shapes, so batches fill better and more is cropped.",
+                ),
+                host.make_input(
+                    io.Boolean,
+                    "enlarge",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Enlarge pictures that are smaller than their size. Off: they are "
+                    "trained at a smaller size of the same shape.",
+                ),
             ],
             outputs=[
                 AtelierPictureSettings.Output(
@@ -175,5 +196,6 @@ class PictureSettingsNode(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, **settings: Any) -> io.NodeOutput:
-        return io.NodeOutput(PictureSettings(**settings))
+    def execute(cls, step: str = str(STEP), enlarge: bool = True, **pixels: Any) -> io.NodeOutput:
+        pictures = PictureSettings(**pixels)
+        return io.NodeOutput(PictureChoices(pixels=pictures, step=int(step), upscale=enlarge))

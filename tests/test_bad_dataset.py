@@ -20,7 +20,8 @@ import torch
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caching import cache_latents
 from atelier.trainers.captions import CaptionSettings
-from atelier.trainers.dataset import Dataset, image_folder
+from atelier.trainers.dataset import Dataset
+from atelier.trainers.image_folder import image_folder
 from PIL import Image, ImageFile
 
 GOOD = "good.png"

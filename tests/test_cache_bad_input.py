@@ -13,7 +13,8 @@ from atelier.trainers.buckets import Resolution
 from atelier.trainers.caches import LatentCache
 from atelier.trainers.caching import cache_latents, num_missing
 from atelier.trainers.captions import CaptionSettings
-from atelier.trainers.dataset import Dataset, image_folder
+from atelier.trainers.dataset import Dataset
+from atelier.trainers.image_folder import image_folder
 from PIL import Image
 from small_disk import fill, small_disk
 

@@ -9,7 +9,8 @@ from atelier.trainers import caching
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caching import LatentSettings, cache_latents, cache_prompts
 from atelier.trainers.data import Sample, TrainingData
-from atelier.trainers.dataset import Dataset, PictureSettings, image_folder
+from atelier.trainers.dataset import Dataset, PictureSettings
+from atelier.trainers.image_folder import image_folder
 from atelier.trainers.masks import ALPHA
 from PIL import Image
 from small_disk import small_disk

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.captions import CaptionSettings
 from atelier.trainers.clearing import CACHES, clear_caches
-from atelier.trainers.dataset import image_folder
+from atelier.trainers.image_folder import image_folder
+from atelier.trainers.picture_files import PictureFiles
 from atelier.trainers.shards import Shards
 from PIL import Image
 from training import write_entries
@@ -32,6 +34,7 @@ def output(tmp_path: Path) -> Path:
         index_folder=cache / "files",
     )
     assert list((cache / "files").glob("*.json"))
+    PictureFiles(cache / "pictures").keep_pixels(np.zeros((8, 8), np.uint8))
     (tmp_path / "output" / "atelier" / "my_lora").mkdir()
     (tmp_path / "output" / "atelier" / "my_lora" / "job.json").write_text("{}", encoding="utf-8")
     return tmp_path / "output"
@@ -42,8 +45,8 @@ def cached(output: Path) -> dict[str, int]:
     return {
         kind: sum(
             path.stat().st_size
-            for path in (output / "atelier" / "cache" / kind).iterdir()
-            if path.name != "generation"
+            for path in (output / "atelier" / "cache" / kind).rglob("*")
+            if path.is_file() and path.name != "generation"
         )
         for kind in CACHES
     }

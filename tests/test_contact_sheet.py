@@ -16,8 +16,9 @@ from atelier.trainers.contact_sheet import (
     contact_sheet,
     num_pages,
 )
-from atelier.trainers.dataset import Dataset, image_folder
+from atelier.trainers.dataset import Dataset
 from atelier.trainers.fonts import Face, drawable, font_of
+from atelier.trainers.image_folder import image_folder
 from atelier.trainers.marked_pictures import OUTLINE, marked_picture
 from atelier.trainers.pictures import Crop, Transform
 from PIL import Image, ImageFont

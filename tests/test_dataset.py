@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.captions import CaptionSettings
-from atelier.trainers.dataset import Dataset, PictureSettings, Subset, image_folder, open_picture
+from atelier.trainers.dataset import Dataset, PictureSettings, Subset, open_picture
+from atelier.trainers.image_folder import image_folder
 from PIL import Image, ImageFile
 
 RESOLUTION = Resolution(width=64, height=64)

@@ -16,8 +16,9 @@ import torch
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caching import cache_prompts
 from atelier.trainers.captions import CaptionSettings
-from atelier.trainers.dataset import Dataset, image_folder
+from atelier.trainers.dataset import Dataset
 from atelier.trainers.embeddings_parquet import export_embeddings, import_embeddings
+from atelier.trainers.image_folder import image_folder
 from PIL import Image, ImageOps
 from small_disk import small_disk
 

@@ -8,7 +8,8 @@ import torch
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.captions import CaptionSettings
 from atelier.trainers.dataset import PictureSettings, Subset, mask_weights, open_picture
-from atelier.trainers.graph_pictures import PictureFiles, graph_pictures
+from atelier.trainers.graph_pictures import graph_pictures
+from atelier.trainers.picture_files import PictureFiles
 from atelier.trainers.pictures import Transform
 from PIL import Image
 from small_disk import fill, small_disk
@@ -70,10 +71,10 @@ def test_grey_and_transparent_images_stay_so(tmp_path: Path, channels: int, mode
 
 def test_a_picture_is_written_once(tmp_path: Path) -> None:
     make(tmp_path, [image(), image(seed=1), image()], ["a"])
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     assert len(before) == 2
     again = make(tmp_path, [image(), image(seed=2)], ["a"])
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.rglob("*.png"))) == 3
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert again.records[0].path in map(str, before)
 
@@ -81,13 +82,13 @@ def test_a_picture_is_written_once(tmp_path: Path) -> None:
 def test_a_file_that_is_gone_changes_the_generation_and_is_written_again(tmp_path: Path) -> None:
     files = PictureFiles(tmp_path)
     before = files.generation()
-    kept = Path(files.keep(np.zeros((8, 8, 3), np.uint8)).path)
+    kept = Path(files.keep_pixels(np.zeros((8, 8, 3), np.uint8)).path)
     assert files.generation() == before
     kept.unlink()
     gone = files.generation()
     assert gone != before
     assert files.generation() == gone
-    assert Path(files.keep(np.zeros((8, 8, 3), np.uint8)).path) == kept
+    assert Path(files.keep_pixels(np.zeros((8, 8, 3), np.uint8)).path) == kept
     assert kept.is_file()
     assert files.generation() == gone
 
@@ -134,4 +135,4 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_part(tmp_path: Path) -> None:
         fill(disk)
         with pytest.raises(ValueError, match="is full"):
             make(disk / "pictures", [image(512, 512)], ["a"])
-        assert not list((disk / "pictures").glob("*"))
+        assert not [p for p in (disk / "pictures").rglob("*") if p.is_file()]

@@ -23,6 +23,7 @@ from atelier.trainers.buckets import Resolution
 from atelier.trainers.captions import CaptionSettings
 from atelier.trainers.dataset import PictureSettings, Subset, open_picture
 from atelier.trainers.hub_dataset import hub_folder
+from atelier.trainers.picture_files import PictureFiles
 from hub_server import HubServer
 from PIL import Image
 from small_disk import fill, small_disk
@@ -64,7 +65,7 @@ def rows(*colours: str, kind: str = "PNG") -> list[dict[str, Any]]:
 def read(folder: Path, **options: Any) -> Subset:
     settings: dict[str, Any] = {"captions": CaptionSettings(), "pictures": PictureSettings()}
     settings |= {"repeats": 1, "on_bad_file": "stop", "index_folder": None}
-    settings |= {"picture_folder": folder.parent / "pictures"}
+    settings |= {"files": PictureFiles(folder.parent / "pictures")}
     return hub_folder(folder, resolution=Resolution(width=64, height=64), **{**settings, **options})
 
 
@@ -228,7 +229,7 @@ def test_a_full_disk_stops_also_if_bad_rows_are_left_out(tmp_path: Path) -> None
     with small_disk(tmp_path / "disk") as disk:
         fill(disk)
         with pytest.raises(ValueError, match=r"The disk of .* is full"):
-            read(tmp_path / "set", picture_folder=disk / "pictures", on_bad_file="skip")
+            read(tmp_path / "set", files=PictureFiles(disk / "pictures"), on_bad_file="skip")
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,10 @@ def test_only_what_is_trained_is_downloaded_and_only_once(hub: HubServer, tmp_pa
     inside, pictures = (Path(answer["answer"]) for answer in answers)
     names = {path.rpartition("/")[2] for path in hub.downloads()}
     assert names == {"train-0.parquet", "a.png", "metadata.jsonl"}
-    assert captions_of(read(inside, picture_folder=tmp_path / "kept")) == [("red",), ("green",)]
+    assert captions_of(read(inside, files=PictureFiles(tmp_path / "kept"))) == [
+        ("red",),
+        ("green",),
+    ]
     assert captions_of(read(pictures)) == [("a red one",)]
     hub.requests.clear()
     assert fetch(ids, hub.url, tmp_path) == answers

@@ -8,7 +8,8 @@ from atelier.trainers.batches import BatchOrder
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caching import latent_cache
 from atelier.trainers.config import Schedule, TrainSettings
-from atelier.trainers.dataset import Dataset, Subset, image_folder
+from atelier.trainers.dataset import Dataset, Subset
+from atelier.trainers.image_folder import image_folder
 from atelier.trainers.inspection import num_batches, report
 from PIL import Image
 

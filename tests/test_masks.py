@@ -10,7 +10,8 @@ import torch
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caching import cache_latents
 from atelier.trainers.captions import CaptionSettings
-from atelier.trainers.dataset import Dataset, PictureSettings, Subset, image_folder
+from atelier.trainers.dataset import Dataset, PictureSettings, Subset
+from atelier.trainers.image_folder import image_folder
 from atelier.trainers.masks import ALPHA
 from PIL import Image
 

@@ -60,7 +60,8 @@ def _clear(arguments: list[str]) -> int:
         nargs="?",
         choices=[*CACHES, "all"],
         default="all",
-        help="encoded pictures, encoded captions, or sizes and hashes of files (default: all)",
+        help="encoded pictures, encoded captions, sizes and hashes of files, or the pictures of "
+        "graphs and parquet files (default: all)",
     )
     parser.add_argument(
         "--output",

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from .config import require
+from .files import not_read
 from .metadata_files import METADATA_FILES, find_metadata, is_text, one_or_more, read_metadata
 
 CaptionSource = Literal["text file", "file name", "instance prompt", "metadata file"]
@@ -44,11 +45,12 @@ _NO_SPACE_BEFORE = ",.;:!?，。；：！？、"
 class CaptionSettings:
     source: CaptionSource = "text file"
     """A text file beside each picture (cat.txt of cat.png), the name of the picture with spaces for
-    underscores, one prompt for all, or metadata.jsonl, .csv or .parquet in the folder."""
+    underscores, one prompt for all, or metadata.jsonl, .csv, .parquet or .json in the folder."""
     instance_prompt: str = ""
     """The caption of all pictures, for that source."""
     column: str = ""
-    """The column of a metadata file that holds the captions; empty takes `text`, else `caption`."""
+    """The column of a metadata file that holds the captions; empty takes `text`, else `caption`,
+    else `prompt`."""
     lines: CaptionLines = "one"
     """Whether a text file is one caption, each of its lines is one, or only its first line is."""
     missing: MissingCaptions = "error"
@@ -315,7 +317,7 @@ def read_caption_file(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ValueError(f"Cannot read the file {path}: {error.strerror}.") from error
+        raise not_read(path, error) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"The caption {path} is not UTF-8 text. Save it as UTF-8.") from error
     # UTF-16 without a mark decodes as UTF-8 and is full of NULs.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from .config import require
+from .picture_files import PictureFiles
 from .shards import Shards
 
-CACHES = ("latents", "prompts", "files")
-"""Subfolders of the cache: encoded pictures, encoded texts, and the sizes and hashes of files."""
+CACHES = ("latents", "prompts", "files", "pictures")
+"""Subfolders of the cache: encoded pictures, encoded texts, the sizes and hashes of files, and the
+pictures that came out of graphs and parquet files."""
 
 
 def clear_caches(folder: str | Path, what: str) -> int:
@@ -39,7 +41,7 @@ def clear_caches(folder: str | Path, what: str) -> int:
 
 
 def _clear(folder: Path) -> int:
-    freed = 0
+    freed = PictureFiles(folder).clear()
     for path in folder.glob("*.json"):
         freed += path.stat().st_size
         path.unlink(missing_ok=True)

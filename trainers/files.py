@@ -35,6 +35,23 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink()
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """All of a file that a user gave.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise not_read(path, error) from error
+
+
+def not_read(path: str | Path, error: OSError) -> ValueError:
+    """What a user should read when the operating system refuses to read `path`."""
+    return ValueError(f"Cannot read the file {path}: {error.strerror}.")
+
+
 def not_written(path: Path, error: OSError) -> ValueError:
     """What a user should read when the operating system refuses to write `path`."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no quota error

@@ -18,9 +18,10 @@ from typing import Any
 from .buckets import Resolution
 from .captions import CaptionSettings, captions_in_folder, filled_in, name_as_caption
 from .config import require
-from .dataset import PictureSettings, Subset, image_folder, subset_of
+from .dataset import PictureSettings, Subset
 from .files import write_json
 from .hub import refusals, require_hub_id, snapshot
+from .image_folder import image_folder, subset_of
 from .metadata_files import (
     CAPTION_COLUMNS,
     METADATA_FILES,
@@ -29,7 +30,7 @@ from .metadata_files import (
     row_texts,
 )
 from .packages import importing
-from .picture_files import write_picture_bytes
+from .picture_files import PictureFiles
 from .scan import PICTURE_EXTENSIONS, OnBadFile, OnProgress, Picture, scan_files, throttled
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -83,7 +84,7 @@ def is_fetched(hub_id: str, index_folder: Path) -> bool:
 def hub_folder(
     folder: Path,
     *,
-    picture_folder: Path,
+    files: PictureFiles,
     resolution: Resolution,
     repeats: int,
     pictures: PictureSettings,
@@ -92,11 +93,11 @@ def hub_folder(
     index_folder: Path | None,
     on_progress: OnProgress | None = None,
 ) -> Subset:
-    """A folder in one of the forms of this module. Pictures inside of parquet files become files
-    below `picture_folder`.
+    """A folder in one of the forms of this module. Pictures inside of parquet files are kept
+    in `files`.
 
     Captions come from the metadata where `captions` would take text files. The rest is as
-    `dataset.image_folder` has it.
+    `image_folder` has it.
 
     Raises:
         ValueError: as `image_folder`, or a parquet file is not as it should be.
@@ -114,11 +115,11 @@ def hub_folder(
             written=written if is_table else None,
             **settings,
         )
-    files = _of_training_split(
+    tables = _of_training_split(
         [p for p in sorted(folder.rglob("*.parquet")) if p.name not in METADATA_FILES], folder
     )
-    if files:
-        return _parquet_subset(files, folder, captions, picture_folder, settings)
+    if tables:
+        return _parquet_subset(tables, folder, captions, files, settings)
     if captions.source == "text file" and any(_metadata_files(folder)):
         captions = _from_metadata(captions)
     folders = {path.parent for path in _picture_paths(folder)}
@@ -143,10 +144,10 @@ class _Row:
 
 
 def _parquet_subset(
-    files: list[Path],
+    tables: list[Path],
     folder: Path,
     captions: CaptionSettings,
-    picture_folder: Path,
+    files: PictureFiles,
     settings: dict[str, Any],
 ) -> Subset:
     on_bad_file: OnBadFile = settings["on_bad_file"]
@@ -155,13 +156,13 @@ def _parquet_subset(
     told: list[str] = []
     paths: list[str] = []
     texts: list[tuple[str, ...]] = []
-    for done, file in enumerate(files):
-        for row in _rows(file, captions.column, wants_column=wants_column):
-            report(done, len(files))
+    for done, table in enumerate(tables):
+        for row in _rows(table, captions.column, wants_column=wants_column):
+            report(done, len(tables))
             caption = _caption(row, captions)
             try:
                 require(row.data is not None, f"{row.place} has no bytes of a picture. Remove it.")
-                path = write_picture_bytes(row.data or b"", picture_folder, row.place)
+                path = files.keep_bytes(row.data or b"", row.place)
             except ValueError as error:
                 if on_bad_file == "stop" or isinstance(error.__cause__, OSError):
                     raise
@@ -170,7 +171,7 @@ def _parquet_subset(
             paths.append(str(path))
             texts.append(caption)
     require(bool(paths), f"The parquet files of {folder} hold no pictures. Choose another folder.")
-    scan = scan_files(paths, picture_folder, on_bad_file=on_bad_file)
+    scan = scan_files(paths, files.folder, on_bad_file=on_bad_file)
     good = {picture.path for picture in scan.pictures}
     kept = [text for path, text in zip(paths, texts, strict=True) if path in good]
     return subset_of(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import require
-from .dataset import Dataset, Subset, image_folder
+from .dataset import Dataset, Subset
+from .image_folder import image_folder
 from .import_ai_toolkit import is_ai_toolkit, plan_ai_toolkit
 from .import_kohya import is_kohya, plan_kohya
 from .import_settings import FolderPlan, Places, Plan, read_config
@@ -56,7 +57,7 @@ def read_import(
     """The pictures of all folders of a plan.
 
     Raises:
-        ValueError: as `dataset.image_folder`.
+        ValueError: as `image_folder`.
     """
     subsets = []
     for folder in plan.folders:

@@ -14,6 +14,7 @@ from .buckets import Resolution
 from .captions import CaptionSettings
 from .config import require
 from .dataset import PictureSettings
+from .files import read_bytes
 from .import_settings import (
     ANY_ASPECT,
     FolderPlan,
@@ -216,10 +217,9 @@ def _is_regularization(subset: Settings) -> bool:
 
 def _table(path: Path, *, many_lines: bool) -> dict[str, tuple[str, ...]]:
     """The captions of {path or name of a picture: {"caption": …, "tags": …}}."""
+    data = read_bytes(path)
     try:
-        entries = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"Cannot read the file {path}: {error.strerror}.") from error
+        entries = json.loads(data)
     except (ValueError, RecursionError):
         entries = None
     found: dict[str, tuple[str, ...]] = {}

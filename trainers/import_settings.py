@@ -18,6 +18,7 @@ from .buckets import STEP, STEPS, Resolution
 from .captions import CaptionSettings
 from .config import ALWAYS, Schedule, require
 from .dataset import DEFAULT_CAPTIONS, DEFAULT_PICTURES, PictureSettings
+from .files import not_read
 from .scan import Picture
 
 CONFIG_EXTENSIONS = (".toml", ".yaml", ".yml", ".json")
@@ -69,7 +70,7 @@ class FolderPlan:
     pictures: PictureSettings = DEFAULT_PICTURES
     captions: CaptionSettings = DEFAULT_CAPTIONS
     masks: str | Path | None = None
-    """As `dataset.image_folder` takes it."""
+    """As `image_folder` takes it."""
     schedule: Schedule = ALWAYS
     """Its probability is for each picture of it, in proportion to those of other folders."""
     is_regularization: bool = False
@@ -277,7 +278,7 @@ def read_config(path: Path) -> Any:
         )
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"Cannot read the file {path}: {error.strerror}.") from error
+        raise not_read(path, error) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"The file {path} is not UTF-8 text. Save it as UTF-8.") from error
     kind = path.suffix[1:].upper()

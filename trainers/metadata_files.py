@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import require
+from .files import read_bytes
 from .packages import importing
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
@@ -210,10 +211,7 @@ def _parquet_rows(
 
 
 def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"Cannot read the file {path}: {error.strerror}.") from error
+    data = read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
         broken_at = data.find(b"\0")  # UTF-16 without a mark decodes as UTF-8 and is full of NULs

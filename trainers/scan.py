@@ -22,7 +22,7 @@ from PIL import Image
 
 from .buckets import Size
 from .config import require
-from .files import write_atomically
+from .files import not_read, write_atomically
 from .pictures import display_size, has_unusable_profile
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -174,7 +174,7 @@ def scan_files(
             try:
                 facts = os.stat(path)
             except OSError as error:
-                raise _unreadable(path, error) from error
+                raise not_read(path, error) from error
             pictures.append(Picture(path, facts.st_size, facts.st_mtime_ns, *_read_header(path)))
         except ValueError as error:
             bad.add(path, error)
@@ -212,6 +212,11 @@ class ContentHashes:
         self._file = file
         self._rows = _read_rows(file, _HASH) if file else {}
         self._fresh: dict[str, tuple] = {}
+
+    @classmethod
+    def in_folder(cls, index_folder: Path | None) -> ContentHashes:
+        """Those of the folder of our own files, as `scan_folder` takes it."""
+        return cls(index_folder / "contents.json" if index_folder else None)
 
     def of(self, path: str, num_bytes: int, mtime_ns: int) -> str:
         """The hash in hex of the file that had this size and time when it was listed.
@@ -278,7 +283,7 @@ class ContentHashes:
                     digest.update(chunk)
                 now = os.fstat(file.fileno())
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise not_read(path, error) from error
         # It may have changed since it was listed: then this is not the hash of the listed content.
         is_same = (now.st_size, now.st_mtime_ns) == (num_bytes, mtime_ns)
         if is_same and _is_settled(mtime_ns):
@@ -327,7 +332,7 @@ def _list_files(
                     others.add(entry.path)
             except OSError as error:  # a link to nothing or to itself
                 if is_picture:
-                    bad.add(entry.path, _unreadable(entry.path, error))
+                    bad.add(entry.path, not_read(entry.path, error))
         if recursive:
             pending += sorted(subfolders, reverse=True)  # the first name is taken next
     return sorted(pictures), others
@@ -359,7 +364,7 @@ def _read_header(path: str) -> tuple[int, int, bool, int, bool]:
         ) from error
     except (OSError, SyntaxError, ValueError, TypeError) as error:  # Pillow's plugins raise all
         if isinstance(error, OSError) and error.errno:
-            raise _unreadable(path, error) from error
+            raise not_read(path, error) from error
         raise ValueError(
             f"The picture {path} is damaged, cut off or not a picture. Replace or remove it."
         ) from error
@@ -387,10 +392,6 @@ def _may_be_rotated(png: Image.Image, file: BinaryIO) -> bool:
 
 def _is_settled(mtime_ns: int) -> bool:
     return time.time_ns() - mtime_ns > _SETTLED_NS
-
-
-def _unreadable(path: str, error: OSError) -> ValueError:
-    return ValueError(f"Cannot read the file {path}: {error.strerror}.")
 
 
 def throttled(on_progress: OnProgress | None) -> OnProgress:

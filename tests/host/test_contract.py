@@ -91,7 +91,10 @@ FROZEN = {
         ["captions ATELIER_CAPTION_SETTINGS"],
     ),
     "AtelierPictureSettings": (
-        ["crop COMBO", "filter COMBO", "max_side INT", "flip BOOLEAN"],
+        [
+            *("crop COMBO", "filter COMBO", "max_side INT", "flip BOOLEAN"),
+            *("step? COMBO", "enlarge? BOOLEAN"),
+        ],
         ["pictures ATELIER_PICTURE_SETTINGS"],
     ),
     "AtelierCacheLatents": (

@@ -145,6 +145,23 @@ def test_prompts_have_the_asked_length(runner: Runner, length: int) -> None:
     assert cache.load("caption one").prompt_embeds.shape == (length, 128)
 
 
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({}, (320, 208)), ({"step": "64"}, (320, 192)), ({"enlarge": False}, (96, 64))],
+)
+def test_picture_settings_say_which_sizes_there_are(
+    runner: Runner, workplace: Path, settings: dict[str, Any], size: tuple[int, int]
+) -> None:
+    """Of pictures of 100x67: 256x256 pixels in their shape are 313x209, and 96x64 fit in them."""
+    for path in (workplace / "input" / "red").glob("*.png"):
+        Image.new("RGB", (100, 67), "red").save(path)
+    graph = with_pictures(latents_graph(), **settings)
+    graph["dataset"]["inputs"] |= {"width": 256, "height": 256, "mode": "preserved"}
+    graph["keep"]["inputs"]["value"] = ["dataset", 0]
+    subset = runner.run(graph).subsets[0]
+    assert {subset.size_of(record) for record in subset.records} == {size}
+
+
 def test_every_order_of_an_instance_prompts_tags_is_encoded(runner: Runner) -> None:
     settings = {"source": "instance prompt", "instance_prompt": "sks, red, round", "shuffle": True}
     cache = runner.run(with_captions(prompts_graph(), **settings))
@@ -379,11 +396,22 @@ def test_embeddings_go_to_the_recipe_and_come_back(runner: Runner, workplace: Pa
     assert torch.equal(ours.pooled, theirs.pooled)
 
 
-@pytest.mark.parametrize("name", ["", "../x.parquet", "/x.parquet", "none.parquet", "link.parquet"])
-def test_a_parquet_file_outside_the_input_folder_is_refused(workplace: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "must lie below input/"),
+        ("../x.parquet", "must lie below input/"),
+        ("/x.parquet", "must lie below input/"),
+        ("none.parquet", "is not below .*input\\. Put it there"),
+        ("link.parquet", "is not below .*input\\. Put it there"),
+    ],
+)
+def test_a_parquet_file_outside_the_input_folder_is_refused(
+    workplace: Path, name: str, message: str
+) -> None:
     (workplace / "x.parquet").write_bytes(b"PAR1")
     (workplace / "input" / "link.parquet").symlink_to(workplace / "x.parquet")
-    with pytest.raises(ValueError, match=r"^The file .* is not below .*input\. Put it there"):
+    with pytest.raises(ValueError, match=f"^The file .*{message}"):
         host.dataset_file(name)
 
 

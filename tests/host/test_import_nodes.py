@@ -15,6 +15,7 @@ import pytest
 from atelier.nodes import host
 from atelier.nodes.importers import HubDataset, ImportDataset
 from atelier.nodes.settings import CaptionSettingsNode
+from atelier.trainers.clearing import clear_caches
 from executor import Runner
 from PIL import Image
 
@@ -135,6 +136,19 @@ def test_a_folder_of_parquet_is_a_dataset(runner: Runner, workplace: Path, folde
     assert record.texts == (("sks, a dog",),)
     assert (dataset.num_samples, record.width, record.height) == (2, 80, 64)
     assert Path(record.path).is_relative_to(workplace / "output" / "atelier" / "cache" / "pictures")
+
+
+def test_pictures_of_parquet_that_were_cleared_are_written_again(
+    runner: Runner, workplace: Path
+) -> None:
+    runner = Runner(one_after_the_other=True)
+    path = Path(runner.run(hub("dogs")).subsets[0].records[0].path)
+    before = path.read_bytes()
+    freed = clear_caches(workplace / "output" / "atelier" / "cache", "pictures")
+    assert freed == len(before)
+    assert not path.exists()
+    assert Path(runner.run(hub("dogs")).subsets[0].records[0].path) == path
+    assert path.read_bytes() == before == picture()
 
 
 def test_caption_settings_name_the_column(runner: Runner) -> None:

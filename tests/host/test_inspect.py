@@ -96,7 +96,7 @@ def images_graph(images: Any, texts: Any = "a caption", **inputs: Any) -> dict[s
 
 
 def stored(workplace: Path) -> list[Path]:
-    return sorted((workplace / "output" / "atelier" / "cache" / "pictures").iterdir())
+    return sorted((workplace / "output" / "atelier" / "cache" / "pictures").rglob("*.png"))
 
 
 def test_the_sheet_is_an_image_and_shown_on_the_node(runner: Runner, workplace: Path) -> None:
