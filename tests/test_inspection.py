@@ -10,7 +10,7 @@ from atelier.trainers.caching import latent_cache
 from atelier.trainers.config import Schedule, TrainSettings
 from atelier.trainers.dataset import Dataset, Subset
 from atelier.trainers.image_folder import image_folder
-from atelier.trainers.inspection import num_batches, report
+from atelier.trainers.inspection import num_batches, num_samples, report
 from PIL import Image
 
 BUCKETS = Resolution(width=64, height=96, mode="buckets")
@@ -37,7 +37,8 @@ def test_batches_are_those_of_the_training(tmp_path: Path, batch_size: int) -> N
     dataset = Dataset(subsets=(first, other)).at_sizes([(128, 128)])
     cache = latent_cache(dataset, "encoder", tmp_path)
     order = BatchOrder(cache.subsets, batch_size=batch_size, seed=0)
-    assert sum(num_batches(one, batch_size) for one in dataset.subsets) == order.batches_per_epoch
+    counted = [num_batches(num_samples(one), batch_size) for one in dataset.subsets]
+    assert sum(counted) == order.batches_per_epoch
 
 
 def test_the_report_says_what_an_epoch_is(tmp_path: Path) -> None:

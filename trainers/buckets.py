@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -143,7 +144,17 @@ def bucket_sizes(
 def nearest_bucket(width: int, height: int, sizes: tuple[Size, ...]) -> Size:
     """The size whose aspect ratio is nearest on a log scale, so that portrait equals landscape."""
     wanted = math.log(width / height)
-    return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - wanted), size))
+    ordered, aspects = _by_aspect(sizes)
+    above = bisect_left(aspects, wanted)
+    below = bisect_left(aspects, aspects[above - 1]) if above else 0  # the first of equal shapes
+    near = ordered[below], ordered[min(above, len(ordered) - 1)]
+    return min(near, key=lambda size: (abs(math.log(size[0] / size[1]) - wanted), size))
+
+
+@lru_cache  # 100,000 pictures ask
+def _by_aspect(sizes: tuple[Size, ...]) -> tuple[list[Size], list[float]]:
+    ordered = sorted(sizes, key=lambda size: (math.log(size[0] / size[1]), size))
+    return ordered, [math.log(width / height) for width, height in ordered]
 
 
 def limited_size(size: Size, max_side: int) -> Size:

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from functools import lru_cache
 
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 _SYSTEM_FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "segoeui.ttf", "Helvetica.ttc"),
@@ -82,7 +82,7 @@ class Face:
         """Parts of the text, each with the font that draws all of it."""
         part, name = "", ""
         for character in text:
-            found = name if part and _joins(character) else font_of(character)
+            found = name if part and _joins(character) else font_of(character) or ""
             if part and found != name:
                 yield _font(name, self._size), part
                 part = ""
@@ -119,25 +119,32 @@ def _escape(character: str) -> str:
 
 def _has(name: str, character: str) -> bool:
     # Pillow does not say which characters a font has.
-    shape = _shape(name, character)
-    return any(shape[1]) and shape != _shape(name, _MISSING)
+    drawn = _drawn(name, character)
+    return any(drawn) and drawn != _drawn(name, _MISSING)
 
 
-def _shape(name: str, character: str) -> tuple[tuple[int, int], bytes]:
-    mask = _font(name, 24).getmask(character)
-    return mask.size, bytes(mask)
+@lru_cache(maxsize=256)  # the one of what is missing is asked for again and again
+def _drawn(name: str, character: str) -> bytes:
+    image = Image.new("L", (64, 64))
+    ImageDraw.Draw(image).text((16, 16), character, 255, _font(name, 24))
+    return image.tobytes()
 
 
 @lru_cache(maxsize=1)
 def _installed() -> tuple[str, ...]:
-    return tuple(name for name in _SYSTEM_FONTS if _font(name, 24) is not None)
+    return tuple(name for name in _SYSTEM_FONTS if _is_installed(name))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(_font(name, 24))
+    except OSError:
+        return False
 
 
 @lru_cache(maxsize=256)
-def _font(name: str, size: float) -> ImageFont.FreeTypeFont | None:
-    if not name:
-        return ImageFont.load_default(size)
-    try:
-        return ImageFont.truetype(name, size)
-    except OSError:
-        return None
+def _font(name: str, size: float) -> ImageFont.FreeTypeFont:
+    """Raises OSError if there is no such font."""
+    font = ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow's wheels have FreeType"
+    return font

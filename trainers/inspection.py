@@ -21,19 +21,15 @@ _SIZES_NAMED = 20
 
 def report(dataset: Dataset, settings: TrainSettings) -> list[str]:
     """Sentences, one a line. Of the settings, batch size and gradient accumulation count."""
-    lines = [_epoch(dataset, settings)]
-    for subset in dataset.subsets:
-        lines += _subset_lines(dataset, subset, settings.batch_size)
+    samples = [num_samples(subset) for subset in dataset.subsets]
+    batch_size = settings.batch_size
+    lines = [_epoch(dataset, sum(num_batches(one, batch_size) for one in samples), settings)]
+    for subset, counts in zip(dataset.subsets, samples, strict=True):
+        lines += _subset_lines(dataset, subset, counts, batch_size)
     duplicates = duplicate_names(dataset)
     if duplicates:
         lines.append(f"Pictures that are there more than once: {listed(duplicates)}.")
     return [*lines, *dataset.warnings]
-
-
-def num_batches(subset: Subset, batch_size: int) -> int:
-    """Batches of one pass over a subset: each holds pictures of one size, and may run short."""
-    samples = _samples(subset).values()
-    return sum(math.ceil(count / batch_size) for count in samples)
 
 
 def duplicate_names(dataset: Dataset) -> list[str]:
@@ -54,8 +50,20 @@ def duplicate_names(dataset: Dataset) -> list[str]:
     ]
 
 
-def _epoch(dataset: Dataset, settings: TrainSettings) -> str:
-    batches = sum(num_batches(subset, settings.batch_size) for subset in dataset.subsets)
+def num_batches(samples: Counter[Size], batch_size: int) -> int:
+    """Batches of one pass over a subset: each holds pictures of one size, and may run short."""
+    return sum(math.ceil(count / batch_size) for count in samples.values())
+
+
+def num_samples(subset: Subset) -> Counter[Size]:
+    """How many samples of an epoch have each size."""
+    counts: Counter[Size] = Counter()
+    for record in subset.records:
+        counts[subset.size_of(record)] += record.repeats
+    return counts
+
+
+def _epoch(dataset: Dataset, batches: int, settings: TrainSettings) -> str:
     pictures = sum(len(subset.records) for subset in dataset.subsets)
     steps = batches / settings.gradient_accumulation
     return (
@@ -65,7 +73,9 @@ def _epoch(dataset: Dataset, settings: TrainSettings) -> str:
     )
 
 
-def _subset_lines(dataset: Dataset, subset: Subset, batch_size: int) -> Iterator[str]:
+def _subset_lines(
+    dataset: Dataset, subset: Subset, samples: Counter[Size], batch_size: int
+) -> Iterator[str]:
     schedule, name = subset.schedule, _label(dataset, subset)
     yield f"Dataset {name}: pictures {len(subset.records)}, samples per epoch {subset.num_samples}."
     total = sum(other.schedule.probability for other in dataset.subsets)
@@ -78,7 +88,6 @@ def _subset_lines(dataset: Dataset, subset: Subset, batch_size: int) -> Iterator
     num_masked = sum(record.mask is not None for record in subset.records)
     if num_masked:
         yield f"Dataset {name}: pictures with a mask {num_masked}."
-    samples = _samples(subset)
     for (width, height), count in samples.most_common(_SIZES_NAMED):
         size = f"{width}x{height}"
         batches, rest = math.ceil(count / batch_size), count % batch_size
@@ -99,10 +108,3 @@ def _label(dataset: Dataset, subset: Subset) -> str:
     names = [other.name for other in dataset.subsets]
     size = f" at {subset.resolution.width}x{subset.resolution.height}"
     return subset.name + (size if names.count(subset.name) > 1 else "")
-
-
-def _samples(subset: Subset) -> Counter[Size]:
-    counts: Counter[Size] = Counter()
-    for record in subset.records:
-        counts[subset.size_of(record)] += record.repeats
-    return counts
