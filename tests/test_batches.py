@@ -1,10 +1,9 @@
-"""The order of the pictures: complete, unmixed, and known from the seed and the step alone."""
+"""What the order of the pictures depends on; `test_schedule.py` has what an epoch holds."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
 
 import pytest
 from atelier.trainers.batches import BatchOrder
@@ -40,41 +39,6 @@ def keys(order: BatchOrder, steps: range) -> list[list[str]]:
 def epoch(order: BatchOrder, number: int) -> list[list[str]]:
     count = order.batches_per_epoch
     return keys(order, range(number * count, (number + 1) * count))
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-@pytest.mark.parametrize("number", [0, 1, 7])
-def test_every_epoch_holds_every_entry_its_repeats(batch_size: int, number: int) -> None:
-    order = make_order(make_entries(), batch_size=batch_size, seed=0)
-    seen = Counter(key for batch in epoch(order, number) for key in batch)
-    assert seen == {f"key {index}": repeats for index, repeats in enumerate(REPEATS)}
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_a_batch_never_mixes_sizes(batch_size: int) -> None:
-    order = make_order(make_entries(), batch_size=batch_size, seed=0)
-    for step in range(3 * order.batches_per_epoch):
-        assert len({(entry.width, entry.height) for entry in order.batch(step)}) == 1
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_only_the_last_batch_of_a_size_is_smaller(batch_size: int) -> None:
-    order = make_order(make_entries(), batch_size=batch_size, seed=0)
-    of_size = Counter()
-    for size, repeats in zip(SIZES, REPEATS, strict=True):
-        of_size[size] += repeats
-    lengths = Counter(len(batch) for batch in epoch(order, 0))
-    expected = Counter({batch_size: sum(n // batch_size for n in of_size.values())})
-    expected.update(n % batch_size for n in of_size.values() if n % batch_size)
-    assert lengths == +expected
-
-
-def test_a_batch_depends_on_nothing_that_was_asked_before() -> None:
-    first, second = (make_order(make_entries(), batch_size=2, seed=4) for _ in range(2))
-    steps = list(range(40))
-    in_order = {step: first.batch(step) for step in steps}
-    random.Random(0).shuffle(steps)
-    assert {step: second.batch(step) for step in steps} == in_order
 
 
 def test_the_order_of_the_entries_does_not_matter() -> None:

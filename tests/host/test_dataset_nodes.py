@@ -396,22 +396,11 @@ def test_embeddings_go_to_the_recipe_and_come_back(runner: Runner, workplace: Pa
     assert torch.equal(ours.pooled, theirs.pooled)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("", "must lie below input/"),
-        ("../x.parquet", "must lie below input/"),
-        ("/x.parquet", "must lie below input/"),
-        ("none.parquet", "is not below .*input\\. Put it there"),
-        ("link.parquet", "is not below .*input\\. Put it there"),
-    ],
-)
-def test_a_parquet_file_outside_the_input_folder_is_refused(
-    workplace: Path, name: str, message: str
-) -> None:
+@pytest.mark.parametrize("name", ["", "../x.parquet", "/x.parquet", "none.parquet", "link.parquet"])
+def test_a_parquet_file_outside_the_input_folder_is_refused(workplace: Path, name: str) -> None:
     (workplace / "x.parquet").write_bytes(b"PAR1")
     (workplace / "input" / "link.parquet").symlink_to(workplace / "x.parquet")
-    with pytest.raises(ValueError, match=f"^The file .*{message}"):
+    with pytest.raises(ValueError, match=r"^The file .* is not below .*input\. Put it there"):
         host.dataset_file(name)
 
 
