@@ -126,7 +126,7 @@ class ImageFolderDataset(io.ComfyNode):
             index_folder=host.cache_folder("files"),
             on_progress=host.Progress().update,
         )
-        dataset = Dataset(subsets=(subset,)).at_sizes(parse_sizes(more_sizes))
+        dataset = pictures.dataset(subset).at_sizes(parse_sizes(more_sizes))
         return dataset_output(dataset, cls.hidden.unique_id)
 
 

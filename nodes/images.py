@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.dataset import DEFAULT_CAPTIONS, Dataset
+from ..trainers.dataset import DEFAULT_CAPTIONS
 from ..trainers.graph_pictures import graph_pictures
 from . import host
 from .dataset import dataset_output, kept_pictures
@@ -89,4 +89,4 @@ class ImagesToDataset(io.ComfyNode):
             index_folder=host.cache_folder("files"),
             on_progress=host.Progress().update,
         )
-        return dataset_output(Dataset(subsets=(subset,)), cls.hidden.unique_id)
+        return dataset_output(pictures.dataset(subset), cls.hidden.unique_id)

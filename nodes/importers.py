@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..trainers.buckets import Mode
 from ..trainers.captions import CaptionSettings
-from ..trainers.dataset import DEFAULT_CAPTIONS, Dataset
+from ..trainers.dataset import DEFAULT_CAPTIONS
 from ..trainers.hub import require_hub_id, snapshot
 from ..trainers.hub_dataset import fetch_dataset, hub_folder, is_fetched
 from ..trainers.import_dataset import imported_files, plan_import, read_import
@@ -168,7 +168,7 @@ class HubDataset(io.ComfyNode):
         )
         if hub_id:
             subset = dataclasses.replace(subset, name=hub_id)
-        return dataset_output(Dataset(subsets=(subset,)), cls.hidden.unique_id)
+        return dataset_output(pictures.dataset(subset), cls.hidden.unique_id)
 
 
 _NO_FOLDER = "none"

@@ -18,7 +18,7 @@ from ..trainers.config import (
     LoraSettings,
     TrainSettings,
 )
-from ..trainers.dataset import DEFAULT_PICTURES, PictureSettings
+from ..trainers.dataset import DEFAULT_PICTURES, Dataset, PictureSettings, Subset
 from ..trainers.scan import ON_BAD_FILE
 from . import host
 from .wires import AtelierCaptionSettings, AtelierPictureSettings
@@ -34,6 +34,11 @@ class PictureChoices:
     pixels: PictureSettings = DEFAULT_PICTURES
     step: int = STEP
     upscale: bool = True
+    min_side: int = 0
+
+    def dataset(self, subset: Subset) -> Dataset:
+        """Of the pictures that are large enough."""
+        return Dataset(subsets=(subset.without_small(self.min_side),))
 
     def resolution(self, width: int, height: int, mode: Mode) -> Resolution:
         return Resolution(

@@ -177,6 +177,16 @@ class PictureSettingsNode(io.ComfyNode):
                     tooltip="Enlarge pictures that are smaller than their size. Off: they are "
                     "trained at a smaller size of the same shape.",
                 ),
+                host.make_input(
+                    io.Int,
+                    "min_side",
+                    default=0,
+                    min=0,
+                    max=65536,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Leave out pictures with a side of fewer pixels than this. 0: none.",
+                ),
             ],
             outputs=[
                 AtelierPictureSettings.Output(
@@ -196,6 +206,10 @@ class PictureSettingsNode(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, step: str = str(STEP), enlarge: bool = True, **pixels: Any) -> io.NodeOutput:
-        pictures = PictureSettings(**pixels)
-        return io.NodeOutput(PictureChoices(pixels=pictures, step=int(step), upscale=enlarge))
+    def execute(
+        cls, step: str = str(STEP), enlarge: bool = True, min_side: int = 0, **pixels: Any
+    ) -> io.NodeOutput:
+        choices = PictureChoices(
+            pixels=PictureSettings(**pixels), step=int(step), upscale=enlarge, min_side=min_side
+        )
+        return io.NodeOutput(choices)

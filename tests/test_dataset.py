@@ -310,3 +310,14 @@ def test_files_are_known_by_their_index(tmp_path: Path) -> None:
     path.write_bytes(b"x" * path.stat().st_size)
     os.utime(path, ns=(long_ago, long_ago))
     assert read(tmp_path / "pictures", index_folder=index) == first
+
+
+def test_pictures_with_a_short_side_are_left_out_by_name(tmp_path: Path) -> None:
+    add_picture(tmp_path, "large.png", side=80)
+    add_picture(tmp_path, "small.png", side=79)
+    subset = read(tmp_path).without_small(80)
+    assert [Path(record.path).name for record in subset.records] == ["large.png"]
+    assert subset.warnings == ("Left out, with a side of fewer than 80 pixels: small.png.",)
+    assert len(read(tmp_path).without_small(79).records) == 2
+    with pytest.raises(ValueError, match=r"have a side of fewer than 81 pixels\. Lower min_side"):
+        read(tmp_path).without_small(81)

@@ -91,6 +91,24 @@ class Subset:
             messages.append(f"Pictures with an empty caption: {listed(silent)}.")
         return tuple(messages)
 
+    def without_small(self, min_side: int) -> Subset:
+        """Without the pictures that have a side of fewer than `min_side` pixels, which are told.
+
+        Raises:
+            ValueError: if none is left.
+        """
+        kept = tuple(r for r in self.records if min(r.width, r.height) >= min_side)
+        small = [_file_name(r) for r in self.records if min(r.width, r.height) < min_side]
+        if not small:
+            return self
+        require(
+            bool(kept),
+            f"All pictures of '{self.name}' have a side of fewer than {min_side} pixels. Lower "
+            "min_side of Picture Settings.",
+        )
+        sentence = f"Left out, with a side of fewer than {min_side} pixels: {listed(small)}."
+        return dataclasses.replace(self, records=kept, told=(*self.told, sentence))
+
     def _is_upscaled(self, record: Record) -> bool:
         return is_enlarged((record.width, record.height), self.size_of(record))
 

@@ -93,7 +93,7 @@ FROZEN = {
     "AtelierPictureSettings": (
         [
             *("crop COMBO", "filter COMBO", "max_side INT", "flip BOOLEAN"),
-            *("step? COMBO", "enlarge? BOOLEAN"),
+            *("step? COMBO", "enlarge? BOOLEAN", "min_side? INT"),
         ],
         ["pictures ATELIER_PICTURE_SETTINGS"],
     ),
