@@ -73,22 +73,22 @@ def require_room(folder: Path, num_bytes: int, limit_bytes: int | None = None) -
     """
     if limit_bytes is not None and num_bytes > limit_bytes:
         raise ValueError(
-            f"Caching this would take {_gigabytes(num_bytes)} GB more, and limit_gb allows "
-            f"{_gigabytes(limit_bytes)}. Raise limit_gb, or make it smaller: fewer or smaller "
+            f"Caching this would take {_readable(num_bytes)} more, and limit_gb allows "
+            f"{_readable(limit_bytes)}. Raise limit_gb, or make it smaller: fewer or smaller "
             "sizes, latents as one sample, fewer caption variants, a shorter length."
         )
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if num_bytes > free:
         raise ValueError(
-            f"Caching this would take {_gigabytes(num_bytes)} GB more, and the disk of {folder} "
-            f"has {_gigabytes(free)} GB free. Free some space, or make it smaller: fewer or "
-            "smaller sizes, latents as one sample, fewer caption variants, a shorter length."
+            f"Caching this would take {_readable(num_bytes)} more, and the disk of {folder} has "
+            f"{_readable(free)} free. Free some space, or make it smaller: fewer or smaller sizes, "
+            "latents as one sample, fewer caption variants, a shorter length."
         )
 
 
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g}"
+def _readable(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
