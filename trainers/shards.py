@@ -32,7 +32,7 @@ _MARK = "atelier"
 Tensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Stored:
     """One tensor of an entry: where it lies, and its checksum in hex."""
 
@@ -214,7 +214,8 @@ def _whole_keys(path: Path) -> list[str]:
     return [key for key in dict.fromkeys(map(_key, ends)) if key not in cut]
 
 
-@functools.lru_cache(maxsize=256)  # shards never change; entries are read in random order
+# Shards never change; entries are read in random order. So many are 128 GB of cache.
+@functools.lru_cache(maxsize=2048)
 def _contents(path: Path) -> dict[str, dict[str, _Stored]]:
     """Every tensor of a shard by key and name.
 

@@ -44,7 +44,7 @@ _SCALE_NAMES = ("scale_weight", "weight_scale")
 _FP8 = ("F8_E4M3", "F8_E5M2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a safetensors file: where its bytes lie."""
 
