@@ -7,9 +7,9 @@
   turns, and the best round of each counts, since other work on the machine only adds time; a ratio
   is above 1 where the cache is faster. Seconds of the processor are compared as well.
   Pictures are read while others are encoded; captions can only be as fast, or encoded together.
-- Reading: batches of one from caches of 1,000 to 100,000 entries, chosen at random, each of which was
-  read before. Entries are of the sizes of FLUX.1-dev's: latents of 512x768 pixels (mean and deviation), 77 T5 tokens and
-  the pooled vector.
+- Reading: batches of one from caches of 1,000 to 100,000 entries, chosen at random, each of which
+  was read before. Entries are of the sizes of FLUX.1-dev's: latents of 512x768 pixels (mean and
+  deviation), 77 T5 tokens and the pooled vector.
 - Seeing: how long a new process takes to know which of so many small entries are there.
 
 Exits with 1 where a batch takes more than `FETCH_MS` or filling is slower than the loop that saves.
