@@ -22,7 +22,7 @@ profiler. They are counted part by part beyond what was there before:
 
 `deviation` is predicted / measured - 1 of the total. On a card `ram` has the same of system memory:
 blocks that wait there, and the peak of what torch pins during a step. Seconds are medians of
-further steps. GB are 10^9 bytes.
+further steps, on a card only (train_step.py compares the times on a CPU). GB are 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def cases(format: str, device: torch.device) -> list[Case]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--formats", nargs="+", default=["nf4", "int8", "bf16"])
-    parser.add_argument("--runs", type=int, default=5, help="steps that are timed in each row")
+    parser.add_argument("--runs", type=int, default=5, help="steps of each row that a card times")
     parser.add_argument("--nano", action="store_true", help="the nano model on the CPU")
     parser.add_argument("--out", type=Path, help="the default is in benchmarks/results")
     given = parser.parse_args(arguments)
@@ -291,8 +291,9 @@ def measure(
         "optimizer": first.kept,
         "step": second.peak,
     }
-    row = {**compared(measured, predicted), "seconds": median_seconds(step, device, runs)}
+    row = compared(measured, predicted)
     if device.type == "cuda":
+        row["seconds"] = median_seconds(step, device, runs)
         ram = {"weights": waiting, "activations": estimate.saved}
         found = {"weights": store.bytes_in_ram, "activations": pinned.num_bytes}
         row |= {"ram_predicted_gb": in_gb(ram), "ram_measured_gb": in_gb(found)}
@@ -353,10 +354,11 @@ def measure_plain(
     first = allocated(step, device).kept
     peak = allocated(step, device).peak
     measured = {"model": model, "optimizer": first, "step": peak}
-    row = {
+    row: dict[str, Any] = {
         "measured_gb": {**in_gb(measured), "total": (model + first + peak) / GB},
-        "seconds": median_seconds(step, device, runs),
     }
+    if device.type == "cuda":
+        row["seconds"] = median_seconds(step, device, runs)
     del step
     made.clear()
     forget(device)
@@ -378,7 +380,9 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         )
         plain = found.get(f"plain diffusers recipe in nf4, {Case(text_tokens=count).title}")
         if whole and plain:
-            said[f"ours / plain, seconds, {count} tokens"] = whole["seconds"] / plain["seconds"]
+            if "seconds" in whole:
+                ratio = whole["seconds"] / plain["seconds"]
+                said[f"ours / plain, seconds, {count} tokens"] = ratio
             totals = [row["measured_gb"]["total"] for row in (whole, plain)]
             said[f"ours / plain, peak, {count} tokens"] = totals[0] / totals[1]
         if whole and streamed:

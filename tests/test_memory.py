@@ -205,7 +205,7 @@ def test_the_benchmark_finds_the_prediction_within_5_percent(tmp_path: Path) -> 
     """In its small form, with the loop's own steps on the nano model."""
     benchmark = load_module("memory_benchmark", ROOT / "benchmarks" / "memory.py")
     out = tmp_path / "memory.json"
-    result = benchmark.main(["--nano", "--formats", "nf4", "--runs", "1", "--out", str(out)])
+    result = benchmark.main(["--nano", "--formats", "nf4", "--out", str(out)])
     assert result == json.loads(out.read_text(encoding="utf-8"))
     assert len(result["rows"]) == 3
     assert result["summary"]["is_within_5_percent"]
