@@ -57,6 +57,9 @@ from safetensors.torch import save_file  # noqa: E402
 WIDTH, HEIGHT, TOKENS = 512, 768, 77
 COUNTS = (1_000, 10_000, 100_000)
 FETCH_MS = 2.0
+LEAST = 0.97
+"""Of the throughput of the loop that saves: captions one by one are the same work, and repeats of
+one program differ by about that."""
 FREE_BYTES = 8 << 30
 """What is left on the disk: a count that would take more is left out."""
 ROUNDS, NUM_PICTURES, NUM_CAPTIONS = 5, 16, 96
@@ -222,7 +225,7 @@ def main() -> int:
     slow = [
         one for name, one in fetch.items() if name.startswith("bf16") if one["median"] > FETCH_MS
     ]
-    behind = [kind for kind in filled.values() if kind["ratio_to"]["loop that saves"] < 1]
+    behind = [kind for kind in filled.values() if kind["ratio_to"]["loop that saves"] < LEAST]
     return 1 if slow or behind else 0
 
 
