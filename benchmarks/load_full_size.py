@@ -216,9 +216,9 @@ def copy_of(folder: Path) -> Path:
 
 def step(folder: Path) -> dict[str, Any]:
     """One optimizer step of the loop itself, on one random picture and caption."""
-    from atelier.trainers import loop
     from atelier.trainers.batches import BatchOrder
     from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings
+    from atelier.trainers.step import TrainState, optimizer_step
     from training import training_data
 
     base = load_base(folder)
@@ -229,10 +229,10 @@ def step(folder: Path) -> dict[str, Any]:
         text_tokens=TEXT_TOKENS,
         widths=(base.config.context_dim, base.config.vector_dim),
     )
-    state = loop.TrainState(base, job)
+    state = TrainState(base, job)
     order = BatchOrder(data.latents.entries, batch_size=1, seed=job.train.seed)
     began = time.perf_counter()
-    loss, grad_norm = loop.optimizer_step(state, 0, order, data, loop.Hooks())
+    loss, grad_norm = optimizer_step(state, 0, order, data)
     return {
         "seconds": time.perf_counter() - began,
         "loss": loss,

@@ -58,6 +58,7 @@ from atelier.trainers.devices import system_memory  # noqa: E402
 from atelier.trainers.flux import FluxConfig, is_block_matrix  # noqa: E402
 from atelier.trainers.load import LoadedFlux, inspect_flux  # noqa: E402
 from atelier.trainers.memory import estimate_training, placed_bytes, store_bytes  # noqa: E402
+from atelier.trainers.step import TrainState, optimizer_step  # noqa: E402
 from atelier.trainers.store import PackedWeight, WeightStore  # noqa: E402
 from flux_files import flux_shapes  # noqa: E402
 from training import training_data  # noqa: E402
@@ -274,13 +275,13 @@ def measure(
 
     store.streaming = case.streaming
     brought = allocated(lambda: store.prepare(device, budgets[case.streaming]), device)
-    made: list[loop.TrainState] = []
-    network = allocated(lambda: made.append(loop.TrainState(base, job)), device)
+    made: list[TrainState] = []
+    network = allocated(lambda: made.append(TrainState(base, job)), device)
     (state,) = made
     order = BatchOrder(data.latents.subsets, batch_size=1, seed=job.train.seed)
 
     def step() -> None:
-        loop.optimizer_step(state, 0, order, data, loop.Hooks())
+        optimizer_step(state, 0, order, data)
 
     first = allocated(step, device)
     with PinnedPeak(device) as pinned:

@@ -38,7 +38,6 @@ from pack import load_pack  # noqa: E402
 
 load_pack()
 
-from atelier.trainers import loop  # noqa: E402
 from atelier.trainers.batches import BatchOrder  # noqa: E402
 from atelier.trainers.caches import (  # noqa: E402
     LatentCache,
@@ -53,6 +52,7 @@ from atelier.trainers.devices import compute_dtype, default_device, dtype_name  
 from atelier.trainers.flow import add_noise, flow_loss, sample_sigmas, seeded  # noqa: E402
 from atelier.trainers.flux import image_ids, pack_latents, unpack_latents  # noqa: E402
 from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
+from atelier.trainers.step import TrainState, optimizer_step  # noqa: E402
 from flux_files import write_flux  # noqa: E402
 from training import write_entries  # noqa: E402
 
@@ -84,9 +84,9 @@ def make_data(folder: Path, base: LoadedFlux) -> TrainingData:
 
 
 def our_step(base: LoadedFlux, data: TrainingData, job: JobSettings) -> Callable[[], float]:
-    state = loop.TrainState(base, job)
+    state = TrainState(base, job)
     order = BatchOrder(data.latents.subsets, batch_size=1, seed=job.train.seed)
-    return lambda: loop.optimizer_step(state, 0, order, data, loop.Hooks())[0]
+    return lambda: optimizer_step(state, 0, order, data)[0]
 
 
 def plain_step(

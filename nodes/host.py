@@ -198,6 +198,13 @@ def show_text(text: str, node_id: str) -> None:
         server.send_progress_text(text, node_id)
 
 
+def send_event(name: str, data: dict[str, Any]) -> None:
+    """Send a message to every open page; from any thread."""
+    server = _server()
+    if server is not None:
+        server.send_sync(name, data)
+
+
 def report(node_id: str, message: str, *warnings: str) -> dict[str, list[str]]:
     """Text for the node's face and, as its `ui` output, the history; warnings go to the log too."""
     for warning in warnings:
@@ -263,7 +270,13 @@ def free_system_memory() -> int:
     return comfy.model_management.get_free_memory(torch.device("cpu"))
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_cancel(error: BaseException) -> bool:
+    """Whether it is ComfyUI's interruption, or the server's end."""
+    interruption = comfy.model_management.InterruptProcessingException
+    return isinstance(error, (interruption, KeyboardInterrupt))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device ran out of memory."""
     management = comfy.model_management
     if hasattr(management, "is_oom"):  # from 2026 on

@@ -14,9 +14,10 @@ from atelier.trainers.data import TrainingData
 from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.frozen import FrozenLora, fingerprint, load_frozen, save_frozen
+from atelier.trainers.hooks import Hooks
 from atelier.trainers.job import read_job, run_job
 from atelier.trainers.load import LoadedFlux, load_flux
-from atelier.trainers.loop import Hooks, open_run, save_trained, train, workload
+from atelier.trainers.loop import open_run, save_trained, train, workload
 from atelier.trainers.memory import estimate_training
 from dense import dense_transformer, stored_tensors
 from flux_files import write_flux

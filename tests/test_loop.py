@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers import loop
+from atelier.trainers import step as training_step
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.batches import BatchOrder
 from atelier.trainers.caches import LatentSubset
@@ -17,8 +18,10 @@ from atelier.trainers.data import TrainingData
 from atelier.trainers.flow import seeded
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.formats import FORMATS
+from atelier.trainers.hooks import Hooks, Step, Trained
 from atelier.trainers.load import LoadedFlux, load_flux
-from atelier.trainers.loop import Hooks, Step, Trained, open_run, train
+from atelier.trainers.loop import open_run, train
+from atelier.trainers.rhythm import Rhythm
 from atelier.trainers.run import Checkpoint, Run
 from bitsandbytes.optim import AdamW8bit
 from dense import dense_transformer, stored_tensors
@@ -30,7 +33,6 @@ from small_disk import fill, small_disk
 from training import training_data, write_entries
 
 LORA = LoraSettings(rank=16)  # large enough for an optimizer state of 8 bits
-NO_HOOKS = Hooks()
 
 
 def job(num_steps: int = 5, *, checkpoint_every: int = 250, **settings: object) -> JobSettings:
@@ -65,7 +67,7 @@ def run_job(tmp_path: Path, base: LoadedFlux, data: TrainingData):
     """Train a job in a folder below the test's own; returns what came out and the run."""
 
     def run_it(
-        settings: JobSettings, hooks: Hooks = NO_HOOKS, folder: str = "runs"
+        settings: JobSettings, hooks: Hooks | None = None, folder: str = "runs"
     ) -> tuple[Trained, Run]:
         made = open_run(tmp_path / folder, settings, base, data)
         return train(made, base, data, settings, hooks), made
@@ -336,13 +338,13 @@ def test_an_error_in_a_hook_saves_the_step_before_it(run_job, tmp_path: Path) ->
 
 
 def diverging_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = loop.squared_error, iter(range(1000))
+    original, calls = training_step.squared_error, iter(range(1000))
 
     def squared_error(*args: torch.Tensor) -> torch.Tensor:
         loss = original(*args)
         return loss * float("nan") if next(calls) == count else loss
 
-    monkeypatch.setattr(loop, "squared_error", squared_error)
+    monkeypatch.setattr(training_step, "squared_error", squared_error)
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -386,7 +388,7 @@ def test_a_finished_run_is_answered_from_disk(run_job, monkeypatch: pytest.Monke
     def forbidden(*_: object) -> None:
         raise AssertionError("a finished run was computed again")
 
-    monkeypatch.setattr(loop, "build_transformer", forbidden)
+    monkeypatch.setattr(training_step, "build_transformer", forbidden)
     again, _ = run_job(job(2))
     assert (again.step, again.losses) == (2, first.losses)
     assert all(torch.equal(again.lora[name], first.lora[name]) for name in first.lora)
@@ -406,7 +408,8 @@ def test_checkpoints_have_their_distance_and_one_is_at_the_end(run_job) -> None:
 class Samples:
     def __init__(self, every: int) -> None:
         self.drawn: dict[int, dict[str, torch.Tensor]] = {}
-        self.hooks = Hooks(sample=self.draw, sample_every=every)
+        validation = Rhythm(every=every, at_start=every > 0)
+        self.hooks = Hooks(sample=self.draw, validation=validation)
 
     def draw(self, step: int, lora: dict[str, torch.Tensor]) -> None:
         assert step not in self.drawn
@@ -442,7 +445,7 @@ def test_activations_in_ram_train_the_same_run(
             super().__init__(pin_memory)
             self.pack_hook = lambda tensor, pack=self.pack_hook: kept.append(tensor) or pack(tensor)
 
-    monkeypatch.setattr(loop, "save_on_cpu", Counted)
+    monkeypatch.setattr(training_step, "save_on_cpu", Counted)
     in_ram, same = run_job(dataclasses.replace(settings, activations_in_ram=True), folder="ram")
     assert kept
     assert same.name == run.name

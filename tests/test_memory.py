@@ -14,7 +14,6 @@ from atelier.trainers.flow import flow_loss
 from atelier.trainers.flux import FluxConfig, build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
-from atelier.trainers.loop import Hooks, TrainState, optimizer_step
 from atelier.trainers.memory import (
     Workload,
     adamw8bit_bytes,
@@ -23,6 +22,7 @@ from atelier.trainers.memory import (
     streamed_bytes,
 )
 from atelier.trainers.optimizers import make_adamw8bit
+from atelier.trainers.step import TrainState, optimizer_step
 from flux_files import flux_shapes, write_flux
 from pack import load_module
 from torch import Tensor
@@ -168,7 +168,7 @@ def test_a_checkpoint_takes_the_lora_and_the_state_of_the_optimizer(tmp_path: Pa
     )
     state = TrainState(base, job)
     order = BatchOrder(data.latents.subsets, batch_size=1, seed=0)
-    optimizer_step(state, 0, order, data, Hooks())
+    optimizer_step(state, 0, order, data)
     checkpoint = state.checkpoint(1)
     tables = {name for name in checkpoint.optimizer if "qmap" in name}
     taken = [*checkpoint.adapter.values()]

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from .clearing import CACHES, clear_caches
+from .hooks import Hooks, Step, explain
 from .job import read_job, run_job
-from .loop import Hooks, Step
 
 
 class Stopped(Exception):
@@ -85,7 +85,7 @@ def _train() -> int:
         help="folder for the LoRA and the run (default: output)",
     )
     arguments = parser.parse_args()
-    hooks = Hooks(check_stop=StopFlag().check, on_step=_show)
+    hooks = Hooks(check_stop=StopFlag().check, explain=_explain, on_step=_show)
     try:
         path = run_job(read_job(arguments.job), arguments.output, hooks)
     except Stopped:
@@ -93,6 +93,10 @@ def _train() -> int:
         return 130
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _explain(error: BaseException) -> str | None:
+    return None if isinstance(error, Stopped) else explain(error)
 
 
 def _show(step: Step) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 COMPUTE_DTYPES: tuple[str, ...] = ("auto", "bf16", "fp16", "fp32")
+UNITS = ("steps", "epochs")
 STREAMING = ("auto", "off", "ram", "disk")
 """Which blocks of the base wait outside the GPU's memory: those that do not fit, none, all in RAM,
 all in the quantized copy on disk."""
@@ -148,7 +149,7 @@ class Length:
             f"The training length must be at least 1, got {self.amount} {self.unit}.",
         )
         require(
-            self.unit in ("steps", "epochs"),
+            self.unit in UNITS,
             f"The unit of the training length must be steps or epochs, got '{self.unit}'.",
         )
 
@@ -170,6 +171,11 @@ class JobSettings:
     train: TrainSettings = field(default_factory=TrainSettings)
     checkpoint_every: int = 250
     """Optimizer steps between checkpoints. A checkpoint is also written whenever the run stops."""
+    checkpoint_unit: Literal["steps", "epochs"] = "steps"
+    """Whether `checkpoint_every` counts steps or epochs."""
+    keep_checkpoints: int = 0
+    """How many of the last checkpoints are kept, beside the one with the smallest loss on held out
+    samples; 0 keeps all, so that a shorter training can be had from a longer one."""
     activations_in_ram: bool = False
     """Keep what backward needs of the forward pass in RAM: with gradient checkpointing the inputs
     of all blocks. Less memory of the GPU for copies both ways; the result is the same."""
@@ -179,6 +185,15 @@ class JobSettings:
         require(
             self.checkpoint_every >= 1,
             f"Checkpoints need a distance of at least 1 step, got {self.checkpoint_every}.",
+        )
+        require(
+            self.checkpoint_unit in UNITS,
+            f"Checkpoints are counted in steps or epochs, got '{self.checkpoint_unit}'.",
+        )
+        require(
+            self.keep_checkpoints >= 0,
+            f"The number of checkpoints to keep must be 0 (all) or more, got "
+            f"{self.keep_checkpoints}.",
         )
 
 

@@ -46,6 +46,13 @@ def free_bytes(device: torch.device) -> int | None:
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
+def memory_in_use(device: torch.device) -> tuple[int | None, int]:
+    """Bytes of the device that torch has given out, None where it is a CPU or does not tell; and
+    bytes of this process in RAM."""
+    of_device = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    return of_device, psutil.Process().memory_info().rss
+
+
 @dataclass(frozen=True)
 class SystemMemory:
     """Bytes of RAM."""

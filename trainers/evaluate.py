@@ -5,9 +5,12 @@ Shapes: N pictures, C latent channels, H W latent size, T text tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+from .data import TrainingData
 from .flow import add_noise, flow_loss, seeded
 from .flux import velocity
 
@@ -27,6 +30,7 @@ def eval_loss(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 8,
+    names: Sequence[str] | None = None,
 ) -> float:
     """Mean loss over every picture at every sigma; each pair has noise of its own from `seed`.
 
@@ -38,11 +42,15 @@ def eval_loss(
         pooled: [N, D2] of the CLIP encoder.
         dtype: what to compute in; float32 gives the same number on every machine, but for rounding.
         batch_size: changes speed and memory, not the result.
+        names: of the pictures, by which their noise is drawn; their numbers if None.
     """
+    names = names or [str(number) for number in range(len(latents))]
     losses = []
     for number, sigma in enumerate(sigmas):
         for part in torch.arange(len(latents)).split(batch_size):
-            noise = torch.stack([_noise(latents[0], seed, number, int(index)) for index in part])
+            noise = torch.stack(
+                [_noise(latents[0], seed, number, names[int(index)]) for index in part]
+            )
             noise, sigma_B = noise.to(latents.device), latents.new_full((len(part),), sigma)
             prediction = velocity(
                 transformer,
@@ -56,5 +64,38 @@ def eval_loss(
     return float(torch.cat(losses).mean())
 
 
-def _noise(like: Tensor, seed: int, sigma_number: int, picture: int) -> Tensor:
+def held_out_loss(
+    transformer,
+    data: TrainingData,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    guidance: float = 1.0,
+    check_stop: Callable[[], None] = lambda: None,
+) -> float:
+    """`eval_loss` of samples that are not trained, one after the other, each with its first text.
+
+    The noise of a picture is drawn by its content, so it stays the same when others are added.
+
+    Args:
+        check_stop: called before every picture; it raises to stop.
+    """
+    losses = []
+    for entry in sorted(data.latents.entries, key=lambda entry: entry.name):
+        check_stop()
+        text = data.prompts.load(entry.texts[0][0])
+        loss = eval_loss(
+            transformer,
+            data.latents.load(entry.keys[0]).mean[None].to(device),
+            prompt_embeds=text.prompt_embeds[None].to(device),
+            pooled=text.pooled[None].to(device),
+            guidance=guidance,
+            dtype=dtype,
+            names=[entry.name],
+        )
+        losses.append(loss)
+    return sum(losses) / len(losses)
+
+
+def _noise(like: Tensor, seed: int, sigma_number: int, picture: str) -> Tensor:
     return torch.randn(like.shape, generator=seeded(seed, "eval", sigma_number, picture))

@@ -14,8 +14,9 @@ from .config import JobSettings, job_from_json
 from .data import TrainingData
 from .devices import default_device, free_bytes, system_memory
 from .frozen import FrozenLora, load_frozen
+from .hooks import Hooks
 from .load import load_flux
-from .loop import Hooks, open_run, save_trained, train, workload
+from .loop import open_run, save_trained, train, workload
 from .packed_copy import PackedCopies
 from .plan import Plan
 from .preflight import require_fits

@@ -1,9 +1,9 @@
 """One run on disk: its identity, its checkpoints, its metrics. Nothing here computes.
 
-`<root>/<name>-<hash8>/` holds `run.json`, `job.json`, `metrics.jsonl`, `checkpoints/step-000250/`
-and, if the base model has LoRAs, `frozen_loras.safetensors`. A checkpoint is written under a
-temporary name, synced and renamed, so it is whole or not there. `lock` is held by the process that
-trains, and free when that is gone.
+`<root>/<name>-<hash8>/` holds `run.json`, `job.json`, `status.json`, `metrics.jsonl`,
+`checkpoints/step-000250/` and, if the base model has LoRAs, `frozen_loras.safetensors`. A
+checkpoint is written under a temporary name, synced and renamed, so it is whole or not there.
+`lock` is held by the process that trains, and free when that is gone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .files import (
     write_safetensors,
 )
 from .frozen import FrozenLora, save_frozen
+from .status import Status, read_status, write_status
 
 FROZEN_FILE = "frozen_loras.safetensors"
 _VERSION = 1
@@ -177,6 +178,19 @@ class Run:
             )
         return saved[-1]
 
+    def finished_at(self, num_steps: int, *, go_on: bool = False) -> int | None:
+        """The step whose checkpoint answers a training of `num_steps`: this one, or where it was
+        stopped and kept on the way there, unless it shall go on. None if there is none.
+
+        Raises:
+            ValueError: if the run is already longer and has no checkpoint at `num_steps`.
+        """
+        saved, status = self.steps_saved(), read_status(self.folder)
+        is_kept = status is not None and (status.state, status.num_steps) == ("stopped", num_steps)
+        if status is not None and is_kept and status.step in saved and not go_on:
+            return status.step
+        return num_steps if self.start_step(num_steps) == num_steps else None
+
     def load(self, step: int) -> Checkpoint:
         """Read a checkpoint.
 
@@ -216,6 +230,45 @@ class Run:
             raise not_written(final, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def keep_checkpoints(self, last: int) -> None:
+        """Remove all checkpoints but the last ones and the best; 0 keeps all."""
+        saved = self.steps_saved()
+        spare = set(saved[:-last]) - {self.best_step()} if last else set()
+        for step in spare:
+            # Renamed first, so that a crash leaves no half of one under its name.
+            dropped = self._checkpoints / f".step-{step:06d}.dropped.tmp"
+            (self._checkpoints / f"step-{step:06d}").rename(dropped)
+            shutil.rmtree(dropped)
+
+    def best_step(self) -> int | None:
+        """The step with the smallest loss on the held out samples, the first of equal ones."""
+        losses = self.eval_losses()
+        return min(losses, key=losses.__getitem__, default=None)
+
+    def eval_losses(self) -> dict[int, float]:
+        """Step to the loss on the held out samples."""
+        lines = self.metrics()
+        return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+
+    def losses(self, step: int) -> list[float]:
+        """The training loss of every step up to `step`."""
+        lines = self.metrics()
+        return [float(line["loss"]) for line in lines if "loss" in line and line["step"] <= step]
+
+    def write_status(self, status: Status) -> None:
+        """Raises ValueError if the disk is full or refuses."""
+        write_status(self.folder, status)
+
+    def note_lora(self, name: str) -> None:
+        """Write down the name of the run's LoRA file.
+
+        Raises:
+            ValueError: if the disk is full or refuses.
+        """
+        status = read_status(self.folder)
+        if status is not None and status.lora != name:
+            write_status(self.folder, status.changed(lora=name))
 
     def log(self, metrics: dict[str, float | int | None]) -> None:
         """Append one line to the metrics.

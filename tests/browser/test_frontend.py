@@ -264,9 +264,9 @@ def test_pictures_and_captions_are_uploaded_into_a_folder_that_is_then_chosen(
     frontend.load(read(ROOT / "workflows" / "atelier_quickstart_nano.json"))
     sent = [[name, base64.b64encode(data).decode()] for name, data in files.items()]
     frontend.evaluate(UPLOAD, sent)
-    assert label in frontend.wait_for(f".p-dialog:has-text('{label}')")
-    frontend.enter(".p-dialog input", folder)
-    assert done in frontend.wait_for(f".p-toast-message:has-text('{done}')")
+    assert label in frontend.wait_for(f"[role=dialog]:has-text('{label}')")
+    frontend.enter("[role=dialog] input", folder)
+    assert done in frontend.wait_for(f"[role=alert]:has-text('{done}')")
     lying = browser_server.base_directory / "input" / folder
     assert {path.name: path.read_bytes() for path in lying.iterdir()} == files
     chosen = frontend.evaluate(

@@ -108,13 +108,14 @@ def test_a_comfyui_that_keeps_no_outputs_trains_once_and_samples_twice(
 def test_a_cancelled_run_goes_on_and_ends_as_an_uninterrupted_one(
     server: ComfyServer, pictures: str
 ) -> None:
-    whole = train_graph(pictures, name="whole", sampling=False, length=6, seed=5)
+    whole = train_graph(pictures, name="whole", sampling=False, length=40, seed=5)
     whole_name = server.run(whole)["outputs"]["name"]["text"][0]
     # Another name alone is the same computation in another folder.
-    halted = train_graph(pictures, name="halted", sampling=False, length=6, seed=5)
+    halted = train_graph(pictures, name="halted", sampling=False, length=40, seed=5)
 
     def cancel(event) -> None:
-        if event.type == "progress" and event.data["node"] == "train" and event.data["value"] == 2:
+        # Whichever step it names: newer ComfyUI sends at most ten of these a second.
+        if event.type == "progress" and event.data["node"] == "train":
             server.interrupt()
 
     with pytest.raises(GraphError):
@@ -122,7 +123,7 @@ def test_a_cancelled_run_goes_on_and_ends_as_an_uninterrupted_one(
     folder = run_folder(server, whole_name.replace("whole", "halted"))
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved
-    assert saved[-1] < "step-000006"
+    assert saved[-1] < "step-000040"
     halted_name = server.run(halted)["outputs"]["name"]["text"][0]
     loras = server.base_directory / "output" / "loras"
     one, other = load_file(loras / whole_name), load_file(loras / halted_name)
@@ -132,8 +133,8 @@ def test_a_cancelled_run_goes_on_and_ends_as_an_uninterrupted_one(
 def test_the_job_file_trains_the_same_weights_without_comfyui(
     server: ComfyServer, pictures: str, tmp_path
 ) -> None:
+    from atelier.trainers.hooks import Hooks
     from atelier.trainers.job import read_job, run_job
-    from atelier.trainers.loop import Hooks
 
     graph = train_graph(pictures, name="headless", sampling=False)
     name = server.run(graph)["outputs"]["name"]["text"][0]
@@ -149,8 +150,8 @@ def test_the_job_file_trains_the_same_weights_without_comfyui(
 def test_streamed_blocks_train_the_same_lora(
     server: ComfyServer, pictures: str, tmp_path: Path, streaming: str
 ) -> None:
+    from atelier.trainers.hooks import Hooks
     from atelier.trainers.job import read_job, run_job
-    from atelier.trainers.loop import Hooks
 
     loras = server.base_directory / "output" / "loras"
     names = []

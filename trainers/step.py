@@ -1,0 +1,164 @@
+"""One optimizer step: the network, the LoRA, the optimizer, and the gradients of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+
+from .adapters import Lora, attach_lora
+from .batches import BatchOrder
+from .caches import LatentEntry
+from .config import JobSettings, TrainSettings
+from .data import TrainingBatch, TrainingData
+from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
+from .flow import add_noise, flow_target, sample_sigmas, seeded, squared_error
+from .flux import build_transformer, recompute_blocks, velocity
+from .load import BaseFlux
+from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
+from .run import Checkpoint
+
+_LARGE_BYTES = 1 << 30
+
+
+class TrainState:
+    """All that changes while training: the LoRA, the optimizer, the gradient scaler."""
+
+    def __init__(self, base: BaseFlux, job: JobSettings, saved: Checkpoint | None = None) -> None:
+        self.settings = job.train
+        self.activations_in_ram = job.activations_in_ram
+        self.device = base.store.device
+        require_trainable_on(self.device)
+        # Between forward and backward on a CPU, whose passes each leave holes in the heap: 1 GB for
+        # FLUX.1-dev. Small networks leave little, and would pay 7 % of their step.
+        self.gives_back_memory = self.device.type == "cpu" and base.store.num_bytes > _LARGE_BYTES
+        # A run keeps the dtype it began with, wherever "auto" would lead now.
+        name = saved.values["compute_dtype"] if saved else job.train.compute_dtype
+        self.dtype = compute_dtype(name, self.device)
+        self.transformer = build_transformer(base.store, base.config, self.dtype, base.frozen)
+        self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
+        self.transformer.train()
+        if job.train.gradient_checkpointing:
+            recompute_blocks(self.transformer)
+        self.parameters = list(self.lora.parameters.values())
+        self.optimizer = make_adamw8bit(self.parameters, job.train.learning_rate)
+        # float16 gradients underflow without a scale; for other dtypes the scaler does nothing.
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.dtype == torch.float16, init_scale=2.0**12
+        )
+        if saved:
+            self._restore(saved)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        tensors, values = optimizer_tensors(self.optimizer)
+        all_values = {
+            "compute_dtype": dtype_name(self.dtype),
+            "optimizer": values,
+            "scaler": self.scaler.state_dict(),
+        }
+        return Checkpoint(step, self.lora.state(), tensors, all_values)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.lora.load_state(checkpoint.adapter)
+        values = checkpoint.values
+        load_optimizer_tensors(self.optimizer, checkpoint.optimizer, values["optimizer"])
+        self.scaler.load_state_dict(values["scaler"])
+
+    def saving(self) -> AbstractContextManager:
+        """Where autograd keeps what backward needs of the forward pass within it."""
+        if not self.activations_in_ram:
+            return nullcontext()
+        return save_on_cpu(pin_memory=self.device.type == "cuda")
+
+    def close(self) -> None:
+        """Let go of the network and the optimizer's state, which may be large on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        del self.transformer, self.lora, self.optimizer, self.parameters
+
+
+def optimizer_step(
+    state: TrainState,
+    step: int,
+    order: BatchOrder,
+    data: TrainingData,
+    check_stop: Callable[[], None] = lambda: None,
+) -> tuple[float, float | None]:
+    """One optimizer step over all its micro-steps: the mean loss, and the gradient norm, which is
+    None when float16 overflowed and the step is left out.
+
+    Args:
+        check_stop: called before every micro-step; it raises to stop.
+
+    Raises:
+        ValueError: if the loss or a gradient is not a number; the weights are untouched.
+    """
+    accumulation = state.settings.gradient_accumulation
+    losses = []
+    for micro_step in range(step * accumulation, (step + 1) * accumulation):
+        check_stop()
+        loss = _forward_backward(state, micro_step, order.batch(micro_step), data)
+        losses.append(loss)
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = float(nn.utils.clip_grad_norm_(state.parameters, state.settings.max_grad_norm))
+    is_finite = math.isfinite(grad_norm)
+    if not is_finite and not state.scaler.is_enabled():
+        raise ValueError(_diverged(step, state.settings))
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return sum(losses) / accumulation, grad_norm if is_finite else None
+
+
+def _forward_backward(
+    state: TrainState, micro_step: int, entries: list[LatentEntry], data: TrainingData
+) -> float:
+    """Add the gradients of one batch; returns its loss."""
+    settings = state.settings
+    generator = seeded(settings.seed, "micro-step", micro_step)
+    # Draws of their own: another caption or a flip trains with the same noise.
+    samples = data.choose(entries, seeded(settings.seed, "choice", micro_step))
+    batch = data.load(samples, state.device, generator)
+    noise = torch.randn(batch.latents.shape, generator=generator).to(state.device)
+    sigma = sample_sigmas(len(entries), generator).to(state.device)
+    target = flow_target(batch.latents, noise)
+    if entries[0].is_regularization:  # as are all of its subset: the model without the LoRA teaches
+        with state.lora.disabled(), torch.no_grad():
+            target = _predict(state, batch, noise, sigma)
+    with state.saving():
+        prediction = _predict(state, batch, noise, sigma)
+        loss = squared_error(prediction, target, batch.weights).mean()
+    if not torch.isfinite(loss):
+        raise ValueError(_diverged(micro_step // settings.gradient_accumulation, settings))
+    if state.gives_back_memory:
+        give_back_memory()
+    state.scaler.scale(loss / settings.gradient_accumulation).backward()
+    return float(loss.detach())
+
+
+def _predict(state: TrainState, batch: TrainingBatch, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The velocity [B, C, h, w] of the network on the latents mixed with `noise` at `sigma` [B]."""
+    return velocity(
+        state.transformer,
+        add_noise(batch.latents, noise, sigma).to(state.dtype),
+        sigma=sigma,
+        prompt_embeds=batch.prompt_embeds,
+        pooled=batch.pooled,
+        guidance=state.settings.guidance,
+    )
+
+
+def _diverged(step: int, settings: TrainSettings) -> str:
+    return (
+        f"The loss is not a number after {step} steps: the training diverged. Lower the learning "
+        f"rate ({settings.learning_rate}), or set the compute dtype to bf16 or fp32. "
+        "Every step before it is kept."
+    )
