@@ -14,6 +14,7 @@ from .memory import EstimateMemory
 from .routes import add_routes
 from .settings import CaptionSettingsNode, PictureSettingsNode
 from .train import TrainLora
+from .validation_settings import ValidationSettings
 
 NODES: list[type[io.ComfyNode]] = [
     LoadQuantizedFlux,
@@ -34,6 +35,7 @@ NODES: list[type[io.ComfyNode]] = [
     ExportEmbeddings,
     ImportDataset,
     HubDataset,
+    ValidationSettings,
 ]
 
 

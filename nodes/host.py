@@ -35,6 +35,12 @@ def atelier_output() -> Path:
     return Path(folder_paths.get_output_directory()) / "atelier"
 
 
+def run_ids() -> list[str]:
+    """The folders of all runs, the last one first."""
+    files = atelier_output().glob("*/run.json")
+    return [file.parent.name for file in sorted(files, key=lambda f: -f.stat().st_mtime)]
+
+
 def cache_folder(kind: str) -> Path:
     """The folder of one kind of cache: `latents`, `prompts`, or what is known of `files`. It may
     not exist yet."""

@@ -11,6 +11,7 @@ from ..trainers.control import Control
 from ..trainers.hooks import Step
 from ..trainers.status import Status
 from . import host
+from .validation import Picture
 
 _INTERVAL_S = 0.1
 """At most ten events a second."""
@@ -67,3 +68,12 @@ class Reporter:
     def changed(self, state: str = "training") -> None:
         """Tell that there is something new on disk."""
         host.send_event("atelier.run", {**self._who, "state": state})
+
+    def preview(self, step: int, picture: Picture, url: str) -> None:
+        """Show a sample picture while it is denoised, at most ten times a second."""
+        now = time.monotonic()
+        if now - self._sent < _INTERVAL_S:
+            return
+        self._sent = now
+        data = {"step": step, "key": picture.key, "name": picture.prompt.name, "picture": url}
+        host.send_event("atelier.preview", {**self._who, **data})

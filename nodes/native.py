@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
-import comfy.sample
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
@@ -313,23 +312,3 @@ def to_training_device(model: Any, memory_required: int) -> None:
     Core takes off what another clone has merged into the weights.
     """
     comfy.model_management.load_models_gpu([model], memory_required=memory_required)
-
-
-def draw_latents(
-    model: Any, positive: list, *, width: int, height: int, steps: int, seed: int
-) -> Tensor:
-    """Latents [1, 16, height/8, width/8] drawn as KSampler does with euler, simple and CFG 1."""
-    empty = torch.zeros(1, LATENT_CHANNELS, height // 8, width // 8)
-    return comfy.sample.sample(
-        model,
-        comfy.sample.prepare_noise(empty, seed),
-        steps,
-        1.0,
-        "euler",
-        "simple",
-        positive,
-        positive,  # with a CFG of 1 the negative is never computed
-        empty,
-        disable_pbar=True,
-        seed=seed,
-    )

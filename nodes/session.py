@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from ..trainers import loop
 from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings, TrainSettings
+from ..trainers.control import Control
 from ..trainers.data import TrainingData
 from ..trainers.devices import describe_device, system_memory
-from ..trainers.files import write_atomically
-from ..trainers.load import BaseFlux, LoadedFlux
+from ..trainers.files import write_json
+from ..trainers.hooks import Hooks, Step, Trained, explain
+from ..trainers.load import LoadedFlux
 from ..trainers.plan import Plan
 from ..trainers.preflight import require_fits
-from ..trainers.run import Run
-from . import host
-from .encoders import require_flux_vae, vae_identity
-from .native import add_lora, draw_latents, to_training_device
+from ..trainers.run import PROMPT_FILE, Run
+from . import host, live
+from .native import to_training_device
+from .samples import Samples
+from .score import picture_text_scores
 from .trainable import model_to_train
+from .validation import Picture, Validation
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "
@@ -49,109 +48,121 @@ class Result:
     lora_name: str
     losses: list[float]
     samples: Tensor | None
+    run_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """What sample pictures are drawn with; `vae` and `positive` are both None to draw none."""
+class Asker:
+    """Who asks for a training: the node, and the graph that it is in, in API form."""
 
-    vae: Any = None
-    positive: Any = None
-    every: int = 250
-    steps: int = 20
-    seed: int = 0
-
-    @property
-    def is_on(self) -> bool:
-        return self.vae is not None
-
-    def check_fits(self, base: BaseFlux) -> None:
-        """Raises ValueError if one of the two inputs is missing or belongs to another model."""
-        if (self.vae is None) != (self.positive is None):
-            raise ValueError(
-                "Sample pictures need both the vae and the positive input of Train LoRA: connect "
-                "the other one too, or neither."
-            )
-        if not self.is_on:
-            return
-        require_flux_vae(self.vae)
-        width, needed = self.positive[0][0].shape[-1], base.config.context_dim
-        if width != needed:
-            raise ValueError(
-                f"The prompt on Train LoRA's positive input has a width of {width}, and this model "
-                f"needs {needed}. Encode it with the CLIP that belongs to the model."
-            )
-
-    def key(self, width: int, height: int) -> str:
-        """Hash of what determines a picture, the weights of the LoRA aside."""
-        digest = hashlib.sha256(f"{width} {height} {self.steps} {self.seed}".encode())
-        digest.update(vae_identity(self.vae).encode())
-        for embeds, options in self.positive:
-            tensors = [embeds, options.get("pooled_output"), *options.get("reference_latents", [])]
-            for tensor in tensors:
-                digest.update(b"" if tensor is None else tensor.float().cpu().numpy().tobytes())
-            digest.update(repr(options.get("guidance")).encode())
-        return digest.hexdigest()[:8]
+    node_id: str
+    prompt: dict[str, Any] | None = None
 
 
 class Session:
-    """The training that one execution of the Train LoRA node asks for."""
+    """The training that one execution of the Train LoRA node asks for.
+
+    Args:
+        resume: the id of the run to go on with; empty for the one that belongs to the settings.
+    """
 
     def __init__(
         self,
         model: Any,
         data: TrainingData,
         job: JobSettings,
-        node_id: str,
-        sampling: Sampling,
+        asker: Asker,
+        validation: Validation,
+        *,
+        resume: str = "",
     ) -> None:
-        self._model, self._data, self._job, self._sampling = model, data, job, sampling
-        self._node_id = node_id
+        self._data, self._job, self._validation, self._asker = data, job, validation, asker
         self._trained_on = model_to_train(model)
         self._base = self._trained_on.base
         self._forecast: list[str] = []
-        sampling.check_fits(self._base)
+        validation.check_fits(self._base)
         self._progress = host.Progress()
-        self._run: Run = loop.open_run(host.atelier_output(), job, self._base, data)
+        self._resumes = bool(resume)
+        self._run: Run = loop.open_run(host.atelier_output(), job, self._base, data, resume=resume)
         self._steps_per_epoch = loop.steps_per_epoch(job, data)
+        self._reporter = live.Reporter(self._run.name, asker.node_id)
         # The entry with the smallest key: the order of the files must not change the pictures.
-        self._sampled = min(data.latents.entries, key=lambda entry: entry.name)
+        sampled = min(data.latents.entries, key=lambda entry: entry.name)
+        self._samples = Samples(
+            self._run.folder / "samples",
+            model,
+            job.lora,
+            validation,
+            (sampled.width, sampled.height),
+            self._reporter.preview,
+        )
 
     def train(self) -> Result:
         """Train, or take the finished run from disk; write the LoRA file; draw the last picture."""
-        hooks = loop.Hooks(
-            check_stop=host.check_interrupted,
-            before_start=self._check_memory,
-            on_start=self._on_start,
-            on_step=self._on_step,
-            sample=self._sample_and_go_on if self._sampling.is_on else None,
-            sample_every=self._sampling.every,
-        )
+        control = Control()
         try:
-            with host.ended_before_exit(), host.training_mode():
-                trained = loop.train(self._run, self._base, self._data, self._job, hooks)
-            path = loop.save_trained(host.lora_folder(), trained, self._run, self._base)
-            if self._sampling.is_on:
-                self._sample(trained.step, trained.lora)
+            with (
+                live.findable(self._run.name, control),
+                host.ended_before_exit(),
+                host.training_mode(),
+            ):
+                hooks = self._hooks(control)
+                trained = loop.train(
+                    self._run, self._base, self._data, self._job, hooks, go_on=self._resumes
+                )
+                path = self._write_lora(trained)
+                self._draw_what_is_due(trained)
         except Exception as error:
             if not host.is_out_of_memory(error):
                 raise
             host.free_device_memory()
-            is_ours = isinstance(self._base, LoadedFlux)
-            raise ValueError(_OUT_OF_MEMORY if is_ours else _OUT_OF_MEMORY_FROM_CORE) from error
+            raise ValueError(self._out_of_memory()) from error
         tensors = file_tensors(trained.lora, self._job.lora)
-        return Result(tensors, path.name, trained.losses, self._samples(trained.step))
+        samples = self._samples.tensor(trained.step) if self._validation.draws else None
+        return Result(tensors, path.name, trained.losses, samples, self._run.name)
 
-    def _samples(self, last_step: int) -> Tensor | None:
-        """The sample pictures [N, H, W, 3] in 0..1 up to a step, or None if none were asked for."""
-        if not self._sampling.is_on:
+    def _hooks(self, control: Control) -> Hooks:
+        return Hooks(
+            control=control,
+            check_stop=host.check_interrupted,
+            explain=self._explain,
+            before_start=self._check_memory,
+            on_start=self._on_start,
+            on_step=self._on_step,
+            on_status=self._reporter.status,
+            on_pause=self._on_pause,
+            on_resume=self._take_device,
+            keep=self._write_lora,
+            sample=self._sample_and_go_on if self._validation.draws else None,
+            held_out=self._validation.held_out,
+            validation=self._validation.rhythm,
+            node=self._asker.node_id,
+        )
+
+    def _write_lora(self, trained: Trained) -> Any:
+        path = loop.save_trained(host.lora_folder(), trained, self._run, self._base)
+        self._reporter.changed()
+        return path
+
+    def _draw_what_is_due(self, trained: Trained) -> None:
+        """The pictures of the end; and, if what is drawn was changed, those of the checkpoints."""
+        if not self._validation.draws:
+            return
+        rhythm = self._validation.rhythm
+        for step in self._run.steps_saved():
+            if step < trained.step and rhythm.is_due(step, self._steps_per_epoch):
+                self._sample(step, self._run.load(step).adapter)
+        if rhythm.at_end or not self._samples.steps_drawn():
+            self._sample(trained.step, trained.lora)
+
+    def _explain(self, error: BaseException) -> str | None:
+        if host.is_cancel(error):
             return None
-        wanted = self._sample_path(last_step)
-        ending = wanted.name.removeprefix(f"step-{last_step:06d}")
-        files = sorted(wanted.parent.glob(f"step-*{ending}"))
-        until = [file for file in files if file.name <= wanted.name]
-        pictures = [np.asarray(Image.open(file).convert("RGB")) for file in until]
-        return torch.from_numpy(np.stack(pictures)).float() / 255
+        return self._out_of_memory() if host.is_out_of_memory(error) else explain(error)
+
+    def _out_of_memory(self) -> str:
+        is_ours = isinstance(self._base, LoadedFlux)
+        return _OUT_OF_MEMORY if is_ours else _OUT_OF_MEMORY_FROM_CORE
 
     def _take_device(self) -> None:
         """Ask the host to have the base model on the device, and room for the training."""
@@ -170,6 +181,7 @@ class Session:
         self._forecast = [*lines, describe_device(plan.device)]
 
     def _on_start(self, step: int, num_steps: int) -> None:
+        is_trained = step < num_steps
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
         if 0 < step < num_steps:
             lines.append(f"The run goes on from step {step}.")
@@ -178,59 +190,54 @@ class Session:
         if not host.is_deterministic():
             lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
         lines += self._without_effect()
-        if step < num_steps:
+        if is_trained:
             lines += [*self._trained_on.sentences, *self._forecast]
-        host.show_text("\n".join(lines), self._node_id)
-        if step < num_steps:
+        host.show_text("\n".join(lines), self._asker.node_id)
+        if is_trained:
+            self._write_prompt()
             self._take_device()
+
+    def _write_prompt(self) -> None:
+        """Keep the graph, so that the run can be queued again from its folder."""
+        prompt, node = self._asker.prompt, self._asker.node_id
+        if prompt is not None:
+            write_json(self._run.folder / PROMPT_FILE, {"node": node, "prompt": prompt})
 
     def _without_effect(self) -> list[str]:
         """A sentence for every setting that was changed and does nothing here."""
-        lines, sampling = [], self._sampling
+        lines = []
         if self._job.train.guidance != TrainSettings.guidance and not self._base.config.guidance:
             lines.append("The setting guidance has no effect: this model takes no guidance.")
         if self._job.activations_in_ram and host.compute_device().type == "cpu":
             lines.append("The setting activations_in_ram has no effect: a CPU computes in RAM.")
-        if not sampling.is_on and sampling != Sampling():
-            lines.append(
-                "The settings of the sample pictures have no effect: connect vae and positive to "
-                "get pictures."
-            )
         return lines
 
-    def _on_step(self, step: loop.Step) -> None:
-        minutes, seconds = divmod(round(step.seconds_left), 60)
-        host.show_text(
-            f"step {step.step}/{step.num_steps} (epoch {step.step / self._steps_per_epoch:.1f})  "
-            f"loss {step.loss:.4f}  {step.seconds_per_step:.2f} s/step  "
-            f"{minutes}:{seconds:02d} left",
-            self._node_id,
-        )
+    def _on_step(self, step: Step) -> None:
+        self._reporter.step(step)
         self._progress.show(step.step, step.num_steps)
 
-    def _sample_path(self, step: int) -> Path:
-        key = self._sampling.key(self._sampled.width, self._sampled.height)
-        return self._run.folder / "samples" / f"step-{step:06d}-{key}.png"
+    def _on_pause(self) -> None:
+        """Free the device. Nothing of the network may be held, or it stays there."""
+        host.free_device_memory()
 
     def _sample_and_go_on(self, step: int, lora: dict[str, Tensor]) -> None:
         self._sample(step, lora)
         self._take_device()
 
     def _sample(self, step: int, lora: dict[str, Tensor]) -> None:
-        path = self._sample_path(step)
-        if path.exists():
-            return
-        with torch.inference_mode():
-            model = add_lora(self._model, file_tensors(lora, self._job.lora), 1.0)
-            latents = draw_latents(
-                model,
-                self._sampling.positive,
-                width=self._sampled.width,
-                height=self._sampled.height,
-                steps=self._sampling.steps,
-                seed=self._sampling.seed,
+        drawn = self._samples.draw(step, lora)
+        if drawn and self._validation.score is not None:
+            self._run.log({"step": step, "score": self._mean_score(drawn)})
+        self._reporter.changed()
+
+    def _mean_score(self, drawn: list[tuple[Picture, Tensor]]) -> float:
+        score = self._validation.score
+        assert score is not None
+        scores = [
+            value
+            for picture, pixels in drawn
+            for value in picture_text_scores(
+                score.vision, score.text, pixels[None], [picture.prompt.text]
             )
-            picture = self._sampling.vae.decode(latents)[0]
-        # Cut to 8 bits as Save Image does, so that a KSampler's picture is the same to the bit.
-        pixels = (picture * 255).clamp(0, 255).byte().cpu().numpy()
-        write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+        ]
+        return sum(scores) / len(scores)

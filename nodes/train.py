@@ -6,14 +6,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from ..trainers.config import UNITS, JobSettings, Length, LoraSettings, TrainSettings
 from ..trainers.data import TrainingData
+from ..trainers.rhythm import NEVER, Rhythm
 from . import host
 from .inputs import shared_input
 from .native import add_lora
-from .session import Sampling, Session
-from .wires import AtelierLatentCache, AtelierPromptCache
+from .session import Asker, Session
+from .validation import EncodedPrompt, Sampler, Validation
+from .wires import AtelierLatentCache, AtelierPromptCache, AtelierValidation
 
+AUTOMATIC = "automatic"
+_SAMPLE_EVERY = 250
 _NO_SAMPLES = (
     "Train LoRA drew no sample pictures: connect its vae and positive inputs, or disconnect its "
     "samples output."
@@ -48,15 +52,15 @@ class TrainLora(io.ComfyNode):
                     "training.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
-    def validate_inputs(cls, name: str | None) -> bool | str:
-        if name is None:  # a linked input is not known yet
-            return True
+    def validate_inputs(cls, name: str | None, resume: str | None = AUTOMATIC) -> bool | str:
         try:
-            JobSettings(name=name)
+            if name is not None:  # a linked input is not known yet
+                JobSettings(name=name)
+            _run_id(resume or AUTOMATIC)
         except ValueError as error:
             return str(error)
         return True
@@ -64,7 +68,10 @@ class TrainLora(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, latents: Any, prompts: Any, **settings: Any) -> io.NodeOutput:
         data = TrainingData(latents=latents, prompts=prompts)
-        session = Session(model, data, _job(settings), cls.hidden.unique_id, _sampling(settings))
+        asker = Asker(node_id=cls.hidden.unique_id, prompt=cls.hidden.prompt)
+        run_id = _run_id(settings.get("resume", AUTOMATIC))
+        validation = settings.get("validation") or _simple_validation(settings)
+        session = Session(model, data, _job(settings), asker, validation, resume=run_id)
         result = session.train()
         return io.NodeOutput(
             result.tensors,
@@ -72,6 +79,7 @@ class TrainLora(io.ComfyNode):
             result.lora_name,
             {"loss": result.losses},
             host.blocked_output(_NO_SAMPLES) if result.samples is None else result.samples,
+            ui={"atelier_run": [result.run_id]},
         )
 
 
@@ -134,6 +142,50 @@ def _inputs() -> list[Any]:
             tooltip="The prompt of the sample pictures, from CLIP Text Encode and FluxGuidance.",
         ),
         shared_input("activations_in_ram", optional=True, advanced=True),
+        AtelierValidation.Input(
+            "validation",
+            optional=True,
+            tooltip="How the training is looked at, from Validation Settings: several prompts and "
+            "sizes, held out pictures, a score. In place of vae and positive.",
+        ),
+        *_run_inputs(),
+    ]
+
+
+def _run_inputs() -> list[Any]:
+    return [
+        host.make_input(
+            io.Combo,
+            "resume",
+            options=[AUTOMATIC, *host.run_ids()],
+            default=AUTOMATIC,
+            optional=True,
+            advanced=True,
+            tooltip="automatic goes on with the run of these settings, if there is one. Or choose "
+            "a run: it must have been trained with the same settings, and goes on even if it was "
+            "stopped and kept.",
+        ),
+        host.make_input(
+            io.Combo,
+            "checkpoint_unit",
+            options=list(UNITS),
+            default=JobSettings.checkpoint_unit,
+            optional=True,
+            advanced=True,
+            tooltip="Whether checkpoint_every counts steps or epochs.",
+        ),
+        host.make_input(
+            io.Int,
+            "keep_checkpoints",
+            default=JobSettings.keep_checkpoints,
+            min=0,
+            max=1_000_000,
+            optional=True,
+            advanced=True,
+            tooltip="How many of the last checkpoints stay on the disk, beside the one with the "
+            "smallest loss on held out pictures. 0 keeps all: then a shorter length is answered "
+            "from disk.",
+        ),
     ]
 
 
@@ -165,7 +217,7 @@ def _advanced_inputs() -> list[Any]:
         host.make_input(
             io.Int,
             "sample_every",
-            default=Sampling.every,
+            default=_SAMPLE_EVERY,
             min=0,
             max=1_000_000,
             advanced=True,
@@ -175,7 +227,7 @@ def _advanced_inputs() -> list[Any]:
         host.make_input(
             io.Int,
             "sample_steps",
-            default=Sampling.steps,
+            default=Sampler.steps,
             min=1,
             max=1000,
             advanced=True,
@@ -184,7 +236,7 @@ def _advanced_inputs() -> list[Any]:
         host.make_input(
             io.Int,
             "sample_seed",
-            default=Sampling.seed,
+            default=Sampler.seed,
             min=0,
             max=2**53 - 1,
             control_after_generate=False,
@@ -209,15 +261,44 @@ def _job(settings: dict[str, Any]) -> JobSettings:
             seed=settings["seed"],
         ),
         checkpoint_every=settings["checkpoint_every"],
+        checkpoint_unit=settings.get("checkpoint_unit", JobSettings.checkpoint_unit),
+        keep_checkpoints=settings.get("keep_checkpoints", JobSettings.keep_checkpoints),
         activations_in_ram=settings.get("activations_in_ram", False),
     )
 
 
-def _sampling(settings: dict[str, Any]) -> Sampling:
-    return Sampling(
-        vae=settings.get("vae"),
-        positive=settings.get("positive"),
-        every=settings["sample_every"],
-        steps=settings["sample_steps"],
-        seed=settings["sample_seed"],
+def _run_id(resume: str) -> str:
+    """The id of the chosen run; empty for the one that the settings give."""
+    if resume == AUTOMATIC:
+        return ""
+    if resume not in host.run_ids():
+        raise ValueError(
+            f"There is no run {resume!r} any more. Set resume to {AUTOMATIC}, or press R and "
+            "choose another."
+        )
+    return resume
+
+
+def _simple_validation(settings: dict[str, Any]) -> Validation:
+    """One prompt from the node's own inputs.
+
+    Raises:
+        ValueError: if one of the two inputs is missing.
+    """
+    vae, positive = settings.get("vae"), settings.get("positive")
+    if (vae is None) != (positive is None):
+        raise ValueError(
+            "Sample pictures need both the vae and the positive input of Train LoRA: connect the "
+            "other one too, or neither."
+        )
+    if positive is None:
+        return Validation(rhythm=NEVER)
+    every = settings["sample_every"]
+    # With a CFG of 1 the negative is never computed.
+    prompt = EncodedPrompt(name="positive", text="", positive=positive, negative=positive)
+    return Validation(
+        rhythm=Rhythm(every=every, at_start=every > 0),
+        vae=vae,
+        prompts=(prompt,),
+        sampler=Sampler(steps=settings["sample_steps"], seed=settings["sample_seed"]),
     )

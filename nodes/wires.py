@@ -16,3 +16,6 @@ AtelierCaptionSettings = io.Custom("ATELIER_CAPTION_SETTINGS")
 
 AtelierPictureSettings = io.Custom("ATELIER_PICTURE_SETTINGS")
 """`trainers.dataset.PictureSettings`"""
+
+AtelierValidation = io.Custom("ATELIER_VALIDATION")
+"""`validation.Validation`"""

@@ -20,7 +20,8 @@ HOST_MODULES = {
     "server",
 }
 HOST_BORDER = {
-    f"nodes/{name}.py" for name in ("host", "native", "native_clip", "encoders", "linear")
+    f"nodes/{name}.py"
+    for name in ("host", "native", "native_clip", "encoders", "linear", "sampling")
 }
 SCHEMA_MODULE = "comfy_api"
 """The V3 schema may be imported anywhere in nodes/."""

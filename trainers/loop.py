@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,13 +16,14 @@ from .batches import BatchOrder
 from .config import JobSettings, to_json
 from .data import TrainingData
 from .devices import compute_dtype, memory_in_use
+from .differences import different_run
 from .evaluate import held_out_loss
 from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
 from .load import BaseFlux
 from .memory import Workload
 from .rhythm import Rhythm
-from .run import FROZEN_FILE, Run, RunIdentity
+from .run import FROZEN_FILE, Run, RunIdentity, run_name
 from .status import State, Status
 from .step import TrainState, optimizer_step
 
@@ -29,8 +31,19 @@ _SMOOTHING = 0.9
 """Of the seconds per step: the weight of the steps before."""
 
 
-def open_run(root: Path, job: JobSettings, base: BaseFlux, data: TrainingData) -> Run:
-    """The run folder that this job, model and data belong to."""
+def open_run(
+    root: Path, job: JobSettings, base: BaseFlux, data: TrainingData, *, resume: str = ""
+) -> Run:
+    """The run folder that this job, model and data belong to.
+
+    Args:
+        resume: the id of the run that it must be, whatever its name; empty for any.
+
+    Raises:
+        ValueError: if that run is of another job, model or data, or does not exist.
+    """
+    if resume:
+        job = dataclasses.replace(job, name=run_name(resume))
     identity = RunIdentity(
         base=base.identity,
         base_format=base.format,
@@ -49,7 +62,10 @@ def open_run(root: Path, job: JobSettings, base: BaseFlux, data: TrainingData) -
     }
     if base.frozen:
         manifest["frozen_loras"] = FROZEN_FILE
-    return Run(root, identity, manifest, base.frozen)
+    run = Run(root, identity, manifest, base.frozen)
+    if resume and run.name != resume:
+        raise ValueError(different_run(root / resume, identity, manifest))
+    return run
 
 
 def steps_per_epoch(job: JobSettings, data: TrainingData) -> float:

@@ -34,6 +34,8 @@ from .files import (
 from .frozen import FrozenLora, save_frozen
 from .status import Status, read_status, write_status
 
+PROMPT_FILE = "prompt.json"
+"""The graph that asked for the run, as ComfyUI's queue takes it, and the id of its node."""
 FROZEN_FILE = "frozen_loras.safetensors"
 _VERSION = 1
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
@@ -75,6 +77,11 @@ class RunIdentity:
     def hash8(self) -> str:
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_name(run_id: str) -> str:
+    """The name in `<name>-<hash8>`."""
+    return run_id.rpartition("-")[0]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""What a training is looked at with: sample pictures, held out samples, a picture–text score."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..trainers.data import TrainingData
+from ..trainers.load import BaseFlux
+from ..trainers.rhythm import Rhythm
+from .encoders import require_flux_vae, vae_identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt as ComfyUI's samplers take it."""
+
+    name: str
+    text: str
+    positive: Any
+    """CONDITIONING of the prompt."""
+    negative: Any
+    """CONDITIONING of the negative prompt; only computed if the CFG is not 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How pictures are drawn, in the words of KSampler."""
+
+    steps: int = 20
+    seed: int = 0
+    name: str = "euler"
+    scheduler: str = "simple"
+    cfg: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One sample picture that is drawn again and again."""
+
+    prompt: EncodedPrompt
+    width: int
+    height: int
+    key: str
+    """Hash of what determines it, the weights of the LoRA aside."""
+
+    def path(self, folder: Path, step: int) -> Path:
+        return folder / f"step-{step:06d}-{self.key}.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """ComfyUI's CLIP_VISION and CLIP objects of one CLIP model."""
+
+    vision: Any
+    text: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """When and with what a training is looked at. Nothing of it changes what is trained."""
+
+    rhythm: Rhythm
+    vae: Any = None
+    prompts: tuple[EncodedPrompt, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height in pixels of the pictures of each prompt; () for those that are trained."""
+    sampler: Sampler = Sampler()
+    held_out: TrainingData | None = None
+    score: Score | None = None
+
+    @property
+    def draws(self) -> bool:
+        return bool(self.prompts)
+
+    def check_fits(self, base: BaseFlux) -> None:
+        """Raises ValueError if something belongs to another model."""
+        if self.held_out is not None:
+            self.held_out.check_fits(base.config)
+        if not self.draws:
+            return
+        require_flux_vae(self.vae)
+        width, needed = self.prompts[0].positive[0][0].shape[-1], base.config.context_dim
+        if width != needed:
+            raise ValueError(
+                f"The prompts of the sample pictures have a width of {width}, and this model needs "
+                f"{needed}. Encode them with the CLIP that belongs to the model."
+            )
+
+    def pictures(self, default_size: tuple[int, int]) -> Iterator[Picture]:
+        """All pictures of one look, in the order in which they are shown."""
+        vae = vae_identity(self.vae) if self.draws else ""
+        for prompt in self.prompts:
+            for width, height in self.sizes or (default_size,):
+                key = self._key(prompt, width, height, vae)
+                yield Picture(prompt=prompt, width=width, height=height, key=key)
+
+    def _key(self, prompt: EncodedPrompt, width: int, height: int, vae: str) -> str:
+        digest = hashlib.sha256(f"{width} {height} {self.sampler} {vae}".encode())
+        for embeds, options in [*prompt.positive, *prompt.negative]:
+            tensors = [embeds, options.get("pooled_output"), *options.get("reference_latents", [])]
+            for tensor in tensors:
+                digest.update(_bytes(tensor))
+            digest.update(repr(options.get("guidance")).encode())
+        return digest.hexdigest()[:8]
+
+
+def _bytes(tensor: Tensor | None) -> bytes:
+    return b"" if tensor is None else tensor.float().cpu().numpy().tobytes()

@@ -1,0 +1,89 @@
+"""In what two runs differ, in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .run import RunIdentity
+
+_NAMES = {
+    "base": "the base model",
+    "base_format": "the base model's format",
+    "latents": "the pictures",
+    "prompts": "the captions or their encoder",
+    "frozen_loras": "the LoRAs on the MODEL",
+    "version": "the version of run folders",
+}
+_HASHES = ("base", "latents", "prompts", "frozen_loras")
+"""Values that say that something differs, and not in what."""
+
+
+def different_run(folder: Path, wanted: RunIdentity, manifest: dict[str, Any]) -> str:
+    """Why the run in `folder` is not the one that is wanted, as a sentence for a user.
+
+    Args:
+        manifest: the job of the wanted run, as its job.json would have it.
+    """
+    try:
+        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return (
+            f"There is no run {folder.name} any more. Set resume to automatic to train a run of "
+            "its own, or press R and choose another."
+        )
+    except (OSError, ValueError) as error:
+        return (
+            f"The run {folder.name} cannot be read: {error}. Set resume to automatic to train a "
+            "run of its own."
+        )
+    found = "; ".join(_differences(saved, wanted.to_json(), job, manifest))
+    return (
+        f"The run {folder.name} was trained differently: {found}. Set it back to go on with that "
+        f"run, or set resume to automatic to train a run of its own beside it."
+    )
+
+
+def _differences(
+    saved: dict[str, Any], wanted: dict[str, Any], job: dict[str, Any], manifest: dict[str, Any]
+) -> Iterator[str]:
+    before, now = dict(_leaves(saved)), dict(_leaves(wanted))
+    for name in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(name), now.get(name)
+        if was == is_now:
+            continue
+        if name == "latents":
+            yield f"{_NAMES[name]}{_pictures(job, manifest)}"
+        elif name == "base":
+            yield f"{_NAMES[name]} (there {_file(job)}, here {_file(manifest)})"
+        elif name in _HASHES:
+            yield _NAMES[name]
+        else:
+            yield f"{_NAMES.get(name, name)} (there {was}, here {is_now})"
+
+
+def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield name, value
+
+
+def _file(manifest: dict[str, Any]) -> str:
+    return Path(manifest["model"]).name or "another"
+
+
+def _pictures(job: dict[str, Any], manifest: dict[str, Any]) -> str:
+    if "subsets" not in job["latents"]:  # of an older version
+        return ""
+    before, now = _records(job), _records(manifest)
+    return f" (there {len(before)}, here {len(now)}, {len(before & now)} of them the same)"
+
+
+def _records(manifest: dict[str, Any]) -> set[str]:
+    subsets = manifest["latents"]["subsets"]
+    return {entry["record"] for subset in subsets for entry in subset["entries"]}
