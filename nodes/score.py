@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..trainers import score
 from ..trainers.tensor_files import read_header
-from .encoders import CLIP_LENGTH, token_ids
+from .encoders import token_ids
 
 _ENCODERS = ("clip_l", "clip_h", "clip_g")
 _MODELS = {768: "ViT-L/14", 1024: "ViT-H/14", 1280: "ViT-bigG/14"}
@@ -25,8 +25,9 @@ def picture_text_scores(
 
     Of a CLIP with several text encoders the one that fits `clip_vision` is taken. Pictures are
     prepared as CLIP's are: the shorter side resized to the model's size, the middle cut out. Texts
-    are literal (no weights in brackets) and cut at 77 tokens, as in transformers; ComfyUI's own
-    encoding would take the first 75 as well, for this vector. What the score is, and in which case
+    are literal (no weights in brackets) and cut at the length of the model, 77 tokens, as in
+    transformers; ComfyUI, which encodes the rest as further parts, also takes this vector from the
+    first part. What the score is, and in which case
     it equals CLIPScore, is in `trainers/score.py`.
 
     Args:
@@ -89,7 +90,8 @@ def _text_encoder(clip: Any, space: int) -> str:
 def _text_embeds(clip: Any, name: str, texts: list[str]) -> Tensor:
     """Texts as vectors [N, D] in the space of pictures."""
     networks = clip.cond_stage_model
-    tokens = token_ids(getattr(clip.tokenizer, name), texts, CLIP_LENGTH)
+    tokenizer = getattr(clip.tokenizer, name)
+    tokens = token_ids(tokenizer, texts, tokenizer.max_length)
     networks.reset_clip_options()
     options = {"execution_device": clip.patcher.load_device, "projected_pooled": True}
     networks.set_clip_options(options)

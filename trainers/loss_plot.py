@@ -51,10 +51,13 @@ def loss_plot(
         for step, loss in enumerate(losses, start=1)
         if math.isfinite(loss) and (loss > 0 or not log_scale)
     ]
+    if not raw and log_scale:
+        raise ValueError(
+            f"None of the {len(losses)} losses is a number above 0, which a logarithmic scale "
+            "needs. Turn log_scale off."
+        )
     require(
-        bool(raw),
-        f"There is no loss to plot: of {len(losses)} losses none is a number"
-        f"{' above 0, which a logarithmic scale needs' if log_scale else ''}.",
+        bool(raw), f"None of the {len(losses)} losses is a number, so there is nothing to plot."
     )
     low, high = min(loss for _, loss in raw), max(loss for _, loss in raw)
     y_ticks = log_ticks(low, high) if log_scale else ticks(low, high)

@@ -9,6 +9,8 @@ import comfy.sd
 import pytest
 import torch
 from atelier.nodes.score import picture_text_scores
+from comfy import sdxl_clip
+from comfy.supported_models_base import ClipTarget
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -22,7 +24,7 @@ TEXTS = [
 ]
 
 
-def clip_model(*, space: int = 64, depth: int = 2, act: str = "quick_gelu") -> CLIPModel:
+def clip_model(*, space: int = 64, depth: int = 3, act: str = "quick_gelu") -> CLIPModel:
     torch.manual_seed(space)
     text = {
         "hidden_size": space,
@@ -60,8 +62,8 @@ def tensors(model: CLIPModel, part: str) -> dict[str, Tensor]:
     }
 
 
-def write_text_encoder(folder: Path, model: CLIPModel, name: str = "clip_l") -> str:
-    path = folder / f"{name}.safetensors"
+def write_text_encoder(folder: Path, model: CLIPModel) -> str:
+    path = folder / "clip_l.safetensors"
     save_file(tensors(model, "text_"), path)
     return str(path)
 
@@ -74,7 +76,7 @@ def sizes(model: CLIPModel) -> dict[str, Any]:
 
 def load_clip(model: CLIPModel, path: str) -> Any:
     """What ComfyUI's Load CLIP does; ComfyUI knows no smaller CLIP-L, so its sizes are named."""
-    return comfy.sd.load_clip([path], model_options={"clip_l_model_config": sizes(model)})
+    return comfy.sd.load_clip([path], model_options={"model_config": sizes(model)})
 
 
 def load_vision(folder: Path, model: CLIPModel) -> Any:
@@ -137,12 +139,11 @@ def test_the_clip_encodes_as_before_afterwards(tmp_path: Path) -> None:
 
 def test_of_two_text_encoders_the_one_of_the_same_clip_is_taken(tmp_path: Path) -> None:
     small, large = clip_model(), clip_model(space=80, depth=32, act="gelu")
-    paths = [
-        write_text_encoder(tmp_path, small, "clip_l"),
-        write_text_encoder(tmp_path, large, "clip_g"),
-    ]
     options = {"clip_l_model_config": sizes(small), "clip_g_model_config": sizes(large)}
-    clip = comfy.sd.load_clip(paths, model_options=options)
+    target = ClipTarget(sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel)
+    clip = comfy.sd.CLIP(target, model_options=options)
+    for model in (small, large):
+        clip.load_sd(tensors(model, "text_"))
     pictures = random_pictures(3)
     for model in (small, large):
         found = picture_text_scores(load_vision(tmp_path, model), clip, pictures, TEXTS)
