@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .caches import CacheLatents, EncodePrompts
-from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
+from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset, SplitDataset
 from .embeddings import ExportEmbeddings, ImportEmbeddings
 from .images import ImagesToDataset
 from .importers import HubDataset, ImportDataset
@@ -11,6 +11,7 @@ from .inspect import InspectDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
 from .memory import EstimateMemory
+from .plot import PlotLoss
 from .routes import add_routes
 from .settings import CaptionSettingsNode, PictureSettingsNode
 from .train import TrainLora
@@ -36,6 +37,8 @@ NODES: list[type[io.ComfyNode]] = [
     ImportDataset,
     HubDataset,
     ValidationSettings,
+    PlotLoss,
+    SplitDataset,
 ]
 
 

@@ -18,6 +18,7 @@ from ..trainers.masks import ALPHA
 from ..trainers.metadata_files import METADATA_FILES
 from ..trainers.picture_files import PictureFiles
 from ..trainers.scan import ON_BAD_FILE
+from ..trainers.splitting import SPLIT_UNITS, SplitUnit, split_dataset
 from . import host
 from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, PictureChoices, shared_input
 from .wires import AtelierDataset
@@ -215,12 +216,66 @@ class CombineDatasets(io.ComfyNode):
         return dataset_output(Dataset(subsets=subsets), cls.hidden.unique_id)
 
 
+class SplitDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierSplitDataset",
+            display_name="Split Dataset",
+            category="Atelier/dataset",
+            description="Holds some pictures of a dataset out of the training, to measure on them "
+            "what the LoRA learned. Which ones follows from their content, so they stay the same "
+            "when pictures are added, and copies of one picture stay together.",
+            search_aliases=["validation split", "held out", "evaluation", "eval loss", "test set"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                AtelierDataset.Input("dataset", tooltip="The dataset to split."),
+                io.Int.Input(
+                    "amount",
+                    default=10,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="How much of each part of the dataset is held out, in the unit below; "
+                    "at least one picture.",
+                ),
+                io.Combo.Input(
+                    "unit",
+                    options=list(SPLIT_UNITS),
+                    default=SPLIT_UNITS[0],
+                    tooltip="percent: of the pictures. pictures: their number. Copies count once.",
+                ),
+            ],
+            outputs=[
+                AtelierDataset.Output(
+                    display_name="training", tooltip="What is trained on, the larger part."
+                ),
+                AtelierDataset.Output(
+                    display_name="held_out",
+                    tooltip="What is not trained on, for Cache Latents and Encode Prompts of its "
+                    "own.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, dataset: Dataset, amount: int, unit: SplitUnit) -> io.NodeOutput:
+        training, held_out = split_dataset(dataset, amount, unit)
+        counts = (
+            f"Pictures to train on: {num_records(training)}, held out: {num_records(held_out)}."
+        )
+        shown = host.report(cls.hidden.unique_id, counts)
+        return io.NodeOutput(training, held_out, ui=shown)
+
+
 def dataset_output(dataset: Dataset, node_id: str, *notes: str) -> io.NodeOutput:
     """The dataset, and on the node how many pictures it has, `notes`, and what is probably not
     meant."""
-    pictures = sum(len(subset.records) for subset in dataset.subsets)
-    count = f"Pictures: {pictures}, seen per epoch: {dataset.num_samples}."
+    count = f"Pictures: {num_records(dataset)}, seen per epoch: {dataset.num_samples}."
     return io.NodeOutput(dataset, ui=host.report(node_id, count, *notes, *dataset.warnings))
+
+
+def num_records(dataset: Dataset) -> int:
+    return sum(len(subset.records) for subset in dataset.subsets)
 
 
 @cache

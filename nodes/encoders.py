@@ -96,8 +96,8 @@ def prompt_encoder(clip: Any, length: int) -> tuple[EncodeTexts, str]:
         # Newer versions run weights from the CPU and must be told where to compute.
         clip.cond_stage_model.set_clip_options({"execution_device": clip.patcher.load_device})
         with torch.no_grad():
-            embeds, _ = t5xxl.encode(_token_ids(clip.tokenizer.t5xxl, texts, length))
-            _, pooled = clip_l.encode(_token_ids(clip.tokenizer.clip_l, texts, CLIP_LENGTH))
+            embeds, _ = t5xxl.encode(token_ids(clip.tokenizer.t5xxl, texts, length))
+            _, pooled = clip_l.encode(token_ids(clip.tokenizer.clip_l, texts, CLIP_LENGTH))
         return _result(embeds), _result(pooled)
 
     loaded = getattr(clip.cond_stage_model, "atelier", None)
@@ -173,7 +173,8 @@ def _flux_text_encoders(clip: Any) -> tuple[Any, Any]:
     return clip_l, t5xxl
 
 
-def _token_ids(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
+    """Literal texts as exactly `length` tokens each, padded or cut, by a tokenizer of ComfyUI's."""
     # The inner tokenizer is transformers' own: ComfyUI's wrapper would read brackets as weights.
     padding = {"padding": "max_length", "truncation": True, "max_length": length}
     return tokenizer.tokenizer(texts, **padding)["input_ids"]

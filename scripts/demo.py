@@ -20,8 +20,8 @@ import psutil
 from comfy_server import ComfyServer
 from demo_graph import AFTER, BEFORE, TRAIN, Graph
 from demo_pictures import Subject
-from demo_plot import loss_plot
 from demo_sheet import Row, contact_sheet
+from pack import load_pack
 from PIL import Image
 from progress import NodeProgress, OutputProgress
 
@@ -171,9 +171,18 @@ def write_results(
         footnote=ARTWORK_CREDIT,
     )
     sheet.save(out_dir / "before_after.png")
-    loss_plot(trained.losses, title="Training loss").save(out_dir / "loss.png")
+    draw_losses(trained.losses).save(out_dir / "loss.png")
     text = json.dumps(summary, indent=1)
     (out_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+
+
+def draw_losses(losses: list[float]) -> Image.Image:
+    """The curve, smoothed over about a twentieth of the steps."""
+    load_pack()
+    from atelier.trainers.loss_plot import loss_plot
+
+    smoothing = 1 - 1 / max(1, len(losses) / 20)
+    return loss_plot(losses, smoothing=smoothing, title="Training loss")
 
 
 def describe(summary: dict[str, Any], out_dir: Path) -> str:

@@ -146,6 +146,17 @@ FROZEN = {
         ],
         ["report STRING", "reserve_gb FLOAT"],
     ),
+    "AtelierPlotLoss": (
+        [
+            *("loss LOSS_MAP", "smoothing FLOAT", "log_scale BOOLEAN", "width INT"),
+            *("height INT", "title? STRING"),
+        ],
+        ["image IMAGE"],
+    ),
+    "AtelierSplitDataset": (
+        ["dataset ATELIER_DATASET", "amount INT", "unit COMBO"],
+        ["training ATELIER_DATASET", "held_out ATELIER_DATASET"],
+    ),
 }
 """Node id to its inputs and outputs in order, as `name TYPE`; `?` marks an optional input."""
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import demo
 import demo_graph
 import demo_pictures
-import demo_plot
 import demo_sheet
 import numpy as np
 import progress
@@ -80,29 +79,6 @@ def test_captions_name_the_nano_models_subjects_with_the_new_artwork() -> None:
         assert {(subject.code.lower(), subject.caption) for subject in subjects} == expected
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 200, [0, 50, 100, 150, 200]),
-        (0.31, 0.77, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),
-        (0, 3, [0, 0.5, 1, 1.5, 2, 2.5, 3]),
-        (0.5, 0.5, [0.5, 0.6]),
-    ],
-)
-def test_ticks_are_round_numbers_around_the_data(
-    low: float, high: float, expected: list[float]
-) -> None:
-    assert demo_plot.ticks(low, high) == pytest.approx(expected)
-
-
-def test_the_running_mean_is_a_weighted_mean_of_what_came_before() -> None:
-    values = [3.0, 1.0, 2.0] * 20  # 60 values: each weight is 2/3 of the next one's
-    weights = (2 / 3) ** np.arange(60)[::-1]
-    means = demo_plot.running_mean(values)
-    assert means[0] == 3
-    assert means[-1] == pytest.approx(np.average(values, weights=weights))
-
-
 def test_first_and_last_losses_are_means_over_a_tenth_of_the_steps() -> None:
     losses = [float(step) for step in range(40)]
     trained = demo.Trained(Path("a"), Path("b"), losses, 1.25)
@@ -174,7 +150,7 @@ def test_the_lora_is_a_file_of_the_settings(summary: dict, out_dir: Path) -> Non
 
 
 def test_the_pictures_have_their_sizes(out_dir: Path) -> None:
-    assert Image.open(out_dir / "loss.png").size == demo_plot.SIZE_PX
+    assert Image.open(out_dir / "loss.png").size == (960, 540)
     sheet = Image.open(out_dir / "before_after.png")
     assert sheet.width >= NUM_SUBJECTS * demo_sheet.PICTURE_PX
     assert sheet.height >= 3 * demo_sheet.PICTURE_PX

@@ -14,13 +14,15 @@ import pytest
 import torch
 from atelier.nodes import host
 from atelier.nodes.native import build_model
-from atelier.nodes.session import Sampling, Session
+from atelier.nodes.session import Asker, Session
 from atelier.nodes.train import TrainLora
+from atelier.nodes.validation import Validation
 from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
 from atelier.trainers.data import TrainingData
 from atelier.trainers.devices import describe_device
 from atelier.trainers.load import load_flux
 from atelier.trainers.memory import Workload, estimate_training
+from atelier.trainers.rhythm import NEVER
 from core_flux import core_model
 from executor import Give, Keep, Runner
 from flux_files import write_flux
@@ -28,7 +30,8 @@ from graphs import node
 from training import TEXT_TOKENS, training_data
 
 LORA = LoraSettings(rank=4)
-NO_SAMPLES = Sampling()
+NO_SAMPLES = Validation(rhythm=NEVER)
+ASKER = Asker(node_id="1")
 
 
 def job(num_steps: int = 3, *, activations_in_ram: bool = False, **settings: Any) -> JobSettings:
@@ -78,7 +81,7 @@ def test_the_start_says_epochs_resuming_and_memory(
 ) -> None:
     """Four pictures in batches of two: two steps are an epoch."""
     for num_steps, said in ((2, "2 steps = 1.0 epochs."), (3, "3 steps = 1.5 epochs.")):
-        Session(model, data, job(num_steps), "1", NO_SAMPLES).train()
+        Session(model, data, job(num_steps), ASKER, NO_SAMPLES).train()
         epochs, *resumed, takes, fits, device = shown[0]
         assert epochs == said
         assert resumed == (["The run goes on from step 2."] if num_steps == 3 else [])
@@ -86,20 +89,19 @@ def test_the_start_says_epochs_resuming_and_memory(
         assert fits.startswith("It fits: ")
         assert device == describe_device(torch.device("cpu"))
         shown.clear()
-    Session(model, data, job(3), "1", NO_SAMPLES).train()
+    Session(model, data, job(3), ASKER, NO_SAMPLES).train()
     assert shown == [["3 steps = 1.5 epochs."]]  # answered from disk
 
 
 @pytest.mark.parametrize(
-    ("changed", "guidance_in_model", "sampling", "expected"),
+    ("changed", "guidance_in_model", "expected"),
     [
-        ({}, False, NO_SAMPLES, None),
-        ({"guidance": 3.5}, True, NO_SAMPLES, None),
-        ({"guidance": 3.5}, False, NO_SAMPLES, "The setting guidance has no effect: "),
-        ({"activations_in_ram": True}, True, NO_SAMPLES, "The setting activations_in_ram has no "),
-        ({}, True, Sampling(steps=5), "The settings of the sample pictures have no effect: "),
+        ({}, False, None),
+        ({"guidance": 3.5}, True, None),
+        ({"guidance": 3.5}, False, "The setting guidance has no effect: "),
+        ({"activations_in_ram": True}, True, "The setting activations_in_ram has no "),
     ],
-    ids=["defaults", "dev", "schnell", "cpu", "no vae"],
+    ids=["defaults", "dev", "schnell", "cpu"],
 )
 def test_a_setting_without_effect_is_told(
     tmp_path: Path,
@@ -107,11 +109,10 @@ def test_a_setting_without_effect_is_told(
     shown: list[list[str]],
     changed: dict[str, Any],
     guidance_in_model: bool,
-    sampling: Sampling,
     expected: str | None,
 ) -> None:
     model = flux(tmp_path, guidance=guidance_in_model)
-    Session(model, data, job(1, **changed), "1", sampling).train()
+    Session(model, data, job(1, **changed), ASKER, NO_SAMPLES).train()
     warnings = [line for line in shown[0] if " no effect: " in line]
     assert len(warnings) == (0 if expected is None else 1)
     assert all(line.startswith(expected) for line in warnings if expected)
@@ -168,7 +169,7 @@ def test_out_of_memory_of_a_core_model_names_no_setting_that_it_lacks(
 
     monkeypatch.setattr(host, "check_interrupted", run_out)
     with pytest.raises(ValueError, match=r"^The GPU's memory is not enough") as caught:
-        Session(core_model("bf16"), data, job(), "1", NO_SAMPLES).train()
+        Session(core_model("bf16"), data, job(), ASKER, NO_SAMPLES).train()
     kept, new = str(caught.value).split("Or start a new run: ")
     assert "Load Quantized FLUX" not in kept
     assert "loaded by Load Quantized FLUX in fewer bits" in new
@@ -188,14 +189,14 @@ def test_out_of_memory_is_one_sentence_and_the_run_goes_on(
     with monkeypatch.context() as little:
         little.setattr(host, "check_interrupted", run_out)
         with pytest.raises(ValueError, match=r"^The GPU's memory is not enough .* is saved\. Turn"):
-            Session(model, data, job(), "1", NO_SAMPLES).train()
+            Session(model, data, job(), ASKER, NO_SAMPLES).train()
     assert store.content_hash() == before
     starts = []
-    session = Session(model, data, job(), "1", NO_SAMPLES)
+    session = Session(model, data, job(), ASKER, NO_SAMPLES)
     monkeypatch.setattr(host, "show_text", lambda text, node_id: starts.append(text))
     resumed = session.train()
     assert "The run goes on from step 2." in starts[0]
     other = dataclasses.replace(job(), name="unbroken")
-    unbroken = Session(model, data, other, "1", NO_SAMPLES).train()
+    unbroken = Session(model, data, other, ASKER, NO_SAMPLES).train()
     assert resumed.losses == unbroken.losses
     assert store.content_hash() == before

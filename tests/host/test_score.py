@@ -1,0 +1,185 @@
+"""The picture–text score of ComfyUI's objects against transformers' own CLIPModel."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+import comfy.sd
+import pytest
+import torch
+from atelier.nodes.score import picture_text_scores
+from comfy import sdxl_clip
+from comfy.supported_models_base import ClipTarget
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+TOKENIZER = Path(comfy.sd.__file__).parent / "sd1_tokenizer"
+SIDE = 56
+TEXTS = [
+    "a cat",
+    "a (cat:1.3) and ((a dog)) [fish], embedding:x",
+    " ".join(f"word{number}" for number in range(60)),  # more than 77 tokens
+]
+
+
+def clip_model(*, space: int = 64, depth: int = 3, act: str = "quick_gelu") -> CLIPModel:
+    torch.manual_seed(space)
+    text = {
+        "hidden_size": space,
+        "intermediate_size": 2 * space,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 2,
+        "hidden_act": act,
+        "vocab_size": 49408,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+    }
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "hidden_act": act,
+        "image_size": SIDE,
+        "patch_size": 14,
+    }
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=space))
+    with torch.no_grad():  # transformers' own start gives nearly the same vector to all
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                torch.nn.init.normal_(weight, std=0.5 if "embedding" in name else 0.15)
+    return model.half().float().eval()  # ComfyUI keeps the weights as float16
+
+
+def tensors(model: CLIPModel, part: str) -> dict[str, Tensor]:
+    """The names under which whole CLIPs and their halves are shared."""
+    return {
+        name: tensor.half().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name.startswith(part) and "position_ids" not in name
+    }
+
+
+def write_text_encoder(folder: Path, model: CLIPModel) -> str:
+    path = folder / "clip_l.safetensors"
+    save_file(tensors(model, "text_"), path)
+    return str(path)
+
+
+def sizes(model: CLIPModel) -> dict[str, Any]:
+    config = model.config.text_config
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    return {name: getattr(config, name) for name in names}
+
+
+def load_clip(model: CLIPModel, path: str) -> Any:
+    """What ComfyUI's Load CLIP does; ComfyUI knows no smaller CLIP-L, so its sizes are named."""
+    return comfy.sd.load_clip([path], model_options={"model_config": sizes(model)})
+
+
+def load_vision(folder: Path, model: CLIPModel) -> Any:
+    """ComfyUI's own class; its Load CLIP Vision only adds which of its four sizes a file has."""
+    config = {**model.config.vision_config.to_dict(), "projection_dim": model.projection_dim}
+    path = folder / "vision.json"
+    path.write_text(json.dumps({**config, "model_type": "clip_vision_model"}), encoding="utf-8")
+    vision = comfy.clip_vision.ClipVisionModel(str(path))
+    vision.load_sd(tensors(model, "vis"))
+    return vision
+
+
+def random_pictures(number: int, height: int = SIDE, width: int = SIDE) -> Tensor:
+    """[N, H, W, 3] in 0..1, smooth and in steps of 1/255 as those of files."""
+    torch.manual_seed(1)
+    coarse = torch.rand(number, 3, 7, 7)
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+    return (smooth.clamp(0, 1) * 255).round().movedim(1, -1) / 255
+
+
+def scores_of_transformers(model: CLIPModel, pictures: Tensor, texts: list[str]) -> list[float]:
+    tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER))
+    size = {"height": SIDE, "width": SIDE}
+    processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size)
+    eight_bit = (pictures * 255).round().byte().numpy()
+    pixels = processor(list(eight_bit), return_tensors="pt")["pixel_values"]
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        given = model(pixel_values=pixels, **tokens)
+    return (100 * (given.image_embeds * given.text_embeds).sum(dim=-1)).tolist()
+
+
+def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
+    model = clip_model()
+    clip = load_clip(model, write_text_encoder(tmp_path, model))
+    pictures = random_pictures(3)
+    expected = scores_of_transformers(model, pictures, TEXTS)
+    found = picture_text_scores(load_vision(tmp_path, model), clip, pictures, TEXTS)
+    assert max(expected) - min(expected) > 3
+    assert found == pytest.approx(expected, abs=0.02)
+
+
+def test_larger_pictures_are_prepared_as_transformers_does(tmp_path: Path) -> None:
+    model = clip_model()
+    clip = load_clip(model, write_text_encoder(tmp_path, model))
+    pictures = random_pictures(2, 128, 192)
+    expected = scores_of_transformers(model, pictures, TEXTS[:2])
+    found = picture_text_scores(load_vision(tmp_path, model), clip, pictures, TEXTS[:2])
+    assert found == pytest.approx(expected, abs=0.3)
+
+
+def test_the_clip_encodes_as_before_afterwards(tmp_path: Path) -> None:
+    model = clip_model()
+    clip = load_clip(model, write_text_encoder(tmp_path, model))
+    before = clip.encode_from_tokens(clip.tokenize("a cat"), return_pooled=True)
+    picture_text_scores(load_vision(tmp_path, model), clip, random_pictures(1), ["a dog"])
+    after = clip.encode_from_tokens(clip.tokenize("a cat"), return_pooled=True)
+    assert all(map(torch.equal, before, after))
+
+
+def test_of_two_text_encoders_the_one_of_the_same_clip_is_taken(tmp_path: Path) -> None:
+    small, large = clip_model(), clip_model(space=80, depth=32, act="gelu")
+    options = {"clip_l_model_config": sizes(small), "clip_g_model_config": sizes(large)}
+    target = ClipTarget(sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel)
+    clip = comfy.sd.CLIP(target, model_options=options)
+    for model in (small, large):
+        clip.load_sd(tensors(model, "text_"))
+    pictures = random_pictures(3)
+    for model in (small, large):
+        found = picture_text_scores(load_vision(tmp_path, model), clip, pictures, TEXTS)
+        assert found == pytest.approx(scores_of_transformers(model, pictures, TEXTS), abs=0.02)
+
+
+@pytest.mark.parametrize("left_in_memory", [0.0, float("nan"), "identity"])
+def test_a_text_encoder_without_projection_is_refused(
+    tmp_path: Path, left_in_memory: float | str
+) -> None:
+    model = clip_model()
+    del model.text_projection
+    clip = load_clip(model, write_text_encoder(tmp_path, model))
+    weight = clip.cond_stage_model.clip_l.transformer.text_projection.weight
+    with torch.no_grad():
+        weight.copy_(
+            torch.eye(64) if left_in_memory == "identity" else torch.tensor(left_in_memory)
+        )
+    with pytest.raises(ValueError, match=r"^The file of the text encoder clip_l has no text_proj"):
+        picture_text_scores(
+            load_vision(tmp_path, clip_model()), clip, random_pictures(1), ["a cat"]
+        )
+
+
+def test_a_vision_model_without_projection_is_refused(tmp_path: Path) -> None:
+    model = clip_model()
+    clip = load_clip(model, write_text_encoder(tmp_path, model))
+    vision = load_vision(tmp_path, model)
+    vision.model.visual_projection = torch.nn.Identity()  # what ComfyUI makes of such a file
+    with pytest.raises(ValueError, match=r"^This CLIP vision model has no projection"):
+        picture_text_scores(vision, clip, random_pictures(1), ["a cat"])
+
+
+def test_halves_of_two_clips_are_refused(tmp_path: Path) -> None:
+    model = clip_model()
+    clip = load_clip(model, write_text_encoder(tmp_path, model))
+    vision = load_vision(tmp_path, clip_model(space=80))
+    with pytest.raises(ValueError, match=r"which gives 80 numbers of a picture: it gives 64 of"):
+        picture_text_scores(vision, clip, random_pictures(1), ["a cat"])
