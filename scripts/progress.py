@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from typing import Any
 
 from comfy_server import Event, node_name
 from workflow import Graph
@@ -56,6 +57,8 @@ class NodeProgress:
             print(f"{len(event.data['nodes'])} nodes are answered from the cache", flush=True)
         elif event.type == "progress_text":
             self._text = " ".join(event.data["text"].split())
+        elif event.type == "atelier.step":
+            self._text = step_text(event.data)
         elif event.type == "progress" and event.data.get("max"):
             value, total = int(event.data["value"]), int(event.data["max"])
             self._bar.show(value, total, self._text or f"{value}/{total}")
@@ -70,6 +73,16 @@ class NodeProgress:
         self._node, self._text, self._since = node_id, "", now
         if node_id:
             print(node_name(self._graph, node_id).rpartition(" (")[0], flush=True)
+
+
+def step_text(data: dict[str, Any]) -> str:
+    """A training's `atelier.step` event as a line."""
+    minutes, seconds = divmod(round(data["seconds_left"]), 60)
+    metrics = data["metrics"]
+    return (
+        f"step {data['step']}/{data['num_steps']}  loss {metrics['loss'][-1]:.4f}  "
+        f"{metrics['seconds'][-1]:.2f} s/step  {minutes}:{seconds:02d} left"
+    )
 
 
 class OutputProgress:

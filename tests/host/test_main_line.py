@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfy_server import ComfyServer, GraphError
+from comfy_server import ComfyServer, Event, GraphError
 from flux_files import write_flux
 from graphs import node, sampled, train_graph, write_base, write_pictures
 from PIL import Image
@@ -172,15 +172,27 @@ def test_streamed_blocks_train_the_same_lora(
         assert np.array_equal(headless[key], tensor)
 
 
-def test_progress_shows_loss_and_time_left(server: ComfyServer, pictures: str) -> None:
-    texts = []
-
-    def collect(event) -> None:
-        if event.type == "progress_text":
-            texts.append(json.dumps(event.data))
-
-    server.run(train_graph(pictures, name="shown", sampling=False, seed=9), collect)
-    assert any("loss" in text and "left" in text for text in texts)
+def test_pages_hear_of_every_step_and_of_the_state(server: ComfyServer, pictures: str) -> None:
+    """The events carry the same numbers as the run's metrics, each step once and in order."""
+    events: list[Event] = []
+    graph = train_graph(pictures, name="shown", sample_every=2, seed=9)
+    entry = server.run(graph, events.append)
+    folder = run_folder(server, entry["outputs"]["name"]["text"][0])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [event.data for event in events if event.type == "atelier.step"]
+    for name in ("step", "loss", "grad_norm", "learning_rate", "seconds", "memory", "ram"):
+        told = [value for data in steps for value in data["metrics"][name]]
+        assert told == [line[name] for line in lines]
+    assert {data["run"] for data in steps} == {folder.name}
+    assert {data["node"] for data in steps} == {"train"}
+    assert steps[-1]["seconds_left"] == 0
+    states = [event.data["state"] for event in events if event.type == "atelier.run"]
+    assert states[0] == "training"
+    assert "finished" in states
+    previews = [event.data for event in events if event.type == "atelier.preview"]
+    assert previews
+    assert all(data["picture"].startswith("data:image/jpeg;base64,") for data in previews)
+    assert entry["outputs"]["train"]["atelier_run"] == [folder.name]
 
 
 def test_text_encoders_of_another_model_are_one_sentence(
