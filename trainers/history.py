@@ -10,31 +10,24 @@ import json
 import re
 import shutil
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from .curves import columns_text, last_step
+from .status import Status, read_status
 
 LIVE = ("training", "paused")
 """The states of a run that a process trains."""
-_ENDED = ("stopped", "finished", "cancelled", "failed")
 _LORA_FOLDER = "loras"
 """Beside the root of the runs; output/loras."""
 _RUN_FILE, _LOCK_FILE = "run.json", "lock"
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 _PICTURE = re.compile(r"step-(\d{6,})-(.+)\.png")
 _HASH = re.compile(r"-[0-9a-f]{8}$")
-_NUMBER, _TEXT = (int, float), (str, type(None))
-_STATUS_TYPES: dict[str, Any] = {
-    "step": int,
-    "num_steps": (int, type(None)),
-    "updated": _NUMBER,
-    "error": _TEXT,
-    "lora": _TEXT,
-    "node": _TEXT,
-}
+_STATUS_FIELDS = tuple(field.name for field in fields(Status))
 
 
 class UnknownRun(LookupError):
@@ -73,7 +66,7 @@ def run_details(root: Path, run_id: str) -> dict[str, Any]:
     return {
         **_summary(folder, status),
         "error": status["error"],
-        "can_sample": status.get("can_sample") is True,
+        "can_sample": bool(status["can_sample"]),
         "lora": _view(lora, root) if lora.is_file() else None,
         "folder": folder.relative_to(root.parent).as_posix(),
         "path": str(folder.resolve()),
@@ -159,43 +152,29 @@ def _find(root: Path, run_id: str) -> Path:
 
 
 def _status(folder: Path) -> dict[str, Any]:
-    """What status.json says, put right by what else is there."""
+    """What status.json says, put right by what else is there; `state` may be interrupted or
+    damaged too."""
     steps = _checkpoints(folder)
     kept = steps[-1] if steps else 0
-    unknown = dict.fromkeys(_STATUS_TYPES) | {"step": kept, "updated": 0}
+    unknown = dict.fromkeys(_STATUS_FIELDS) | {"step": kept, "updated": 0}
     try:
         _read_object(folder / _RUN_FILE)
-        status = _read_status(folder / "status.json")
+        status = read_status(folder)
     except ValueError as error:
         return unknown | {"state": "damaged", "error": str(error)}
     if status is None:  # of an older version
         state = "training" if _is_trained(folder) else "stopped" if steps else "interrupted"
         return unknown | {"state": state}
-    if status["state"] in LIVE and not _is_trained(folder):
-        return status | {"state": "interrupted", "step": kept}
-    return status
-
-
-def _read_status(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    status = _read_object(path)
-    wrong = [name for name, kind in _STATUS_TYPES.items() if not isinstance(status.get(name), kind)]
-    if status.get("state") not in (*LIVE, *_ENDED):
-        wrong.append("state")
-    if wrong:
-        raise ValueError(
-            f"The file {path} has no {wrong[0]} that this version knows. Queue the graph of this "
-            "run again, or delete the run."
-        )
-    return status
+    if status.state in LIVE and not _is_trained(folder):
+        return asdict(status) | {"state": "interrupted", "step": kept}
+    return asdict(status)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
             f"The file {path} cannot be read: {reason}. Queue the graph of this run again, or "
