@@ -13,6 +13,7 @@ from .lora import ApplyLora
 from .memory import EstimateMemory
 from .plot import PlotLoss
 from .routes import add_routes
+from .run_routes import add_run_routes
 from .settings import CaptionSettingsNode, PictureSettingsNode
 from .train import TrainLora
 from .validation_settings import ValidationSettings
@@ -45,4 +46,5 @@ NODES: list[type[io.ComfyNode]] = [
 class AtelierExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         add_routes()  # not in on_load: 0.3.75 does not call it
+        add_run_routes()
         return NODES

@@ -40,6 +40,11 @@ class Status:
     can_sample: bool = False
     """Whether it was told how to draw sample pictures."""
 
+    def __post_init__(self) -> None:
+        numbers = (self.step, self.num_steps, self.started, self.updated)
+        if not all(isinstance(number, (int, float)) for number in numbers):  # read from a file
+            raise TypeError(f"there is no number where one belongs in {numbers}")
+
     def changed(self, **values: object) -> Status:
         return dataclasses.replace(self, updated=time.time(), **values)  # pyright: ignore[reportArgumentType]
 
