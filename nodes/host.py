@@ -9,8 +9,6 @@ import logging
 import os
 import signal
 import threading
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -22,7 +20,7 @@ import comfyui_version
 import folder_paths
 import torch
 from comfy_api.latest import io
-from comfy_execution.graph_utils import ExecutionBlocker, is_link
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..trainers.scan import PICTURE_EXTENSIONS
 
@@ -201,14 +199,14 @@ class Progress:
 
 def show_text(text: str, node_id: str) -> None:
     """Show a line of text on a node while it runs, in every open browser."""
-    server = _server()
+    server = prompt_server()
     if server is not None:
         server.send_progress_text(text, node_id)
 
 
 def send_event(name: str, data: dict[str, Any]) -> None:
     """Send a message to every open page; from any thread."""
-    server = _server()
+    server = prompt_server()
     if server is not None:
         server.send_sync(name, data)
 
@@ -221,7 +219,7 @@ def report(node_id: str, message: str, *warnings: str) -> dict[str, list[str]]:
     return {"text": [message, *warnings]}
 
 
-def _server() -> Any:
+def prompt_server() -> Any:
     """ComfyUI's server, or None: its executor also runs without."""
     from server import PromptServer
 
@@ -230,80 +228,15 @@ def _server() -> Any:
 
 def add_route(method: str, path: str, handler: Callable[[Any], Any]) -> None:
     """Let ComfyUI's server, where there is one, answer requests to `path` by `handler`."""
-    server = _server()
+    server = prompt_server()
     if server is not None:
         server.routes.route(method, path)(handler)
 
 
 def is_busy() -> bool:
     """Whether a graph runs or waits in the queue."""
-    server = _server()
+    server = prompt_server()
     return server is not None and server.prompt_queue.get_tasks_remaining() > 0
-
-
-class GraphRefused(Exception):
-    """ComfyUI does not run a graph.
-
-    Args:
-        node_id: the node that it names, or None.
-        reason: what it says of that one: type, message, details, extra_info.
-    """
-
-    def __init__(self, node_id: str | None, reason: dict[str, Any]) -> None:
-        super().__init__(reason["message"])
-        self.node_id, self.reason = node_id, reason
-
-
-async def queue_graph(graph: dict[str, Any], node_id: str, client_id: str | None) -> str:
-    """Queue a graph in API form as ComfyUI's own route does; returns its prompt id.
-
-    Args:
-        node_id: the node that is wanted. ComfyUI runs what is valid of a graph, with it or without.
-        client_id: of the page that hears of the progress.
-
-    Raises:
-        GraphRefused: if that node would not run.
-    """
-    import execution
-
-    from nodes import NODE_CLASS_MAPPINGS
-
-    server = _server()
-    graph = server.trigger_on_prompt({"prompt": graph})["prompt"]
-    if hasattr(server, "node_replace_manager"):  # from 2026 on
-        server.node_replace_manager.apply_replacements(graph)
-    for name, node in graph.items():  # the versions say this in different ways
-        if node.get("class_type") not in NODE_CLASS_MAPPINGS:
-            raise GraphRefused(name, {"type": "missing_node_type", "message": "No such type"})
-    prompt_id = str(uuid.uuid4())
-    _, error, outputs, problems = await execution.validate_prompt(prompt_id, graph, None)
-    if node_id not in _upstream(graph, outputs):
-        named = [(name, problem["errors"][0]) for name, problem in problems.items()]
-        raise GraphRefused(*named[0]) if named else GraphRefused(None, error)
-    number, server.number = server.number, server.number + 1
-    extra: dict[str, Any] = {"create_time": int(time.time() * 1000)}
-    if client_id is not None:
-        extra["client_id"] = client_id
-    server.prompt_queue.put((number, prompt_id, graph, extra, outputs, {}))
-    return prompt_id
-
-
-def queued_graphs() -> list[dict[str, Any]]:
-    """The graphs, in API form, that run or wait."""
-    running, waiting = _server().prompt_queue.get_current_queue_volatile()
-    return [item[2] for item in [*running, *waiting]]
-
-
-def _upstream(graph: dict[str, Any], outputs: Iterable[str]) -> set[str]:
-    """The nodes that ComfyUI runs for the sake of `outputs`."""
-    found: set[str] = set()
-    waiting = list(outputs)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += [link[0] for link in graph[name]["inputs"].values() if is_link(link)]
-    return found
 
 
 def blocked_output(message: str) -> Any:
@@ -401,7 +334,7 @@ def _replace_sigterm(old: Any, new: Any) -> None:
         if signal.getsignal(signal.SIGTERM) == old:
             signal.signal(signal.SIGTERM, new)
 
-    server = _server()
+    server = prompt_server()
     if server is not None:  # only the main thread may do it, which runs the server's loop
         server.loop.call_soon_threadsafe(replace)
 

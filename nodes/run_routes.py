@@ -12,6 +12,7 @@ from aiohttp import web
 from ..trainers import history
 from ..trainers.history import UnknownRun
 from . import host, live
+from .graph_queue import GraphRefused, queue_graph, queued_graphs, sentence
 from .routes import Refused, add_route, posted
 
 _LIVE_REQUESTS = {
@@ -77,7 +78,10 @@ async def resume_run(request: web.Request) -> web.Response:
 
 async def delete_run(request: web.Request) -> web.Response:
     await posted(request)
-    return web.json_response({"freed": await _read(history.delete_run, _id(request))})
+    run = await _read(history.run_summary, _id(request))
+    if live.find(run["id"]) is not None:  # its pictures may still be drawn
+        raise Refused(409, f"The run {run['id']} is being trained. Stop it, then delete it.")
+    return web.json_response({"freed": await _read(history.delete_run, run["id"])})
 
 
 def _id(request: web.Request) -> str:
@@ -118,8 +122,8 @@ def _not_now(what: str, run: dict[str, Any]) -> str:
         )
     if what == "sample" and run["state"] == "training":
         return (
-            f"The run {run['id']} draws no sample pictures: connect the vae and positive inputs of "
-            "its Train LoRA."
+            f"The run {run['id']} draws no sample pictures: connect Validation Settings to its "
+            "Train LoRA."
         )
     return f"The run {run['id']} is {run['state']}: {what} is not possible now."
 
@@ -129,39 +133,11 @@ async def _queue(run_id: str, page: Any) -> str:
     kept = await _read(history.run_prompt, run_id)
     assert kept is not None  # the run has settings
     node_id, prompt = kept
-    if any(is_resuming(graph, run_id) for graph in host.queued_graphs()):
+    inputs = [node.get("inputs", {}) for graph in queued_graphs() for node in graph.values()]
+    if any(values.get("resume") == run_id for values in inputs):
         raise Refused(409, f"The run {run_id} is in the queue already.")
     prompt[node_id]["inputs"]["resume"] = run_id
     try:
-        return await host.queue_graph(prompt, node_id, None if page is None else str(page))
-    except host.GraphRefused as refused:
-        raise Refused(409, refusal(prompt, refused)) from refused
-
-
-def is_resuming(graph: dict[str, Any], run_id: str) -> bool:
-    return any(node.get("inputs", {}).get("resume") == run_id for node in graph.values())
-
-
-def refusal(graph: dict[str, Any], refused: host.GraphRefused) -> str:
-    """Why a run cannot go on: which node ComfyUI refuses, and for what."""
-    node, reason = graph.get(refused.node_id or "", {}), refused.reason
-    kind = node.get("class_type")
-    where = f"{node.get('_meta', {}).get('title') or kind} ({refused.node_id})"
-    name = reason.get("extra_info", {}).get("input_name")
-    text = (reason.get("details") or reason["message"]).removeprefix(f"{name} - ").rstrip(".")
-    if refused.node_id is None:
-        return f"The run cannot go on: ComfyUI refuses its graph. {text}."
-    if reason["type"] == "missing_node_type":
-        return (
-            f"The run cannot go on: this ComfyUI has no {kind}, which its node {where} is. Install "
-            "the pack that has it, and resume again."
-        )
-    if reason["type"] == "value_not_in_list":
-        value = reason["extra_info"]["received_value"]
-        return (
-            f"The run cannot go on: its node {where} takes {value!r} as {name}, which is not there "
-            "any more. Put it back, and resume again."
-        )
-    if name is None:
-        return f"The run cannot go on: ComfyUI refuses its node {where}. {text}."
-    return f"The run cannot go on: ComfyUI refuses {name} of its node {where}. {text}."
+        return await queue_graph(prompt, node_id, None if page is None else str(page))
+    except GraphRefused as refused:
+        raise Refused(409, sentence(prompt, refused)) from refused

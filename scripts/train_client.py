@@ -42,7 +42,7 @@ while not (ended := ask(f"/history/{prompt_id}")):
 status = ended[prompt_id]["status"]
 if status["status_str"] != "success":
     sys.exit(status["messages"][-1][1].get("exception_message", "The training was cancelled."))
-run = ask(f"/atelier/runs/{ended[prompt_id]['outputs'][node]['run'][0]}")
+run = ask(f"/atelier/runs/{ended[prompt_id]['outputs'][node]['atelier_run'][0]}")
 with urlopen(f"{SERVER}/view?{urlencode(run['lora'])}") as file:
     Path(run["lora"]["filename"]).write_bytes(file.read())
 print(f"{run['state']} at step {run['step']}: {run['lora']['filename']}")
