@@ -82,10 +82,12 @@ def sentence(graph: dict[str, Any], refused: GraphRefused) -> str:
     node, reason = graph.get(refused.node_id or "", {}), refused.reason
     kind = node.get("class_type")
     where = f"{node.get('_meta', {}).get('title') or kind} ({refused.node_id})"
-    name = reason.get("extra_info", {}).get("input_name")
+    # The input that goes with an exception is another node's.
+    is_raised = reason["type"].startswith("exception_")
+    name = None if is_raised else reason.get("extra_info", {}).get("input_name")
     text = (reason.get("details") or reason["message"]).removeprefix(f"{name} - ").rstrip(".")
     if refused.node_id is None:
-        return f"The run cannot go on: ComfyUI refuses its graph. {text}."
+        return f"The run cannot go on: ComfyUI refuses its graph: {text}."
     if reason["type"] == "missing_node_type":
         return (
             f"The run cannot go on: this ComfyUI has no {kind}, which its node {where} is. Install "
@@ -98,5 +100,5 @@ def sentence(graph: dict[str, Any], refused: GraphRefused) -> str:
             "any more. Put it back, and resume again."
         )
     if name is None:
-        return f"The run cannot go on: ComfyUI refuses its node {where}. {text}."
-    return f"The run cannot go on: ComfyUI refuses {name} of its node {where}. {text}."
+        return f"The run cannot go on: ComfyUI refuses its node {where}: {text}."
+    return f"The run cannot go on: ComfyUI refuses {name} of its node {where}: {text}."

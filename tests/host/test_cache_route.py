@@ -75,7 +75,7 @@ def test_a_page_of_another_site_is_refused(
 ) -> None:
     status, answer = post(server, b'{"what": "all"}', **headers)
     assert status == 403
-    assert answer in ({}, {"error": "Only a page of this ComfyUI may clear its caches."})
+    assert answer in ({}, {"error": "Only a page of this ComfyUI may do that."})
     assert shards(cache, "latents")
 
 
