@@ -127,7 +127,8 @@ class Run:
         Raises:
             ValueError: if another process trains this run, or the disk is full or refuses.
         """
-        lock = FileLock(self.folder / "lock", timeout=0)
+        # Who lists the runs holds it for a moment, to see whether anybody trains.
+        lock = FileLock(self.folder / "lock", timeout=1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()

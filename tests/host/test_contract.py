@@ -127,11 +127,24 @@ FROZEN = {
             *("guidance FLOAT", "compute_dtype COMBO", "gradient_checkpointing BOOLEAN"),
             *("checkpoint_every INT", "sample_every INT", "sample_steps INT", "sample_seed INT"),
             *("vae? VAE", "positive? CONDITIONING", "activations_in_ram? BOOLEAN"),
+            *("validation? ATELIER_VALIDATION", "resume? COMBO", "checkpoint_unit? COMBO"),
+            "keep_checkpoints? INT",
         ],
         [
             *("lora LORA_MODEL", "model MODEL", "lora_name STRING", "loss LOSS_MAP"),
             "samples IMAGE",
         ],
+    ),
+    "AtelierValidationSettings": (
+        [
+            *("every INT", "unit COMBO", "at_start BOOLEAN", "at_end BOOLEAN", "prompts STRING"),
+            *("library COMBO", "negative STRING", "sizes STRING", "seed INT", "steps INT"),
+            *("sampler_name COMBO", "scheduler COMBO", "guidance FLOAT", "cfg FLOAT"),
+            *("clip? CLIP", "vae? VAE", "held_out_latents? ATELIER_LATENT_CACHE"),
+            *("held_out_prompts? ATELIER_PROMPT_CACHE", "score_vision? CLIP_VISION"),
+            "score_clip? CLIP",
+        ],
+        ["validation ATELIER_VALIDATION"],
     ),
     "AtelierApplyLoRA": (
         ["model MODEL", "lora_name COMBO", "strength FLOAT", "lora? LORA_MODEL"],
