@@ -45,7 +45,7 @@ from pack import load_pack  # noqa: E402
 load_pack()
 
 from atelier.trainers.formats import FORMATS  # noqa: E402
-from atelier.trainers.store import PackedWeight  # noqa: E402
+from atelier.trainers.packed_weight import PackedWeight  # noqa: E402
 
 
 def sample_weights() -> dict[str, list[Tensor]]:

@@ -58,8 +58,9 @@ from atelier.trainers.devices import system_memory  # noqa: E402
 from atelier.trainers.flux import FluxConfig, is_block_matrix  # noqa: E402
 from atelier.trainers.load import LoadedFlux, inspect_flux  # noqa: E402
 from atelier.trainers.memory import estimate_training, placed_bytes, store_bytes  # noqa: E402
+from atelier.trainers.packed_weight import PackedWeight  # noqa: E402
 from atelier.trainers.step import TrainState, optimizer_step  # noqa: E402
-from atelier.trainers.store import PackedWeight, WeightStore  # noqa: E402
+from atelier.trainers.store import WeightStore  # noqa: E402
 from flux_files import flux_shapes  # noqa: E402
 from training import training_data  # noqa: E402
 

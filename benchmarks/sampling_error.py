@@ -65,7 +65,8 @@ from atelier.trainers.flux import (  # noqa: E402
 )
 from atelier.trainers.formats import FORMATS  # noqa: E402
 from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
-from atelier.trainers.store import PackedWeight, WeightStore  # noqa: E402
+from atelier.trainers.packed_weight import PackedWeight  # noqa: E402
+from atelier.trainers.store import WeightStore  # noqa: E402
 
 ARTWORKS = ("noto", "fluent", "twemoji")
 NUM_PICTURES = 6

@@ -41,7 +41,8 @@ from PIL import Image  # noqa: E402
 
 load_pack()
 
-from atelier.trainers.scan import ContentHashes, Picture, scan_folder  # noqa: E402
+from atelier.trainers.content_hashes import ContentHashes  # noqa: E402
+from atelier.trainers.scan import Picture, scan_folder  # noqa: E402
 
 
 def prototypes() -> list[tuple[str, bytes]]:

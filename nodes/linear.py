@@ -16,7 +16,8 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..trainers.store import PackedWeight, WeightStore
+from ..trainers.packed_weight import PackedWeight
+from ..trainers.store import WeightStore
 
 _Source = tuple[int, Callable | None]
 """The identity of a tensor that ComfyUI holds, and what it does to the rows."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..trainers.flux import FluxConfig
 from ..trainers.formats import FORMATS, row_slices
 from ..trainers.load import ESSENTIAL_NAMES, BaseFlux, first_missing, needed_names
-from ..trainers.store import Matrix
+from ..trainers.packed_weight import Matrix
 from ..trainers.tensor_files import original_name
 
 _PREFIX = "diffusion_model."

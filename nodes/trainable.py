@@ -22,7 +22,8 @@ from ..trainers.flux import FluxConfig
 from ..trainers.frozen import FrozenLora
 from ..trainers.load import BaseFlux, inspect_flux, load_flux
 from ..trainers.memory import empty_store, store_bytes
-from ..trainers.store import Matrix, Weights, WeightStore
+from ..trainers.packed_weight import Matrix
+from ..trainers.store import Weights, WeightStore
 from ..trainers.tensor_files import TensorFiles, model_files, original_name
 from . import host
 from .linear import kind_of_patch, runtime_lora

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from atelier.trainers.store import PackedWeight
+from atelier.trainers.packed_weight import PackedWeight
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 

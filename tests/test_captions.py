@@ -11,13 +11,8 @@ from random import Random
 
 import pytest
 import torch
-from atelier.trainers.captions import (
-    CaptionSettings,
-    caption_text,
-    caption_variants,
-    choose_text,
-    read_captions,
-)
+from atelier.trainers.caption_variants import caption_text, caption_variants, choose_text
+from atelier.trainers.captions import CaptionSettings, read_captions
 from scipy.stats import chisquare
 
 NAMES = (
@@ -431,6 +426,7 @@ def test_variants_are_the_same_in_every_process() -> None:
     code = (
         "import sys, runpy; sys.path.insert(0, sys.argv[1]); from pack import load_pack; "
         "load_pack(); from atelier.trainers.captions import *; "
+        "from atelier.trainers.caption_variants import *; "
         "print(*caption_variants('a, b, c, d', CaptionSettings(shuffle=True, variants=4), 7, "
         "'0123abcd'), sep='|')"
     )

@@ -18,7 +18,8 @@ from atelier.trainers.flux import (
 )
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import load_flux
-from atelier.trainers.store import PackedWeight, WeightStore
+from atelier.trainers.packed_weight import PackedWeight
+from atelier.trainers.store import WeightStore
 from dense import dense_transformer, stored_tensors
 from diffusers import FluxPipeline
 from flux_files import flux_shapes, write_flux

@@ -24,7 +24,7 @@ from atelier.trainers.load import load_flux
 from atelier.trainers.metadata_files import read_metadata
 from atelier.trainers.optimizers import make_adamw8bit
 from atelier.trainers.packages import importing, install_command
-from atelier.trainers.store import PackedWeight
+from atelier.trainers.packed_weight import PackedWeight
 from flux_files import write_flux
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,9 @@ import zlib
 from pathlib import Path
 
 import pytest
+from atelier.trainers.content_hashes import ContentHashes
 from atelier.trainers.pictures import display_size
-from atelier.trainers.scan import ContentHashes, Picture, Scan, scan_folder
+from atelier.trainers.scan import Picture, Scan, scan_folder
 from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 from small_disk import fill, small_disk
 

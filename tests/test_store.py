@@ -14,7 +14,8 @@ from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
-from atelier.trainers.store import PackedWeight, WeightStore
+from atelier.trainers.packed_weight import PackedWeight
+from atelier.trainers.store import WeightStore
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from dense import ROUND_TRIPS

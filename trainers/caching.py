@@ -24,10 +24,11 @@ from .caches import LatentCache, LatentEntry, LatentSubset, PromptCache, PromptE
 from .config import require
 from .dataset import Dataset, Record, Subset, mask_weights, open_picture
 from .files import require_room
-from .filling import OnProgress, fill
+from .filling import fill
 from .flux import LATENT_CHANNELS
 from .masks import Mask
 from .pictures import Transform, transform
+from .progress import OnProgress
 from .scan import OnBadFile
 from .shards import Shards
 

@@ -19,7 +19,7 @@ from .config import require
 from .dataset import Dataset, Record, Subset, open_mask, open_picture
 from .fonts import Face, drawable
 from .marked_pictures import SHADE, TINT, hatching, marked_picture
-from .scan import OnProgress
+from .progress import OnProgress
 
 COLUMNS = 6
 CELL, GAP, MARGIN = 240, 16, 32

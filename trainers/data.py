@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .caches import LatentCache, LatentEntry, PromptCache
-from .captions import choose_text
+from .caption_variants import choose_text
 from .flux import LATENT_CHANNELS, FluxConfig, require_trainable
 
 

@@ -24,8 +24,8 @@ from .captions import listed
 from .config import require
 from .dataset import Dataset, Record, open_picture
 from .files import require_room, write_atomically
-from .filling import OnProgress
 from .packages import importing
+from .progress import OnProgress
 from .shards import Shards
 
 HASH, LISTS = "image_hash", ("prompt_embeds", "pooled_prompt_embeds", "text_ids")

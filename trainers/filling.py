@@ -9,10 +9,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from .config import require
+from .progress import OnProgress
 from .shards import Shards
-
-OnProgress = Callable[[int, int], None]
-"""Called with (done, total) before the first entry and after each. It may raise to stop."""
 
 _Read = TypeVar("_Read")
 
@@ -28,7 +26,8 @@ def fill(
     """Write what `encode` gives, keys with their tensors by name, for the keys that `shards` lack.
 
     Keys of one group, in batches, are given to `read`, and what it returns to `encode`. It runs in
-    another thread: while one batch is encoded, the next is read. A key may be left out.
+    another thread: while one batch is encoded, the next is read. A key may be left out. Progress is
+    told before the first entry and after each.
 
     Raises:
         ValueError: the batch size is below 1, and what `read`, `encode` and the disk raise. What

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .frozen import FrozenLora
 from .packages import importing
-from .store import Matrix, PackedWeight, Weights, WeightStore
+from .packed_weight import Matrix, PackedWeight
+from .store import Weights, WeightStore
 
 HEAD_SIZE = 128
 AXES = (16, 56, 56)

@@ -14,13 +14,15 @@ from torch import Tensor
 from .buckets import Resolution
 from .captions import CAPTION_SOURCES, CaptionSettings
 from .config import require
+from .content_hashes import ContentHashes
 from .dataset import Subset
 from .image_folder import make_records
 from .masks import Mask
 from .metadata_files import one_or_more
 from .picture_files import PictureFiles
 from .pictures import PictureSettings
-from .scan import ContentHashes, OnProgress, Picture
+from .progress import OnProgress
+from .scan import Picture
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 

@@ -31,7 +31,8 @@ from .metadata_files import (
 )
 from .packages import importing
 from .picture_files import PictureFiles
-from .scan import PICTURE_EXTENSIONS, OnBadFile, OnProgress, Picture, scan_files, throttled
+from .progress import OnProgress, throttled
+from .scan import PICTURE_EXTENSIONS, OnBadFile, Picture, scan_files
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 _ROWS_AT_ONCE = 16

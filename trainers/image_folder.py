@@ -11,21 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .buckets import Resolution
-from .captions import CaptionSettings, caption_variants, given_captions, listed, read_captions
+from .caption_variants import caption_variants
+from .captions import CaptionSettings, given_captions, listed, read_captions
 from .config import require
+from .content_hashes import ContentHashes
 from .dataset import DEFAULT_CAPTIONS, DEFAULT_PICTURES, Record, Subset
 from .masks import ALPHA, Mask, alpha_masks, folder_masks
 from .pictures import PictureSettings
-from .scan import (
-    PICTURE_EXTENSIONS,
-    BadFiles,
-    ContentHashes,
-    OnBadFile,
-    OnProgress,
-    Picture,
-    Scan,
-    scan_folder,
-)
+from .progress import OnProgress
+from .scan import PICTURE_EXTENSIONS, BadFiles, OnBadFile, Picture, Scan, scan_folder
 
 _SEED = 0
 """Of the orders of shuffled tags: they are encoded once, whatever the seed of a training."""

@@ -15,7 +15,8 @@ from .import_ai_toolkit import is_ai_toolkit, plan_ai_toolkit
 from .import_kohya import is_kohya, plan_kohya
 from .import_settings import FolderPlan, Places, Plan, read_config
 from .import_simpletuner import is_simpletuner, plan_simpletuner
-from .scan import OnBadFile, OnProgress
+from .progress import OnProgress
+from .scan import OnBadFile
 
 _TOOLS: tuple[tuple[Callable[[Any], bool], Callable[[Any, Places], Plan]], ...] = (
     (is_kohya, plan_kohya),

@@ -23,7 +23,8 @@ from .flux import (
 from .formats import FORMATS
 from .frozen import FrozenLora
 from .packed_copy import CopyKey, PackedCopies
-from .store import PackedWeight, Weights, WeightStore
+from .packed_weight import PackedWeight
+from .store import Weights, WeightStore
 from .tensor_files import TensorFiles, model_files
 
 ESSENTIAL_NAMES = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight")
@@ -316,7 +317,7 @@ def _pack_all(
     quantize_on, device = devices
     packed: dict[str, PackedWeight] = {}
     plain: dict[str, Tensor] = {}
-    # Outside inference mode, in which the host runs its nodes: see store._FrozenLinear.
+    # Outside inference mode, in which the host runs its nodes: see packed_weight._FrozenLinear.
     with torch.inference_mode(False), torch.no_grad():
         for done, (name, format) in enumerate(formats.items()):
             if format is None:

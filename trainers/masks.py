@@ -16,8 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .config import require
+from .content_hashes import ContentHashes
 from .pictures import Transform, decode, transform_mask
-from .scan import ContentHashes, OnProgress, Picture, scan_folder
+from .progress import OnProgress
+from .scan import Picture, scan_folder
 
 ALPHA = "alpha channel"
 """The source of masks that is no folder."""

@@ -35,7 +35,8 @@ from .flux import (
     recompute_blocks,
     velocity,
 )
-from .store import PackedWeight, WeightStore
+from .packed_weight import PackedWeight
+from .store import WeightStore
 
 _SMALLEST_8BIT = 4096
 _OPTIMIZER_GROUP = 256

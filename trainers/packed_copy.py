@@ -24,7 +24,8 @@ from torch import Tensor
 
 from .files import write_atomically
 from .offload import Layout, blocks_of
-from .store import PackedWeight, WeightStore
+from .packed_weight import PackedWeight
+from .store import WeightStore
 from .tensor_files import DTYPES, Entry, checksum, read_bytes, read_header
 
 LAYOUT_VERSION = 2
@@ -187,7 +188,7 @@ def _read(path: Path, key: CopyKey, on_progress: OnProgress, *, blocks_stay: boo
     pool = ThreadPoolExecutor(_READERS)
     try:
         reads = pool.map(_read_and_sum, entries.values())
-        # Outside inference mode, in which the host runs its nodes: see store._FrozenLinear.
+        # Outside inference mode, in which the host runs its nodes: see packed_weight._FrozenLinear.
         with torch.inference_mode(False):
             for name, (data, data_sum) in zip(entries, reads, strict=True):
                 entry, checksums[name] = entries[name], data_sum

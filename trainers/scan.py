@@ -1,53 +1,40 @@
 """What lies in a folder of pictures, from names, times and headers: no picture is decoded.
 
-Headers of unchanged files are not read again: an index in a cache folder remembers them. The hashes
-of files' bytes are remembered in the same way. A picture cut off after its header is found later,
-when it is decoded.
+Headers of unchanged files are not read again: an index in a cache folder remembers them. A picture
+cut off after its header is found later, when it is decoded.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from PIL import Image
 
 from .buckets import Size
 from .config import require
-from .files import not_read, write_atomically
+from .file_index import is_settled, read_rows, write_rows
+from .files import not_read
 from .pictures import display_size, has_unusable_profile
+from .progress import OnProgress, throttled
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 OnBadFile = Literal["stop", "skip"]
 ON_BAD_FILE: tuple[OnBadFile, ...] = ("stop", "skip")
 
-OnProgress = Callable[[int, int], None]
-"""Called with (done, total) files, ten times a second at most and at the end. It may raise to stop:
-what was read until then is remembered."""
-
-_VERSION = 1
-"""Of the index files. Raise it when a row means something else."""
 _FACTS = (int, int, int, int, bool, int, bool)
 """Of a row: size in bytes, mtime in ns, width, height, has alpha, number of frames, has a colour
 profile that is ignored."""
-_HASH = (int, int, str)
-"""Of a row: size in bytes, mtime in ns, SHA-256."""
-_SETTLED_NS = 2_000_000_000
-"""A file can change twice within a tick of its file system's clock; FAT's is the coarsest, 2 s."""
 
 _TAIL_BYTES = 1 << 16
 _LATE_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 """Chunks of a PNG that may hold an orientation, looked for in the end of the file."""
-_CHUNK_BYTES = 1 << 20
 _WORKERS = 2
 _FILES_PER_TURN = 64
 
@@ -115,7 +102,7 @@ def scan_folder(
     bad = BadFiles(on_bad_file)
     files, other_files = _list_files(str(folder), recursive, bad)
     index = index_folder / _index_name(folder, recursive) if index_folder else None
-    known = _read_rows(index, _FACTS) if index else {}
+    known = read_rows(index, _FACTS) if index else {}
     prefix_length = len(os.path.join(folder, ""))
     report = throttled(on_progress)
     pictures: list[Picture] = []
@@ -135,14 +122,14 @@ def scan_folder(
                     bad.add(path, error)
                 else:
                     pictures.append(picture)
-                    if _is_settled(mtime_ns):
+                    if is_settled(mtime_ns):
                         fresh[name] = picture[1:]
             report(number, len(files))
     finally:
         if index and (fresh or len(pictures) != len(known)):
             names = {path[prefix_length:] for path, *_ in files}
             kept = {name: row for name, row in known.items() if name in names}
-            _write_rows(index, kept | fresh)
+            write_rows(index, kept | fresh)
     return Scan(
         folder=str(folder),
         pictures=tuple(pictures),
@@ -186,109 +173,6 @@ def scan_files(
         skipped=tuple(bad.found),
         num_read=len(paths),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hashed:
-    """Hashes of many files, and what they took."""
-
-    digests: tuple[str, ...]
-    """SHA-256 in hex, in the order of the pictures."""
-    num_read: int
-    """Files that had to be read."""
-    num_bytes: int
-    """Of the files that had to be read."""
-    seconds: float
-
-
-class ContentHashes:
-    """SHA-256 of files' bytes, read once per absolute path, size and time of change.
-
-    `file` is our own, for all folders. Two processes may use it: each adds to it what it hashed.
-    """
-
-    def __init__(self, file: Path | None) -> None:
-        """Without a `file` nothing is remembered."""
-        self._file = file
-        self._rows = _read_rows(file, _HASH) if file else {}
-        self._fresh: dict[str, tuple] = {}
-
-    @classmethod
-    def in_folder(cls, index_folder: Path | None) -> ContentHashes:
-        """Those of the folder of our own files, as `scan_folder` takes it."""
-        return cls(index_folder / "contents.json" if index_folder else None)
-
-    def of(self, path: str, num_bytes: int, mtime_ns: int) -> str:
-        """The hash in hex of the file that had this size and time when it was listed.
-
-        Raises:
-            ValueError: the file cannot be read.
-        """
-        return self._remembered(path, num_bytes, mtime_ns) or self._read(path, num_bytes, mtime_ns)
-
-    def of_all(self, pictures: Sequence[Picture], on_progress: OnProgress | None = None) -> Hashed:
-        """The hashes of all pictures, read by two threads and saved, also if it is stopped.
-
-        Raises:
-            ValueError: a file cannot be read, or the hashes cannot be written.
-        """
-        began = time.perf_counter()
-        keys = [(picture.path, picture.num_bytes, picture.mtime_ns) for picture in pictures]
-        missing = [key for key in keys if not self._remembered(*key)]
-        report = throttled(on_progress)
-        done = len(keys) - len(missing)
-        digests = {}
-        turns = [missing[i : i + _FILES_PER_TURN] for i in range(0, len(missing), _FILES_PER_TURN)]
-        workers = ThreadPoolExecutor(_WORKERS)
-        try:
-            for turn, read in zip(turns, workers.map(self._read_turn, turns), strict=True):
-                digests |= zip((path for path, *_ in turn), read, strict=True)
-                done += len(turn)
-                report(done, len(keys))
-        finally:
-            workers.shutdown(cancel_futures=True)
-            self.save()
-        return Hashed(
-            digests=tuple(digests.get(key[0]) or self._remembered(*key) for key in keys),
-            num_read=len(missing),
-            num_bytes=sum(num_bytes for _, num_bytes, _ in missing),
-            seconds=time.perf_counter() - began,
-        )
-
-    def save(self) -> None:
-        """Write what was hashed, if anything.
-
-        Raises:
-            ValueError: if the disk is full or refuses.
-        """
-        if self._fresh and self._file:
-            # Another process may have written meanwhile. What is lost when both write in the same
-            # moment is hashed again.
-            self._rows = _read_rows(self._file, _HASH) | self._fresh
-            _write_rows(self._file, self._rows)
-            self._fresh = {}
-
-    def _remembered(self, path: str, num_bytes: int, mtime_ns: int) -> str:
-        size, time_ns, digest = self._fresh.get(path) or self._rows.get(path) or (0, 0, "")
-        return digest if (size, time_ns) == (num_bytes, mtime_ns) else ""
-
-    def _read_turn(self, keys: Iterable[tuple[str, int, int]]) -> list[str]:
-        return [self._read(*key) for key in keys]
-
-    def _read(self, path: str, num_bytes: int, mtime_ns: int) -> str:
-        digest = hashlib.sha256()
-        try:
-            with open(path, "rb", buffering=0) as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                now = os.fstat(file.fileno())
-        except OSError as error:
-            raise not_read(path, error) from error
-        # It may have changed since it was listed: then this is not the hash of the listed content.
-        is_same = (now.st_size, now.st_mtime_ns) == (num_bytes, mtime_ns)
-        if is_same and _is_settled(mtime_ns):
-            self._fresh[path] = (num_bytes, mtime_ns, digest.hexdigest())
-        return digest.hexdigest()
 
 
 class BadFiles:
@@ -390,49 +274,6 @@ def _may_be_rotated(png: Image.Image, file: BinaryIO) -> bool:
     return any(mark in tail for mark in _LATE_METADATA)
 
 
-def _is_settled(mtime_ns: int) -> bool:
-    return time.time_ns() - mtime_ns > _SETTLED_NS
-
-
-def throttled(on_progress: OnProgress | None) -> OnProgress:
-    """Calls it ten times a second at most, and at the end."""
-    due = 0.0
-
-    def report(done: int, total: int) -> None:
-        nonlocal due
-        if on_progress and (done == total or time.monotonic() >= due):
-            on_progress(done, total)
-            due = time.monotonic() + 0.1
-
-    return report
-
-
 def _index_name(folder: Path, recursive: bool) -> str:
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
     return f"{digest}_tree.json" if recursive else f"{digest}.json"
-
-
-def _read_rows(file: Path, kinds: tuple[type, ...]) -> dict[str, tuple]:
-    """Rows by name; none if the file is missing, damaged or of another version."""
-    try:
-        index: Any = json.loads(file.read_bytes())
-        names, columns = index["names"], index["columns"]
-        is_ours = index["version"] == _VERSION and set(map(type, names)) <= {str}
-        is_whole = [(len(column), *set(map(type, column))) for column in columns] == [
-            (len(names), kind) for kind in kinds
-        ]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return {}
-    return dict(zip(names, zip(*columns, strict=True), strict=True)) if is_ours and is_whole else {}
-
-
-def _write_rows(file: Path, rows: dict[str, tuple]) -> None:
-    # Columns are read in half the time of rows. ASCII, since names on Linux may be no UTF-8.
-    columns = list(zip(*rows.values(), strict=True))
-    index = {"version": _VERSION, "names": list(rows), "columns": columns}
-    text = json.dumps(index, separators=(",", ":"))
-    write_atomically(file, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="ascii")

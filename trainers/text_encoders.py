@@ -13,7 +13,8 @@ import torch
 
 from .load import load_store, require_format
 from .packed_copy import CopyKey, PackedCopies
-from .store import PackedWeight, WeightStore
+from .packed_weight import PackedWeight
+from .store import WeightStore
 from .tensor_files import TensorFiles, model_files
 
 T5_VOCABULARY = 32128

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from atelier.trainers.store import PackedWeight
+from atelier.trainers.packed_weight import PackedWeight
 from bitsandbytes import functional
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders import single_file_utils
