@@ -31,10 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 HOSTS = json.loads((ROOT / "tests" / "data" / "hosts.json").read_text(encoding="utf-8"))
 REQUIREMENTS = ROOT / "requirements.txt"
 PACKAGES = ROOT / "trainers" / "packages.py"
-OURS = ("diffusers", "peft", "bitsandbytes", "pyarrow")
+OURS = ("diffusers", "peft", "bitsandbytes", "pyarrow", "tensorboard", "wandb")
 DIFFUSERS = "diffusers>=0.33.0"
-PYARROW = "pyarrow>=16.1.0"
-"""Optional: only metadata.parquet needs it, so nothing installs it unasked."""
+OPTIONAL = ("pyarrow>=16.1.0", "tensorboard>=2.18.0", "wandb>=0.30.0")
+"""For metadata.parquet and the loggers, so nothing installs them unasked."""
 NO_INDEX = ("No matching distribution found", "Failed to establish a new connection", "Max retries")
 
 
@@ -133,7 +133,7 @@ def command_of_the_message(package: str, python: Path) -> list[str]:
 def test_the_command_of_the_message_asks_for_the_package_and_holds_the_host(package: str) -> None:
     command = command_of_the_message(package, Path(sys.executable))
     assert command[:5] == ["python", "-m", "pip", "install", "--upgrade"]
-    assert command[5] in [*requirement_lines(), DIFFUSERS, PYARROW]
+    assert command[5] in [*requirement_lines(), DIFFUSERS, *OPTIONAL]
     held = [f"{name}==={version(name)}" for name in ("transformers", "huggingface_hub")]
     assert {*held} <= {*command[6:]}
 
@@ -216,3 +216,13 @@ def test_the_command_of_the_readme_fits_the_host(host: Host, tmp_path: Path) -> 
     installed = host.install("-r", REQUIREMENTS, DIFFUSERS, "-c", tmp_path / "host.txt")
     assert host.changed(installed) == {}
     assert {"diffusers", "peft", "bitsandbytes"} <= installed.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_loggers_leave_the_protobuf_of_another_pack(host: Host, package: str) -> None:
+    host.add("protobuf", "6.33.0", [])
+    host.versions["protobuf"] = "6.33.0"
+    installed = host.install(*command_of_the_message(package, host.python)[4:])
+    assert host.changed(installed) == {}
+    assert package in installed

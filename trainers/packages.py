@@ -9,16 +9,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 _NEEDED = {
     "diffusers": "diffusers>=0.33.0",
     "peft": "peft>=0.15.0",
     "bitsandbytes": "bitsandbytes>=0.50.0",  # the first with AdamW8bit on CPUs
     "pyarrow": "pyarrow>=16.1.0",
+    "tensorboard": "tensorboard>=2.18.0",  # the first for numpy 2
+    "wandb": "wandb>=0.30.0",  # logins that never ask, and an end that does not wait for a network
 }
-_HELD = ("torch", "transformers", "huggingface_hub", "safetensors")
-"""What the host itself needs in its version; pip would replace them for the newest of ours."""
+_HELD = ("torch", "transformers", "huggingface_hub", "safetensors", "protobuf")
+"""What the host, or another pack, needs in its version; pip would replace them for the newest of
+ours."""
 
 
 @contextmanager
@@ -49,6 +52,14 @@ def is_usable(package: str) -> bool:
     return True
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def _numbers(version: str) -> list[int]:
     """[0, 50, 0] of "0.50.0.dev0", to compare."""
     return [int(number) for number in re.findall(r"\d+", version)[:3]]
@@ -57,6 +68,6 @@ def _numbers(version: str) -> list[int]:
 def install_command(package: str) -> str:
     """One command for `package` that leaves the host's own packages as they are."""
     # Three signs: 2.13.0 would also be replaced by a 2.13.0+cpu.
-    held = [f"{name}==={version(name)}" for name in _HELD]
+    held = [f"{name}==={version(name)}" for name in _HELD if _is_installed(name)]
     quoted = " ".join(f'"{requirement}"' for requirement in [_NEEDED[package], *held])
     return f"python -m pip install --upgrade {quoted}"
