@@ -44,15 +44,20 @@ class Samples:
     ) -> None:
         self._folder, self._model, self._lora = folder, model, lora
         self._validation, self._show_preview = validation, show_preview
-        self._pictures = tuple(validation.pictures(default_size))
+        # A prompt that is there twice is drawn once.
+        pictures = {one.key: one for one in validation.pictures(default_size)}
+        self._pictures = tuple(pictures.values())
 
-    def draw(self, step: int, lora: dict[str, Tensor]) -> list[tuple[Picture, Tensor]]:
-        """Draw with the LoRA's tensors of `step` what is not drawn yet; returns what was drawn."""
-        missing = [one for one in self._pictures if not one.path(self._folder, step).exists()]
-        if not missing:
-            return []
+    def missing(self, step: int) -> list[Picture]:
+        """Those that are not drawn yet with the LoRA of `step`."""
+        return [one for one in self._pictures if not one.path(self._folder, step).exists()]
+
+    def draw(self, step: int, lora: dict[str, Tensor]) -> None:
+        """Draw with the LoRA's tensors of `step` what is missing."""
+        missing = self.missing(step)
         self._write_list()
-        drawn = []
+        if not missing:
+            return
         with torch.inference_mode():
             model = add_lora(self._model, file_tensors(lora, self._lora), 1.0)
             for picture in missing:
@@ -60,8 +65,11 @@ class Samples:
                 # Cut to 8 bits as Save Image does: the picture of a KSampler is the same to the bit
                 whole = (pixels * 255).clamp(0, 255).byte().cpu().numpy()
                 _save_png(picture.path(self._folder, step), whole)
-                drawn.append((picture, pixels))
-        return drawn
+
+    def of(self, step: int) -> list[tuple[Picture, Tensor]]:
+        """The pictures of a step that are drawn, and their pixels [H, W, 3] in 0..1."""
+        paths = [(one, one.path(self._folder, step)) for one in self._pictures]
+        return [(one, _pixels(path)) for one, path in paths if path.exists()]
 
     def steps_drawn(self) -> list[int]:
         """The steps of which there is a picture of now."""
@@ -74,7 +82,7 @@ class Samples:
         same = [p for p in self._pictures if (p.width, p.height) == (first.width, first.height)]
         files = [file for one in same for file in self._files(one) if _step(file) <= last_step]
         ordered = sorted(files, key=_step)  # stable: the prompts keep their order
-        return torch.from_numpy(np.stack([_load_png(file) for file in ordered])).float() / 255
+        return torch.stack([_pixels(file) for file in ordered])
 
     def _files(self, picture: Picture) -> Iterable[Path]:
         return self._folder.glob(f"step-*-{picture.key}.png")
@@ -108,7 +116,6 @@ class Samples:
             }
             for one in self._pictures
         ]
-        self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._folder / LIST_FILE, entries)
 
 
@@ -116,8 +123,9 @@ def _save_png(path: Path, pixels: np.ndarray) -> None:
     write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
 
 
-def _load_png(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"))
+def _pixels(path: Path) -> Tensor:
+    """[H, W, 3] in 0..1 of a PNG."""
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).float() / 255
 
 
 def _step(path: Path) -> int:

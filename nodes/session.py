@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..trainers import loop
@@ -24,7 +25,7 @@ from .native import to_training_device
 from .samples import Samples
 from .score import picture_text_scores
 from .trainable import model_to_train
-from .validation import Picture, Validation
+from .validation import Score, Validation
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "
@@ -145,15 +146,24 @@ class Session:
         return path
 
     def _draw_what_is_due(self, trained: Trained) -> None:
-        """The pictures of the end; and, if what is drawn was changed, those of the checkpoints."""
+        """The pictures of the end; and, if what is drawn was changed, those of the start and of the
+        checkpoints."""
         if not self._validation.draws:
             return
         rhythm = self._validation.rhythm
-        for step in self._run.steps_saved():
-            if step < trained.step and rhythm.is_due(step, self._steps_per_epoch):
-                self._sample(step, self._run.load(step).adapter)
-        if rhythm.at_end or not self._samples.steps_drawn():
+        scored = None if self._validation.score is None else self._run.scores()
+        for step in (0, *self._run.steps_saved()):
+            is_due = step < trained.step and rhythm.is_due(step, self._steps_per_epoch)
+            is_new = self._samples.missing(step) or (scored is not None and step not in scored)
+            if is_due and is_new:
+                self._sample(step, self._lora_at(step, trained))
+        if rhythm.at_end or min(self._samples.steps_drawn(), default=trained.step) >= trained.step:
             self._sample(trained.step, trained.lora)
+
+    def _lora_at(self, step: int, trained: Trained) -> dict[str, Tensor]:
+        if step:
+            return self._run.load(step).adapter
+        return {name: torch.zeros_like(tensor) for name, tensor in trained.lora.items()}
 
     def _explain(self, error: BaseException) -> str | None:
         if host.is_cancel(error):
@@ -190,6 +200,11 @@ class Session:
         if not host.is_deterministic():
             lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
         lines += self._without_effect()
+        if count := self._num_held_out_and_trained():
+            lines.append(
+                f"{count} of the held out pictures are trained too: the loss on them also falls "
+                "when the LoRA only learns by heart."
+            )
         if is_trained:
             lines += [*self._trained_on.sentences, *self._forecast]
         host.show_text("\n".join(lines), self._asker.node_id)
@@ -212,6 +227,12 @@ class Session:
             lines.append("The setting activations_in_ram has no effect: a CPU computes in RAM.")
         return lines
 
+    def _num_held_out_and_trained(self) -> int:
+        if self._validation.held_out is None:
+            return 0
+        trained = {entry.record for entry in self._data.latents.entries}
+        return sum(e.record in trained for e in self._validation.held_out.latents.entries)
+
     def _on_step(self, step: Step) -> None:
         self._reporter.step(step)
         self._progress.show(step.step, step.num_steps)
@@ -225,17 +246,17 @@ class Session:
         self._take_device()
 
     def _sample(self, step: int, lora: dict[str, Tensor]) -> None:
-        drawn = self._samples.draw(step, lora)
-        if drawn and self._validation.score is not None:
-            self._run.log({"step": step, "score": self._mean_score(drawn)})
+        is_new, score = bool(self._samples.missing(step)), self._validation.score
+        self._samples.draw(step, lora)
+        if score is not None and (is_new or step not in self._run.scores()):
+            self._run.log_score(step, self._mean_score(score, step))
         self._reporter.changed()
 
-    def _mean_score(self, drawn: list[tuple[Picture, Tensor]]) -> float:
-        score = self._validation.score
-        assert score is not None
+    def _mean_score(self, score: Score, step: int) -> float:
+        """Of all pictures of a step, also of those that were drawn before a crash."""
         scores = [
             value
-            for picture, pixels in drawn
+            for picture, pixels in self._samples.of(step)
             for value in picture_text_scores(
                 score.vision, score.text, pixels[None], [picture.prompt.text]
             )

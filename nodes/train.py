@@ -70,8 +70,7 @@ class TrainLora(io.ComfyNode):
         data = TrainingData(latents=latents, prompts=prompts)
         asker = Asker(node_id=cls.hidden.unique_id, prompt=cls.hidden.prompt)
         run_id = _run_id(settings.get("resume", AUTOMATIC))
-        validation = settings.get("validation") or _simple_validation(settings)
-        session = Session(model, data, _job(settings), asker, validation, resume=run_id)
+        session = Session(model, data, _job(settings), asker, _validation(settings), resume=run_id)
         result = session.train()
         return io.NodeOutput(
             result.tensors,
@@ -279,13 +278,21 @@ def _run_id(resume: str) -> str:
     return resume
 
 
-def _simple_validation(settings: dict[str, Any]) -> Validation:
-    """One prompt from the node's own inputs.
+def _validation(settings: dict[str, Any]) -> Validation:
+    """That of Validation Settings; without, one prompt from the node's own inputs.
 
     Raises:
-        ValueError: if one of the two inputs is missing.
+        ValueError: if there are both, or one of the two inputs is missing.
     """
     vae, positive = settings.get("vae"), settings.get("positive")
+    validation = settings.get("validation")
+    if validation is not None:
+        if vae is not None or positive is not None:
+            raise ValueError(
+                "Train LoRA has a validation, which says how pictures are drawn, and its own vae "
+                "or positive beside it. Disconnect vae and positive, or the validation."
+            )
+        return validation
     if (vae is None) != (positive is None):
         raise ValueError(
             "Sample pictures need both the vae and the positive input of Train LoRA: connect the "

@@ -8,11 +8,13 @@ from typing import Literal, get_args
 
 Request = Literal["stop", "pause", "resume", "save", "sample"]
 REQUESTS: tuple[Request, ...] = get_args(Request)
+_OPPOSITE: dict[Request, Request] = {"pause": "resume", "resume": "pause"}
 _LOOK_S = 0.2
 
 
 class Control:
-    """Requests to one training, from any thread. A request made twice is one."""
+    """Requests to one training, from any thread. A request made twice is one, and of pause and
+    resume the last one counts."""
 
     def __init__(self) -> None:
         self._asked: set[Request] = set()
@@ -22,6 +24,7 @@ class Control:
         """Ask the training to stop and keep what it has, to pause, to go on, to save, or to draw
         sample pictures, before its next step."""
         with self._changed:
+            self._asked -= {_OPPOSITE.get(what)}
             self._asked.add(what)
             self._changed.notify_all()
 
@@ -50,4 +53,3 @@ class Control:
                 if not self._asked & {"resume", "stop"}:
                     self._changed.wait(_LOOK_S)
         self.take("resume")
-        self.take("pause")

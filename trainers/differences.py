@@ -27,20 +27,25 @@ def different_run(folder: Path, wanted: RunIdentity, manifest: dict[str, Any]) -
     Args:
         manifest: the job of the wanted run, as its job.json would have it.
     """
-    try:
-        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "run.json").is_file():
         return (
             f"There is no run {folder.name} any more. Set resume to automatic to train a run of "
             "its own, or press R and choose another."
         )
-    except (OSError, ValueError) as error:
+    try:
+        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        found = "; ".join(_differences(saved, wanted.to_json(), job, manifest))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return (
             f"The run {folder.name} cannot be read: {error}. Set resume to automatic to train a "
             "run of its own."
         )
-    found = "; ".join(_differences(saved, wanted.to_json(), job, manifest))
+    if not found:
+        return (
+            f"The folder of the run {folder.name} was renamed or copied: a run is found by its "
+            "name and the code behind it. Give it back its name, or set resume to automatic."
+        )
     return (
         f"The run {folder.name} was trained differently: {found}. Set it back to go on with that "
         f"run, or set resume to automatic to train a run of its own beside it."
@@ -50,7 +55,7 @@ def different_run(folder: Path, wanted: RunIdentity, manifest: dict[str, Any]) -
 def _differences(
     saved: dict[str, Any], wanted: dict[str, Any], job: dict[str, Any], manifest: dict[str, Any]
 ) -> Iterator[str]:
-    before, now = dict(_leaves(saved)), dict(_leaves(wanted))
+    before, now = _leaves(saved), _leaves(wanted)
     for name in sorted(before.keys() | now.keys()):
         was, is_now = before.get(name), now.get(name)
         if was == is_now:
@@ -58,29 +63,34 @@ def _differences(
         if name == "latents":
             yield f"{_NAMES[name]}{_pictures(job, manifest)}"
         elif name == "base":
-            yield f"{_NAMES[name]} (there {_file(job)}, here {_file(manifest)})"
+            yield f"{_NAMES[name]}{_files(job, manifest)}"
         elif name in _HASHES:
             yield _NAMES[name]
         else:
             yield f"{_NAMES.get(name, name)} (there {was}, here {is_now})"
 
 
-def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _leaves(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without their groups, and without an alpha that only follows the rank."""
+    leaves = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from value.items()
-        else:
-            yield name, value
+        leaves |= value if isinstance(value, dict) else {name: value}
+    if leaves["alpha"] == leaves["rank"]:
+        leaves["alpha"] = "that of rank"
+    return leaves
 
 
-def _file(manifest: dict[str, Any]) -> str:
-    return Path(manifest["model"]).name or "another"
+def _files(job: dict[str, Any], manifest: dict[str, Any]) -> str:
+    there, here = (Path(one["model"]).name or "another" for one in (job, manifest))
+    return f" (there {there}, here {'another of that name' if there == here else here})"
 
 
 def _pictures(job: dict[str, Any], manifest: dict[str, Any]) -> str:
     if "subsets" not in job["latents"]:  # of an older version
         return ""
     before, now = _records(job), _records(manifest)
+    if before == now:
+        return " (the same ones in other sizes, numbers, masks or another encoding)"
     return f" (there {len(before)}, here {len(now)}, {len(before & now)} of them the same)"
 
 

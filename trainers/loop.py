@@ -268,6 +268,7 @@ class _Training:
         self.run.log({"step": self.step, "eval_loss": loss})
         if self.run.best_step() == self.step:
             self._save()
+            self.run.keep_checkpoints(self.job.keep_checkpoints)  # not the best one before it
 
     def _pause(self) -> None:
         """Wait without anything on the device. What was saved goes on to the same bits."""
@@ -315,6 +316,7 @@ class _Training:
             started=self.started,
             updated=time.time(),
             error=error,
+            lora=self.run.lora_name(),
             node=self.hooks.node,
             can_sample=self.hooks.sample is not None,
         )

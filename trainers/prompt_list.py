@@ -27,7 +27,7 @@ def prompts_of_library(path: Path) -> tuple[NamedPrompt, ...]:
         ValueError: if it is something else.
     """
     try:
-        library = json.loads(path.read_text(encoding="utf-8"))
+        library = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"The prompt library '{path.name}' cannot be read: {error}.") from error
     if not isinstance(library, dict) or not all(isinstance(v, str) for v in library.values()):

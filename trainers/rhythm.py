@@ -29,7 +29,12 @@ class Rhythm:
         if not self.every:
             return False
         distance = self.every * (steps_per_epoch if self.unit == "epochs" else 1)
-        return math.floor(step / distance) > math.floor((step - 1) / distance)
+        return _whole(step / distance) > _whole((step - 1) / distance)
+
+
+def _whole(number: float) -> int:
+    """Rounded down, but for the errors of a division: 6 / (3 * 0.4) is a little less than 5."""
+    return math.floor(number + 1e-9)
 
 
 NEVER = Rhythm(every=0, at_start=False, at_end=False)

@@ -81,7 +81,7 @@ class RunIdentity:
 
 def run_name(run_id: str) -> str:
     """The name in `<name>-<hash8>`."""
-    return run_id.rpartition("-")[0]
+    return run_id.rpartition("-")[0] or run_id
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,14 @@ class Run:
 
     def eval_losses(self) -> dict[int, float]:
         """Step to the loss on the held out samples."""
-        lines = self.metrics()
-        return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+        return self._measured("eval_loss")
+
+    def scores(self) -> dict[int, float]:
+        """Step to the picture–text score of its sample pictures."""
+        return self._measured("score")
+
+    def _measured(self, name: str) -> dict[int, float]:
+        return {line["step"]: line[name] for line in self.metrics() if name in line}
 
     def losses(self, step: int) -> list[float]:
         """The training loss of every step up to `step`."""
@@ -267,6 +273,11 @@ class Run:
     def write_status(self, status: Status) -> None:
         """Raises ValueError if the disk is full or refuses."""
         write_status(self.folder, status)
+
+    def lora_name(self) -> str | None:
+        """The name of the run's LoRA file that was noted last."""
+        status = read_status(self.folder)
+        return None if status is None else status.lora
 
     def note_lora(self, name: str) -> None:
         """Write down the name of the run's LoRA file.
@@ -290,6 +301,16 @@ class Run:
         except OSError as error:
             raise not_written(self._metrics, error) from error
 
+    def log_score(self, step: int, score: float) -> None:
+        """Write down the score of a step, which may be long past, in the place of an earlier one.
+
+        Raises:
+            ValueError: if the disk is full.
+        """
+        lines = [line for line in self.metrics() if line["step"] != step or "score" not in line]
+        lines.append({"step": step, "score": score})
+        self._write_metrics(sorted(lines, key=lambda line: line["step"]))
+
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of the metrics; what a crash cut short or spoilt is left out."""
         if not self._metrics.exists():
@@ -302,9 +323,8 @@ class Run:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that will be repeated."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
+        self._write_metrics([line for line in self.metrics() if line["step"] <= step])
 
-        def write(path: Path) -> None:
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-        write_atomically(self._metrics, write)
+    def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(self._metrics, lambda path: path.write_text(text, encoding="utf-8"))
