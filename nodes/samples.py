@@ -52,12 +52,12 @@ class Samples:
         """Those that are not drawn yet with the LoRA of `step`."""
         return [one for one in self._pictures if not one.path(self._folder, step).exists()]
 
-    def draw(self, step: int, lora: dict[str, Tensor]) -> None:
-        """Draw with the LoRA's tensors of `step` what is missing."""
+    def draw(self, step: int, lora: dict[str, Tensor]) -> list[tuple[Picture, Path]]:
+        """Draw with the LoRA's tensors of `step` what is missing; returns that and its files."""
         missing = self.missing(step)
         self._write_list()
         if not missing:
-            return
+            return []
         with torch.inference_mode():
             model = add_lora(self._model, file_tensors(lora, self._lora), 1.0)
             for picture in missing:
@@ -65,6 +65,7 @@ class Samples:
                 # Cut to 8 bits as Save Image does: the picture of a KSampler is the same to the bit
                 whole = (pixels * 255).clamp(0, 255).byte().cpu().numpy()
                 _save_png(picture.path(self._folder, step), whole)
+        return [(one, one.path(self._folder, step)) for one in missing]
 
     def of(self, step: int) -> list[tuple[Picture, Tensor]]:
         """The pictures of a step that are drawn, and their pixels [H, W, 3] in 0..1."""

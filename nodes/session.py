@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..trainers import loop
 from ..trainers.adapters import file_tensors
-from ..trainers.config import JobSettings, TrainSettings
+from ..trainers.config import JobSettings, TrainSettings, to_json
 from ..trainers.control import Control
 from ..trainers.data import TrainingData
 from ..trainers.devices import describe_device, system_memory
 from ..trainers.files import write_json
 from ..trainers.hooks import Hooks, Step, Trained, explain
 from ..trainers.load import LoadedFlux
+from ..trainers.loggers import Logger, LoggerKind, open_logger
 from ..trainers.plan import Plan
 from ..trainers.preflight import require_fits
 from ..trainers.run import PROMPT_FILE, Run
@@ -65,6 +66,7 @@ class Session:
 
     Args:
         resume: the id of the run to go on with; empty for the one that belongs to the settings.
+        logger: what else hears of the training.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Session:
         validation: Validation,
         *,
         resume: str = "",
+        logger: LoggerKind = "none",
     ) -> None:
         self._data, self._job, self._validation, self._asker = data, job, validation, asker
         self._trained_on = model_to_train(model)
@@ -84,6 +87,7 @@ class Session:
         validation.check_fits(self._base)
         self._progress = host.Progress()
         self._resumes = bool(resume)
+        self._logger_kind, self._logger = logger, Logger()
         self._run: Run = loop.open_run(host.atelier_output(), job, self._base, data, resume=resume)
         self._steps_per_epoch = loop.steps_per_epoch(job, data)
         self._reporter = live.Reporter(self._run.name, asker.node_id)
@@ -118,6 +122,8 @@ class Session:
                 raise
             host.free_device_memory()
             raise ValueError(self._out_of_memory()) from error
+        finally:
+            self._logger.close()
         tensors = file_tensors(trained.lora, self._job.lora)
         samples = self._samples.tensor(trained.step) if self._validation.draws else None
         return Result(tensors, path.name, trained.losses, samples, self._run.name)
@@ -130,6 +136,7 @@ class Session:
             before_start=self._check_memory,
             on_start=self._on_start,
             on_step=self._on_step,
+            on_measure=self._on_measure,
             on_status=self._reporter.status,
             on_pause=self._on_pause,
             on_resume=self._take_device,
@@ -210,6 +217,14 @@ class Session:
         host.show_text("\n".join(lines), self._asker.node_id)
         if is_trained:
             self._write_prompt()
+            self._logger = open_logger(
+                self._logger_kind,
+                self._run.folder,
+                name=self._job.name,
+                run_id=self._run.name,
+                config=to_json(self._job),
+                start_step=step,
+            )
             self._take_device()
 
     def _write_prompt(self) -> None:
@@ -236,6 +251,12 @@ class Session:
     def _on_step(self, step: Step) -> None:
         self._reporter.step(step)
         self._progress.show(step.step, step.num_steps)
+        numbers = {name: value for name, value in step.metrics().items() if value is not None}
+        self._logger.log(step.step, numbers)
+
+    def _on_measure(self, step: int, values: dict[str, float]) -> None:
+        self._logger.log(step, values)
+        self._reporter.changed()
 
     def _on_pause(self) -> None:
         """Free the device. Nothing of the network may be held, or it stays there."""
@@ -247,9 +268,12 @@ class Session:
 
     def _sample(self, step: int, lora: dict[str, Tensor]) -> None:
         is_new, score = bool(self._samples.missing(step)), self._validation.score
-        self._samples.draw(step, lora)
+        for picture, path in self._samples.draw(step, lora):
+            self._logger.log_picture(step, picture.prompt.name, path)
         if score is not None and (is_new or step not in self._run.scores()):
-            self._run.log_score(step, self._mean_score(score, step))
+            mean = self._mean_score(score, step)
+            self._run.log_score(step, mean)
+            self._logger.log(step, {"score": mean})
         self._reporter.changed()
 
     def _mean_score(self, score: Score, step: int) -> float:

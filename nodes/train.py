@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..trainers.config import UNITS, JobSettings, Length, LoraSettings, TrainSettings
 from ..trainers.data import TrainingData
+from ..trainers.loggers import LOGGERS
 from ..trainers.rhythm import NEVER, Rhythm
 from . import host
 from .inputs import shared_input
@@ -70,7 +71,15 @@ class TrainLora(io.ComfyNode):
         data = TrainingData(latents=latents, prompts=prompts)
         asker = Asker(node_id=cls.hidden.unique_id, prompt=cls.hidden.prompt)
         run_id = _run_id(settings.get("resume", AUTOMATIC))
-        session = Session(model, data, _job(settings), asker, _validation(settings), resume=run_id)
+        session = Session(
+            model,
+            data,
+            _job(settings),
+            asker,
+            _validation(settings),
+            resume=run_id,
+            logger=settings.get("logger", LOGGERS[0]),
+        )
         result = session.train()
         return io.NodeOutput(
             result.tensors,
@@ -184,6 +193,17 @@ def _run_inputs() -> list[Any]:
             tooltip="How many of the last checkpoints stay on the disk, beside the one with the "
             "smallest loss on held out pictures. 0 keeps all: then a shorter length is answered "
             "from disk.",
+        ),
+        host.make_input(
+            io.Combo,
+            "logger",
+            options=list(LOGGERS),
+            default=LOGGERS[0],
+            optional=True,
+            advanced=True,
+            tooltip="What else hears of the training: TensorBoard, or Weights & Biases, with or "
+            "without the network. Their packages, tensorboard and wandb, must be installed; the "
+            "files lie in the run's folder.",
         ),
     ]
 

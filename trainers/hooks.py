@@ -64,6 +64,8 @@ class Hooks:
     on_start: Callable[[int, int], None] = lambda step, num_steps: None
     """Called once with the step the run starts from and its length; no other process trains it."""
     on_step: Callable[[Step], None] = lambda step: None
+    on_measure: Callable[[int, dict[str, float]], None] = lambda step, values: None
+    """Called with a step and what was measured of it besides: the `eval_loss`."""
     on_status: Callable[[Status], None] = lambda status: None
     """Called when the state of the run changed."""
     on_pause: Callable[[], None] = lambda: None

@@ -266,6 +266,7 @@ class _Training:
             check_stop=self.hooks.check_stop,
         )
         self.run.log({"step": self.step, "eval_loss": loss})
+        self.hooks.on_measure(self.step, {"eval_loss": loss})
         if self.run.best_step() == self.step:
             self._save()
             self.run.keep_checkpoints(self.job.keep_checkpoints)  # not the best one before it

@@ -128,7 +128,7 @@ FROZEN = {
             *("checkpoint_every INT", "sample_every INT", "sample_steps INT", "sample_seed INT"),
             *("vae? VAE", "positive? CONDITIONING", "activations_in_ram? BOOLEAN"),
             *("validation? ATELIER_VALIDATION", "resume? COMBO", "checkpoint_unit? COMBO"),
-            "keep_checkpoints? INT",
+            *("keep_checkpoints? INT", "logger? COMBO"),
         ],
         [
             *("lora LORA_MODEL", "model MODEL", "lora_name STRING", "loss LOSS_MAP"),
