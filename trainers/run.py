@@ -327,4 +327,8 @@ class Run:
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(self._metrics, lambda path: path.write_text(text, encoding="utf-8"))
+
+        def write(path: Path) -> None:
+            path.write_text(text, encoding="utf-8")
+
+        write_atomically(self._metrics, write)
