@@ -1,0 +1,95 @@
+// The sample pictures of a run: a row for each prompt, step 0 first, and one picture enlarged.
+import { element, fill, setText, viewURL } from './elements.mjs'
+
+function enlarge(samples, start, texts) {
+  const picture = element('img')
+  const caption = element('figcaption')
+  let index = start
+  const show = (next) => {
+    index = (next + samples.length) % samples.length
+    const { name, prompt, step } = samples[index]
+    picture.src = viewURL(samples[index])
+    picture.alt = prompt || name
+    caption.replaceChildren(
+      element('b', { textContent: fill(texts.atStep, step) }),
+      element('span', { textContent: name }),
+      element('span', { textContent: prompt === name ? '' : prompt })
+    )
+  }
+  const turn = (label, by, sign) =>
+    element('button', { type: 'button', ariaLabel: label, textContent: sign, onclick: () => show(index + by) })
+  const close = element('button', {
+    type: 'button',
+    className: 'atelier-close',
+    ariaLabel: texts.close,
+    textContent: '×',
+    onclick: () => dialog.close()
+  })
+  const dialog = element(
+    'dialog',
+    { className: 'atelier-enlarged' },
+    turn(texts.previous, -1, '‹'),
+    element('figure', {}, picture, caption),
+    turn(texts.next, 1, '›'),
+    close
+  )
+  dialog.onkeydown = (event) => {
+    event.stopPropagation() // the canvas moves nodes with these keys
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key]
+    if (by) show(index + by)
+  }
+  dialog.onclick = ({ target }) => target.closest('button, img') || dialog.close()
+  dialog.onclose = () => dialog.remove()
+  document.body.append(dialog)
+  show(start)
+  dialog.showModal()
+}
+
+export class Samples {
+  #texts
+  #shown = ''
+
+  constructor(texts) {
+    this.#texts = texts
+    this.element = element('div', { className: 'atelier-samples', hidden: true })
+  }
+
+  show(samples) {
+    const all = JSON.stringify(samples)
+    if (all === this.#shown) return
+    this.#shown = all
+    this.element.hidden = !samples.length
+    const keys = [...new Set(samples.map(({ key }) => key))]
+    const rows = keys.map((key) => this.#row(samples, key))
+    this.element.replaceChildren(...rows)
+    for (const row of rows) row.scrollLeft = row.scrollWidth // the newest is seen
+  }
+
+  #row(samples, key) {
+    const thumbs = samples
+      .map((sample, index) => [sample, index])
+      .filter(([sample]) => sample.key === key)
+      .map(([sample, index]) => {
+        const picture = element('img', {
+          src: viewURL(sample, { preview: 'webp;80' }),
+          alt: sample.prompt || sample.name,
+          loading: 'lazy',
+          draggable: false
+        })
+        const step = element('span')
+        setText(step, String(sample.step))
+        return element(
+          'button',
+          {
+            type: 'button',
+            className: 'atelier-sample',
+            title: `${sample.name}\n${fill(this.#texts.atStep, sample.step)}`,
+            onclick: () => enlarge(samples, index, this.#texts)
+          },
+          picture,
+          step
+        )
+      })
+    return element('div', { className: 'atelier-strip' }, ...thumbs)
+  }
+}
