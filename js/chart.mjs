@@ -1,6 +1,6 @@
 // Curves on a canvas: drawn at most once per frame, only while they can be seen, and with as many
 // lines as the canvas has columns, however many points there are.
-import { element, formatNumber, setText } from './elements.mjs'
+import { element, fill, formatCount, formatNumber, setText } from './elements.mjs'
 import { logTicks, nearest, rangeOf, reduceToColumns, ticks } from './series.mjs'
 
 const FONT = '10px Inter, system-ui, sans-serif'
@@ -8,7 +8,7 @@ const PAD = { top: 8, right: 10, bottom: 18, left: 8 }
 
 export class Chart {
   #curves = []
-  #options = { isLog: false, stepName: 'step' }
+  #options = { isLog: false, stepText: '(0)' }
   #isVisible = false
   #frame = 0
   #hovered = null // pixels from the left
@@ -121,41 +121,30 @@ export class Chart {
   }
 
   #drawGrid(context, style) {
-    const { left, right, top, bottom, marks, labels, toX, toY, xLow, xHigh } = this.#scales
+    const { left, right, bottom, marks, labels, toX, toY, xLow, xHigh } = this.#scales
     context.strokeStyle = style.borderTopColor
     context.fillStyle = style.color
-    context.lineWidth = 1
-    context.textBaseline = 'middle'
-    context.textAlign = 'right'
-    marks.forEach((value, index) => {
-      const y = Math.round(toY(value)) + 0.5
-      context.globalAlpha = 0.5
+    const line = (...points) => {
       context.beginPath()
-      context.moveTo(left, y)
-      context.lineTo(right, y)
+      for (const [x, y] of points) context.lineTo(Math.round(x) + 0.5, Math.round(y) + 0.5)
       context.stroke()
-      context.globalAlpha = 1
-      context.fillText(labels[index], left - 6, y)
+    }
+    context.textAlign = 'right'
+    context.textBaseline = 'middle'
+    marks.forEach((value, index) => {
+      line([left, toY(value)], [right, toY(value)])
+      context.fillText(labels[index], left - 6, toY(value))
     })
+    line([left, bottom], [right, bottom])
+    context.textAlign = 'left'
     context.textBaseline = 'alphabetic'
     for (const step of ticks(xLow, xHigh, Math.max(2, Math.floor((right - left) / 70)))) {
       if (!Number.isInteger(step)) continue
-      const label = step.toLocaleString('en').replace(/,/g, '\u202f')
-      const half = context.measureText(label).width / 2
-      const x = toX(step)
-      context.globalAlpha = 0.5
-      context.beginPath()
-      context.moveTo(Math.round(x) + 0.5, bottom)
-      context.lineTo(Math.round(x) + 0.5, bottom + 3)
-      context.stroke()
-      context.globalAlpha = 1
-      context.textAlign = 'left'
-      context.fillText(label, Math.min(Math.max(x - half, 0), right + PAD.right - 2 * half), bottom + 14)
+      const label = formatCount(step)
+      const { width } = context.measureText(label)
+      line([toX(step), bottom], [toX(step), bottom + 3])
+      context.fillText(label, Math.min(toX(step) - width / 2, right + PAD.right - width), bottom + 14)
     }
-    context.globalAlpha = 0.8
-    context.strokeRect(Math.round(left) + 0.5, bottom + 0.5, right - left, 0)
-    context.globalAlpha = 1
-    void top
   }
 
   #drawCurve(context, { x, y, colour, isFaint, isPoints }) {
@@ -198,7 +187,7 @@ export class Chart {
     context.lineTo(Math.round(x) + 0.5, scales.bottom)
     context.stroke()
     context.globalAlpha = 1
-    const rows = [element('div', { textContent: `${this.#options.stepName} ${step}` })]
+    const rows = [element('div', { textContent: fill(this.#options.stepText, formatCount(step)) })]
     for (const curve of this.#curves) {
       const row = this.#readoutRow(curve, step, context)
       if (row) rows.push(row)

@@ -62,9 +62,9 @@ export class Comparison {
         return element('li', { title: name }, swatch, element('span', { textContent: name }))
       })
     )
-    const curves = entries
-      .filter(({ run }) => run?.details)
-      .map(({ run, name, colour }) => this.choices.curve(run, name, colour))
-    this.chart.show(curves, { isLog: this.choices.isLog, stepName: this.#texts.step })
+    const known = entries.filter(({ run }) => run?.details)
+    this.choices.fit(Math.max(1, ...known.map(({ run }) => run.lastStep)))
+    const curves = known.map(({ run, name, colour }) => this.choices.curve(run, name, colour))
+    this.chart.show(curves, { isLog: this.choices.isLog, stepText: this.#texts.atStep })
   }
 }

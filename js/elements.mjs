@@ -28,6 +28,9 @@ export function formatNumber(value) {
   return String(Number(value.toPrecision(4)))
 }
 
+// 100000 is read as 100 000, with thin spaces.
+export const formatCount = (count) => String(count).replace(/\B(?=(\d{3})+$)/g, '\u202f')
+
 export function formatDuration(seconds) {
   const whole = Math.round(seconds)
   const [hours, minutes] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60]

@@ -8,7 +8,7 @@ import { RunView } from './run_view.mjs'
 
 const OUR_NODE = 'AtelierTrainLoRA'
 const PROPERTY = 'atelier_run'
-const NODE_HEIGHT_PX = 350
+const NODE_HEIGHT_PX = 370
 
 let texts
 let tab = null
@@ -24,6 +24,17 @@ function findNode(id) {
   return graph?.getNodeById(last)
 }
 
+// Another workflow, too, may have a Train LoRA node of that number: the names must agree, where the
+// node's own is known.
+function nodeOfRun(id, run) {
+  const node = findNode(id)
+  if (!views.has(node)) return null
+  const isLinked = node.inputs?.some(({ name, link }) => name === 'name' && link)
+  const name = node.widgets.find((widget) => widget.name === 'name')?.value
+  const isSame = isLinked || run.startsWith(`${name}-`) || node.properties[PROPERTY] === run
+  return isSame ? node : null
+}
+
 function showRun(node, id) {
   views.get(node)?.show(id)
   node.properties[PROPERTY] = id // saved with the workflow
@@ -36,8 +47,10 @@ async function assignRuns() {
   const known = new Set(runs.map(({ id }) => id))
   for (const [node, view] of views)
     if (!view.id && known.has(node.properties[PROPERTY])) view.show(node.properties[PROPERTY])
-  for (const { id, node, state } of runs)
-    if (isLive(state) && views.has(findNode(node))) showRun(findNode(node), id)
+  for (const { id, node: nodeId, state } of runs) {
+    const node = isLive(state) && nodeOfRun(nodeId, id)
+    if (node) showRun(node, id)
+  }
 }
 
 function addView(node) {
@@ -63,8 +76,8 @@ function addView(node) {
 }
 
 function onEvent(detail) {
-  const node = findNode(detail.node)
-  if (views.has(node) && views.get(node).id !== detail.run) showRun(node, detail.run)
+  const node = nodeOfRun(detail.node, detail.run)
+  if (node && views.get(node).id !== detail.run) showRun(node, detail.run)
 }
 
 function catchUp() {

@@ -2,14 +2,23 @@
 // show the same.
 import { tell } from './buttons.js'
 import { Chart } from './chart.mjs'
-import { button, element, fill, formatBytes, formatDuration, formatNumber, setText } from './elements.mjs'
+import {
+  button,
+  element,
+  fill,
+  formatBytes,
+  formatCount,
+  formatDuration,
+  formatNumber,
+  setText
+} from './elements.mjs'
 import { translate } from './messages.js'
 import { command, follow, isLive } from './run_data.mjs'
 import { Samples } from './samples.mjs'
 import { smooth } from './series.mjs'
 
 export const COLOURS = ['#4c8dff', '#e8832a', '#2fae70', '#e0557a', '#9a6cf0', '#17a6b8', '#bf9a1f', '#c95fc9']
-const SMOOTHINGS = [0, 0.6, 0.9, 0.97, 0.99, 0.995, 0.999]
+const WINDOWS = [1, 3, 10, 30, 100, 300, 1000, 3000]
 const RECENT_STEPS = 20
 
 const QUANTITIES = {
@@ -21,6 +30,8 @@ const QUANTITIES = {
 
 // The choices above a chart: which quantity, how smooth, logarithmic or not.
 export class Choices {
+  #isChosen = false
+
   constructor(texts, changed) {
     this.select = element('select', { ariaLabel: texts.quantity, title: texts.quantity, onchange: changed })
     for (const name of Object.keys(QUANTITIES))
@@ -28,18 +39,22 @@ export class Choices {
     this.slider = element('input', {
       type: 'range',
       min: 0,
-      max: SMOOTHINGS.length - 1,
-      value: 3,
+      max: WINDOWS.length - 1,
+      value: 0,
       ariaLabel: texts.smoothing,
       title: texts.smoothing,
-      oninput: changed
+      oninput: () => {
+        this.#isChosen = true
+        changed()
+      }
     })
+    this.window = element('span')
     this.log = element('input', { type: 'checkbox', onchange: changed })
     this.element = element(
       'div',
       { className: 'atelier-choices' },
       this.select,
-      element('label', { className: 'atelier-smoothing' }, texts.smooth, this.slider),
+      element('label', { className: 'atelier-smoothing' }, texts.smooth, this.slider, this.window),
       element('label', { title: texts.logTip }, this.log, texts.log)
     )
   }
@@ -48,8 +63,18 @@ export class Choices {
     return this.select.value
   }
 
+  // The weight of the past in a moving average over about so many steps.
   get smoothing() {
-    return SMOOTHINGS[this.slider.value]
+    return 1 - 1 / WINDOWS[this.slider.value]
+  }
+
+  // Until someone moves the slider: about a twentieth of the run.
+  fit(numSteps) {
+    if (!this.#isChosen) {
+      const larger = WINDOWS.findIndex((window) => window > numSteps / 20)
+      this.slider.value = larger < 0 ? WINDOWS.length - 1 : Math.max(0, larger - 1)
+    }
+    setText(this.window, formatCount(WINDOWS[this.slider.value]))
   }
 
   get isLog() {
@@ -151,7 +176,8 @@ export class RunView {
   #drawChart() {
     if (!this.#run?.details) return
     this.choices.select.querySelector('[value=score]').hidden = !this.#run.score.step.length
-    const options = { isLog: this.choices.isLog, stepName: this.#texts.step }
+    this.choices.fit(this.#run.numSteps ?? this.#run.lastStep)
+    const options = { isLog: this.choices.isLog, stepText: this.#texts.atStep }
     this.chart.show(this.choices.curves(this.#run, this.#texts), options)
   }
 
@@ -162,15 +188,15 @@ export class RunView {
     const total = run.numSteps ?? details.num_steps
     setText(this.state, texts.states[details.state] ?? details.state)
     this.element.dataset.state = details.state
-    setText(this.steps, total ? `${step} / ${total}` : String(step))
+    setText(this.steps, [step, total].filter((count) => count !== null).map(formatCount).join(' / '))
     this.bar.style.width = total ? `${(100 * step) / total}%` : '0'
     const recent = columns.seconds.slice(-RECENT_STEPS).filter((value) => value !== null)
     const seconds = recent.length ? recent.reduce((a, b) => a + b) / recent.length : null
     const isTraining = details.state === 'training'
     const facts = [
       [texts.loss, formatNumber(run.last('loss') ?? details.loss)],
-      seconds !== null && [texts.perStep, fill(texts.secondsPerStep, seconds.toPrecision(3))],
-      isTraining && run.secondsLeft !== null && [texts.left, formatDuration(run.secondsLeft)],
+      seconds !== null && ['', fill(texts.secondsPerStep, formatNumber(Number(seconds.toPrecision(3))))],
+      isTraining && run.secondsLeft !== null && ['', fill(texts.left, formatDuration(run.secondsLeft))],
       run.last('memory') !== null && ['VRAM', formatBytes(run.last('memory'))],
       run.last('ram') !== null && ['RAM', formatBytes(run.last('ram'))]
     ].filter(Boolean)
@@ -180,6 +206,7 @@ export class RunView {
         this.numbers.append(element('span', {}, element('small'), element('b')))
       const [label, number] = this.numbers.children[index].children
       setText(label, name)
+      label.hidden = !name
       setText(number, value)
     })
     const notice = details.error ? translate(details.error) : texts.notices[details.state] ?? ''

@@ -1,5 +1,5 @@
 // The sidebar's list of all runs of this machine, the comparison above it, and one run opened.
-import { element, formatNumber, setText, viewURL } from './elements.mjs'
+import { element, formatCount, formatNumber, setText, viewURL } from './elements.mjs'
 import { Comparison } from './compare.mjs'
 import { RunDetails } from './run_details.mjs'
 import { listRuns } from './run_data.mjs'
@@ -110,9 +110,9 @@ export class RunsTab {
     entry.run = run
     entry.row.dataset.state = run.state
     setText(entry.state, texts.states[run.state] ?? run.state)
-    const steps = run.num_steps ? `${run.step} / ${run.num_steps}` : `${run.step}`
+    const steps = [run.step, run.num_steps].filter((count) => count !== null).map(formatCount).join(' / ')
     const loss = run.loss === null ? '' : `  ·  ${texts.loss} ${formatNumber(run.loss)}`
-    setText(entry.facts, `${texts.step} ${steps}${loss}`)
+    setText(entry.facts, `${texts.steps} ${steps}${loss}`)
     if (run.updated) {
       const time = new Date(run.updated * 1000)
       const isToday = time.toDateString() === new Date().toDateString()

@@ -52,6 +52,12 @@ export class Samples {
   constructor(texts) {
     this.#texts = texts
     this.element = element('div', { className: 'atelier-samples', hidden: true })
+    // The newest are seen first. Before the page lays them out there is nothing to scroll.
+    new ResizeObserver(() => this.#scrollToNewest()).observe(this.element)
+  }
+
+  #scrollToNewest() {
+    for (const row of this.element.children) row.scrollLeft = row.scrollWidth
   }
 
   show(samples) {
@@ -62,7 +68,7 @@ export class Samples {
     const keys = [...new Set(samples.map(({ key }) => key))]
     const rows = keys.map((key) => this.#row(samples, key))
     this.element.replaceChildren(...rows)
-    for (const row of rows) row.scrollLeft = row.scrollWidth // the newest is seen
+    this.#scrollToNewest()
   }
 
   #row(samples, key) {
@@ -76,6 +82,7 @@ export class Samples {
           loading: 'lazy',
           draggable: false
         })
+        picture.style.aspectRatio = `${sample.width} / ${sample.height}`
         const step = element('span')
         setText(step, String(sample.step))
         return element(
