@@ -17,7 +17,7 @@ export async function command(id, what) {
   const answer = await api.fetchApi(`/atelier/runs/${encodeURIComponent(id)}/${what}`, {
     method: 'POST',
     headers: { 'Content-Type': 'application/json' },
-    body: '{}'
+    body: JSON.stringify({ client_id: api.clientId }) // a graph that is queued tells this page
   })
   const body = await answer.json().catch(() => ({ error: answer.statusText }))
   if (!answer.ok) throw new Error(body.error ?? answer.statusText)
