@@ -2,7 +2,7 @@
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { ownTexts } from './buttons.js'
-import { isLive, listRuns, receive, refresh } from './run_data.mjs'
+import { isLive, listRuns, receive, receivePreview, refresh } from './run_data.mjs'
 import { RunsTab } from './runs_tab.mjs'
 import { RunView } from './run_view.mjs'
 
@@ -122,6 +122,7 @@ app.registerExtension({
       refresh(detail.run)
       tab?.refresh()
     })
+    api.addEventListener('atelier.preview', ({ detail }) => receivePreview(detail))
     api.addEventListener('reconnected', catchUp)
     document.addEventListener('visibilitychange', () => document.hidden || catchUp())
   },

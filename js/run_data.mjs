@@ -29,6 +29,7 @@ class Run {
   isMissing = false
   numSteps = null
   secondsLeft = null
+  preview = null // the sample picture that is being drawn: {step, key, name, picture}
   columns = Object.fromEntries(COLUMNS.map((name) => [name, []]))
   eval_loss = { step: [], value: [] }
   score = { step: [], value: [] }
@@ -67,6 +68,7 @@ class Run {
     ])
     this.isMissing = details.status === 404
     if (details.ok) this.details = await details.json()
+    this.preview = null // when something changed, it was that the picture is done
     if (metrics.ok) this.#take(await metrics.json())
     this.#tell()
   }
@@ -74,11 +76,17 @@ class Run {
   // Steps of an event. When some are missing before them, or nothing was asked for yet, all is.
   receive({ state, num_steps, seconds_left, metrics }) {
     this.secondsLeft = seconds_left
+    this.preview = null
     const [first] = metrics.step
     if (!this.details || (first ?? 0) > this.lastStep + 1) return this.refresh()
     if (this.details.state !== state) this.refresh()
     this.#take({ num_steps, ...metrics })
     this.#tell()
+  }
+
+  receivePreview(preview) {
+    this.preview = preview
+    if (this.details) this.#tell()
   }
 
   // A run that was resumed from a checkpoint repeats steps: the new ones replace those.
@@ -126,6 +134,7 @@ export function follow(id, listener) {
 }
 
 export const receive = (event) => runs.get(event.run)?.receive(event)
+export const receivePreview = (event) => runs.get(event.run)?.receivePreview(event)
 
 // After something happened to one run, or after a time in which events may have been lost.
 export const refresh = (id) => (id ? runs.get(id)?.refresh() : runs.forEach((run) => run.refresh()))

@@ -169,7 +169,7 @@ export class RunView {
     if (!isKnown) return
     this.#updateTexts(run)
     this.#updateButtons(run.details)
-    this.samples.show(run.details.samples)
+    this.samples.show(run.details.samples, run.preview)
     this.#drawChart()
   }
 

@@ -1,5 +1,5 @@
 // The sample pictures of a run: a row for each prompt, step 0 first, and one picture enlarged.
-import { element, fill, setText, viewURL } from './elements.mjs'
+import { element, fill, viewURL } from './elements.mjs'
 
 function enlarge(samples, start, texts) {
   const picture = element('img')
@@ -48,6 +48,7 @@ function enlarge(samples, start, texts) {
 export class Samples {
   #texts
   #shown = ''
+  #coming = element('img', { alt: '', draggable: false }) // a picture while it is denoised
 
   constructor(texts) {
     this.#texts = texts
@@ -56,47 +57,50 @@ export class Samples {
     new ResizeObserver(() => this.#scrollToNewest()).observe(this.element)
   }
 
-  #scrollToNewest() {
-    for (const row of this.element.children) row.scrollLeft = row.scrollWidth
-  }
-
-  show(samples) {
-    const all = JSON.stringify(samples)
+  // `preview` is {step, key, name, picture}, or null.
+  show(samples, preview) {
+    if (preview) this.#coming.src = preview.picture
+    const all = JSON.stringify([samples, preview?.key, preview?.step])
     if (all === this.#shown) return
     this.#shown = all
-    this.element.hidden = !samples.length
-    const keys = [...new Set(samples.map(({ key }) => key))]
-    const rows = keys.map((key) => this.#row(samples, key))
+    this.element.hidden = !samples.length && !preview
+    const keys = new Set([...samples, ...(preview ? [preview] : [])].map(({ key }) => key))
+    const rows = [...keys].map((key) => {
+      const thumbs = samples
+        .map((sample, index) => sample.key === key && this.#thumb(samples, index))
+        .filter(Boolean)
+      if (preview?.key === key) thumbs.push(this.#comingThumb(preview))
+      return element('div', { className: 'atelier-strip' }, ...thumbs)
+    })
     this.element.replaceChildren(...rows)
     this.#scrollToNewest()
   }
 
-  #row(samples, key) {
-    const thumbs = samples
-      .map((sample, index) => [sample, index])
-      .filter(([sample]) => sample.key === key)
-      .map(([sample, index]) => {
-        const picture = element('img', {
-          src: viewURL(sample, { preview: 'webp;80' }),
-          alt: sample.prompt || sample.name,
-          loading: 'lazy',
-          draggable: false
-        })
-        picture.style.aspectRatio = `${sample.width} / ${sample.height}`
-        const step = element('span')
-        setText(step, String(sample.step))
-        return element(
-          'button',
-          {
-            type: 'button',
-            className: 'atelier-sample',
-            title: `${sample.name}\n${fill(this.#texts.atStep, sample.step)}`,
-            onclick: () => enlarge(samples, index, this.#texts)
-          },
-          picture,
-          step
-        )
-      })
-    return element('div', { className: 'atelier-strip' }, ...thumbs)
+  #scrollToNewest() {
+    for (const row of this.element.children) row.scrollLeft = row.scrollWidth
+  }
+
+  #thumb(samples, index) {
+    const sample = samples[index]
+    const step = fill(this.#texts.atStep, sample.step)
+    const picture = element('img', {
+      src: viewURL(sample, { preview: 'webp;80' }),
+      alt: sample.prompt || sample.name,
+      loading: 'lazy',
+      draggable: false
+    })
+    picture.style.aspectRatio = `${sample.width} / ${sample.height}`
+    const properties = {
+      type: 'button',
+      className: 'atelier-sample',
+      title: `${sample.name}\n${step}`,
+      onclick: () => enlarge(samples, index, this.#texts)
+    }
+    return element('button', properties, picture, element('span', { textContent: sample.step }))
+  }
+
+  #comingThumb({ name, step }) {
+    const label = element('span', { textContent: `${step} …` })
+    return element('div', { className: 'atelier-sample atelier-coming', title: name }, this.#coming, label)
   }
 }
