@@ -9,22 +9,40 @@ const browser = await chromium.launch({ executablePath, args: ['--no-sandbox', '
 let page
 const problems = [] // error messages of the console and uncaught exceptions since the last `open`
 
+async function loaded() {
+  // `window.app` is set when ComfyUI's setup is done; what was open last is loaded after that.
+  await page.waitForFunction('window.app?.graph && window.app.extensionManager', null, {
+    timeout: 120000
+  })
+}
+
+async function newPage(context, url) {
+  page = await context.newPage()
+  page.on('pageerror', (error) => problems.push(`${error.stack ?? error}`))
+  page.on('console', (message) => {
+    if (message.type() === 'error')
+      problems.push(`${message.text()} ${message.location().url ?? ''}`)
+  })
+  await page.goto(url)
+  await loaded()
+}
+
 const commands = {
   async open({ url, locale, width, height }) {
     await page?.context().close()
     const context = await browser.newContext({ locale, viewport: { width, height } })
-    page = await context.newPage()
     problems.length = 0
-    page.on('pageerror', (error) => problems.push(`${error.stack ?? error}`))
-    page.on('console', (message) => {
-      if (message.type() === 'error')
-        problems.push(`${message.text()} ${message.location().url ?? ''}`)
-    })
-    await page.goto(url)
-    // `window.app` is set when ComfyUI's setup is done; what was open last is loaded after that.
-    await page.waitForFunction('window.app?.graph && window.app.extensionManager', null, {
-      timeout: 120000
-    })
+    await newPage(context, url)
+  },
+  // Another page of the same browser, which is driven from then on; the first one stays open.
+  openAnother: ({ url }) => newPage(page.context(), url),
+  async goTo({ index }) {
+    page = page.context().pages()[index]
+    await page.bringToFront()
+  },
+  async reload() {
+    await page.reload()
+    await loaded()
   },
   // `body` is the body of an async function whose parameter is `argument`.
   evaluate: ({ body, argument }) =>
@@ -34,6 +52,12 @@ const commands = {
     }, [body, argument]),
   async click({ selector }) {
     await page.locator(selector).first().click()
+  },
+  // The place is given in parts of the element's width and height.
+  async hover({ selector, x, y }) {
+    const found = page.locator(selector).first()
+    const box = await found.boundingBox()
+    await found.hover({ position: { x: x * box.width, y: y * box.height } })
   },
   async fill({ selector, text }) {
     await page.locator(selector).first().fill(text)

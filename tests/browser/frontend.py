@@ -112,13 +112,33 @@ class Frontend:
             self._driver.kill()
 
     def open(
-        self, *, locale: str = "en", vue_nodes: bool = False, size: tuple[int, int] = (1920, 1080)
+        self,
+        *,
+        locale: str = "en",
+        vue_nodes: bool = False,
+        theme: str = "dark",
+        size: tuple[int, int] = (1920, 1080),
     ) -> None:
-        """Load the page anew, in a language, on the classic canvas or in Nodes 2.0."""
-        chosen = {"Comfy.Locale": locale, "Comfy.VueNodes.Enabled": vue_nodes}
+        """Load the page anew: language, classic canvas or Nodes 2.0, palette of colours."""
+        chosen = {
+            "Comfy.Locale": locale,
+            "Comfy.VueNodes.Enabled": vue_nodes,
+            "Comfy.ColorPalette": theme,
+        }
         self._server.post("/settings", {**SETTINGS, **chosen})
         width, height = size
         self._call("open", url=self._server.url, locale=locale, width=width, height=height)
+
+    def open_another(self) -> None:
+        """Another page of the same browser, which is driven from then on."""
+        self._call("openAnother", url=self._server.url)
+
+    def go_to(self, index: int) -> None:
+        """Drive the page that was opened as the `index`-th."""
+        self._call("goTo", index=index)
+
+    def reload(self) -> None:
+        self._call("reload")
 
     def load(self, workflow: dict[str, Any]) -> None:
         """Open a workflow in UI form, as if its file had been chosen.
@@ -146,6 +166,13 @@ class Frontend:
 
     def click(self, selector: str) -> None:
         self._call("click", selector=selector)
+
+    def hover(self, selector: str, x: float = 0.5, y: float = 0.5) -> None:
+        """Move the mouse over an element; the place in parts of its width and height."""
+        self._call("hover", selector=selector, x=x, y=y)
+
+    def press(self, keys: str) -> None:
+        self._call("press", keys=keys)
 
     def enter(self, selector: str, text: str) -> None:
         """Write a text into a field, and press Enter."""
