@@ -110,6 +110,29 @@ def test_pictures_of_a_graph_train(server: ComfyServer) -> None:
     run_briefly(server, "atelier_images_from_a_graph")
 
 
+def test_a_watched_training_draws_and_measures(server: ComfyServer) -> None:
+    """Before the first of two steps, between them and at the end."""
+    write_pictures(server.base_directory / "input" / "my_pictures", size=128)
+    object_info = server.object_info()
+    graph = workflow.load(ROOT / "workflows" / "atelier_watched_training.json", object_info)
+    settings = ("AtelierValidationSettings.every=1", "AtelierValidationSettings.steps=2")
+    for setting in ("AtelierTrainLoRA.length=2", *settings):
+        workflow.apply_setting(graph, setting, object_info)
+    outputs = server.run(graph, timeout_s=300)["outputs"]
+    shown = {graph[node]["_meta"]["title"]: outputs[node].get("images", []) for node in outputs}
+    assert len(shown["Samples"]) == 3 * 3
+    assert len(shown["Loss"]) == 1
+    (run_id,) = (output["atelier_run"][0] for output in outputs.values() if "atelier_run" in output)
+    metrics = server.get(f"/atelier/runs/{run_id}/metrics")
+    assert metrics["step"] == [1, 2]
+    assert metrics["eval_loss"]["step"] == [0, 1, 2]
+    details = server.get(f"/atelier/runs/{run_id}")
+    names = [(sample["step"], sample["name"]) for sample in details["samples"]]
+    assert names == [
+        (step, name) for name in ("a red apple", "a cat", "a house") for step in range(3)
+    ]
+
+
 def run_briefly(server: ComfyServer, name: str, *settings: str) -> list[str]:
     """Two steps of a graph on pictures of random colours; the texts that its nodes gave."""
     write_pictures(server.base_directory / "input" / "my_pictures", size=128)
@@ -120,6 +143,8 @@ def run_briefly(server: ComfyServer, name: str, *settings: str) -> list[str]:
     outputs = server.run(graph, timeout_s=300)["outputs"].values()
     shown = [image for output in outputs for image in output.get("images", [])]
     assert len(shown) == 2  # the contact sheet, and the loss
+    (run_id,) = (output["atelier_run"][0] for output in outputs if "atelier_run" in output)
+    assert server.get(f"/atelier/runs/{run_id}")["checkpoints"] == [2]
     return [text for output in outputs for text in output.get("text", [])]
 
 
