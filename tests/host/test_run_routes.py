@@ -343,15 +343,15 @@ def test_the_client_script_trains_and_fetches_the_lora(
             timeout=200,
         )
 
-    graph = train_graph(pictures, name="client", sampling=False, length=150)
+    graph = train_graph(pictures, name="client", sampling=False, length=60)
     done = fetch(graph)
     assert done.returncode == 0, done.stderr
     run = run_of(server, "client")
     lines = done.stdout.splitlines()
-    assert lines[-1] == f"finished at step 150: {run['lora']['filename']}"
+    assert lines[-1] == f"finished at step 60: {run['lora']['filename']}"
     assert len(lines) > 1
     for line in lines[:-1]:
-        assert re.fullmatch(r"step \d+ of 150, loss \d+\.\d{4}, \d+ s left", line)
+        assert re.fullmatch(r"step \d+ of 60, loss \d+\.\d{4}, \d+ s left", line)
     fetched = load_file(tmp_path / run["lora"]["filename"])
     written = load_file(server.path_of(run["lora"]))
     assert fetched.keys() == written.keys()
