@@ -43,8 +43,10 @@ async def queue_graph(graph: dict[str, Any], node_id: str, client_id: str | None
     graph = server.trigger_on_prompt({"prompt": graph})["prompt"]
     if hasattr(server, "node_replace_manager"):  # from 2026 on
         server.node_replace_manager.apply_replacements(graph)
-    for name, node in graph.items():  # the versions say this in different ways
-        if node.get("class_type") not in NODE_CLASS_MAPPINGS:
+    for name, node in graph.items():
+        # What it was when the graph ran before, which ComfyUI would not look at again.
+        node.pop("is_changed", None)
+        if node.get("class_type") not in NODE_CLASS_MAPPINGS:  # its versions say it differently
             raise GraphRefused(name, {"type": "missing_node_type", "message": "No such type"})
     prompt_id = str(uuid.uuid4())
     _, error, outputs, problems = await execution.validate_prompt(prompt_id, graph, None)

@@ -10,6 +10,7 @@ from ..trainers.config import UNITS, JobSettings, Length, LoraSettings, TrainSet
 from ..trainers.data import TrainingData
 from ..trainers.loggers import LOGGERS
 from ..trainers.rhythm import NEVER, Rhythm
+from ..trainers.status import STATUS_FILE
 from . import host
 from .inputs import shared_input
 from .native import add_lora
@@ -53,6 +54,7 @@ class TrainLora(io.ComfyNode):
                     "training.",
                 ),
             ],
+            is_output_node=True,
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
@@ -65,6 +67,13 @@ class TrainLora(io.ComfyNode):
         except ValueError as error:
             return str(error)
         return True
+
+    @classmethod
+    def fingerprint_inputs(cls, resume: str | None = AUTOMATIC, **_: Any) -> list[Any]:
+        """A run that was stopped goes on each time that it is resumed."""
+        if resume in (None, AUTOMATIC):
+            return []
+        return host.fingerprints([host.atelier_output() / resume / STATUS_FILE])
 
     @classmethod
     def execute(cls, model: Any, latents: Any, prompts: Any, **settings: Any) -> io.NodeOutput:

@@ -27,7 +27,8 @@ def ask(path, body=None):
 
 graph = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 node = next(name for name, node in graph.items() if node["class_type"] == "AtelierTrainLoRA")
-prompt_id = ask("/prompt", {"prompt": graph})["prompt_id"]
+# Without a client_id, ComfyUI leaves nodes that it has in its cache out of the history.
+prompt_id = ask("/prompt", {"prompt": graph, "client_id": "train_client"})["prompt_id"]
 seen = 0
 while not (ended := ask(f"/history/{prompt_id}")):
     time.sleep(1)

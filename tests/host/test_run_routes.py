@@ -252,17 +252,19 @@ def test_a_stopped_run_goes_on_with_the_graph_that_it_keeps(
 ) -> None:
     run = stopped_run(server, train_graph(pictures, name="again", sampling=False, length=FOREVER))
     path = f"/atelier/runs/{run['id']}"
-    with server.listen() as events:
-        status, answer = ask(server, f"{path}/resume", {"client_id": server.client_id})
-        assert (status, answer["run"]["id"]) == (200, run["id"])
-        heard = next(event for event in events if event.type == "execution_start")
-        assert heard.data["prompt_id"] == answer["prompt_id"]
-    wait_for_state(server, "again", "training", step=run["step"] + 1)
-    assert ask(server, f"{path}/stop", {})[0] == 200
-    entry = wait_for(lambda: server.history(answer["prompt_id"]))
-    assert entry["status"]["status_str"] == "success"
-    assert entry["outputs"]["train"]["atelier_run"] == [run["id"]]
-    assert run_of(server, "again")["step"] > run["step"]
+    for _ in range(2):  # ComfyUI has the second graph in its cache
+        with server.listen() as events:
+            status, answer = ask(server, f"{path}/resume", {"client_id": server.client_id})
+            assert (status, answer["run"]["id"]) == (200, run["id"])
+            heard = next(event for event in events if event.type == "execution_start")
+            assert heard.data["prompt_id"] == answer["prompt_id"]
+        wait_for_state(server, "again", "training", step=run["step"] + 1)
+        assert ask(server, f"{path}/stop", {})[0] == 200
+        entry = wait_for(lambda prompt_id=answer["prompt_id"]: server.history(prompt_id))
+        assert entry["status"]["status_str"] == "success"
+        assert entry["outputs"]["train"]["atelier_run"] == [run["id"]]
+        before, run = run, run_of(server, "again")
+        assert run["step"] > before["step"]
 
 
 def test_a_run_is_queued_once(server: ComfyServer, pictures: str) -> None:
@@ -341,15 +343,15 @@ def test_the_client_script_trains_and_fetches_the_lora(
             timeout=200,
         )
 
-    graph = train_graph(pictures, name="client", sampling=False, length=150)
+    graph = train_graph(pictures, name="client", sampling=False, length=60)
     done = fetch(graph)
     assert done.returncode == 0, done.stderr
     run = run_of(server, "client")
     lines = done.stdout.splitlines()
-    assert lines[-1] == f"finished at step 150: {run['lora']['filename']}"
+    assert lines[-1] == f"finished at step 60: {run['lora']['filename']}"
     assert len(lines) > 1
     for line in lines[:-1]:
-        assert re.fullmatch(r"step \d+ of 150, loss \d+\.\d{4}, \d+ s left", line)
+        assert re.fullmatch(r"step \d+ of 60, loss \d+\.\d{4}, \d+ s left", line)
     fetched = load_file(tmp_path / run["lora"]["filename"])
     written = load_file(server.path_of(run["lora"]))
     assert fetched.keys() == written.keys()
