@@ -39,14 +39,23 @@ def picture_text_scores(
     Raises:
         ValueError: one of the two has no projection, or they are not of one CLIP model.
     """
-    space = _picture_space(clip_vision)
-    clip.load_model()
-    name = _text_encoder(clip, space)
+    name = require_one_space(clip_vision, clip)
     with torch.no_grad():
         embeds = [clip_vision.encode_image(one[None])["image_embeds"] for one in pictures]
         return score.picture_text_scores(
             torch.cat(embeds).cpu(), _text_embeds(clip, name, list(texts)).cpu()
         )
+
+
+def require_one_space(clip_vision: Any, clip: Any) -> str:
+    """The name of the text encoder of `clip` that has one space with `clip_vision`.
+
+    Raises:
+        ValueError: as `picture_text_scores`, which checks it too.
+    """
+    space = _picture_space(clip_vision)
+    clip.load_model()
+    return _text_encoder(clip, space)
 
 
 def _picture_space(clip_vision: Any) -> int:

@@ -8,7 +8,7 @@ import comfy.clip_vision
 import comfy.sd
 import pytest
 import torch
-from atelier.nodes.score import picture_text_scores
+from atelier.nodes.score import picture_text_scores, require_one_space
 from comfy import sdxl_clip
 from comfy.supported_models_base import ClipTarget
 from safetensors.torch import save_file
@@ -97,10 +97,12 @@ def random_pictures(number: int, height: int = SIDE, width: int = SIDE) -> Tenso
     return (smooth.clamp(0, 1) * 255).round().movedim(1, -1) / 255
 
 
-def scores_of_transformers(model: CLIPModel, pictures: Tensor, texts: list[str]) -> list[float]:
+def scores_of_transformers(
+    model: CLIPModel, pictures: Tensor, texts: list[str], side: int = SIDE
+) -> list[float]:
     tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER))
-    size = {"height": SIDE, "width": SIDE}
-    processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size)
+    size = {"height": side, "width": side}
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size)
     eight_bit = (pictures * 255).round().byte().numpy()
     pixels = processor(list(eight_bit), return_tensors="pt")["pixel_values"]
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
@@ -166,6 +168,58 @@ def test_a_text_encoder_without_projection_is_refused(
         picture_text_scores(
             load_vision(tmp_path, clip_model()), clip, random_pictures(1), ["a cat"]
         )
+
+
+def test_what_only_looks_like_a_projection_is_refused_where_the_file_is_known(
+    tmp_path: Path,
+) -> None:
+    model = clip_model()
+    del model.text_projection
+    clip = load_clip(model, write_text_encoder(tmp_path, model))
+    if not hasattr(clip.patcher, "cached_patcher_init"):
+        pytest.skip("this ComfyUI does not remember the file")
+    weight = clip.cond_stage_model.clip_l.transformer.text_projection.weight
+    with torch.no_grad():
+        weight.copy_(torch.randn(64, 64))
+    with pytest.raises(ValueError, match=r"^The file of the text encoder clip_l has no text_proj"):
+        require_one_space(load_vision(tmp_path, clip_model()), clip)
+
+
+@pytest.mark.slow
+def test_one_file_of_a_whole_clip_of_true_size_serves_both_loaders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ViT-L/14 with openai/clip-vit-large-patch14's names and shapes, and random weights."""
+    import folder_paths
+
+    import nodes
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision |= {"intermediate_size": 4096, "patch_size": 14}
+    ends = {"bos_token_id": 49406, "eos_token_id": 49407}
+    config = CLIPConfig(text_config={**text, **ends}, vision_config=vision, projection_dim=768)
+    model = CLIPModel(config).half().float().eval()
+    save_file(
+        {
+            n: t.half().contiguous()
+            for n, t in model.state_dict().items()
+            if "position_ids" not in n
+        },
+        tmp_path / "model.safetensors",
+    )
+    for kind in ("text_encoders", "clip_vision"):
+        _, extensions = folder_paths.folder_names_and_paths[kind]
+        known = {**folder_paths.folder_names_and_paths, kind: ([str(tmp_path)], extensions)}
+        monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
+    (clip,) = nodes.CLIPLoader().load_clip("model.safetensors", "stable_diffusion")
+    (vision_model,) = nodes.CLIPVisionLoader().load_clip("model.safetensors")
+    pictures = random_pictures(2, 224, 224)
+    found = picture_text_scores(vision_model, clip, pictures, TEXTS[:2])
+    assert found == pytest.approx(
+        scores_of_transformers(model, pictures, TEXTS[:2], side=224), abs=0.05
+    )
 
 
 def test_a_vision_model_without_projection_is_refused(tmp_path: Path) -> None:
