@@ -1,0 +1,266 @@
+"""A training that is killed, again and again, loses steps at most, and ends as an unbroken one.
+
+The process is killed from outside at a random moment of what it is seen to do on disk. Thirty times
+by `python scripts/dev.py test -m slow tests/host/test_kill.py --log-cli-level INFO`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import pytest
+from atelier.trainers.history import run_summary
+from killed_training import CHECKPOINT_EVERY, LOOK_EVERY, NUM_STEPS
+from PIL import Image
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
+logger = logging.getLogger(__name__)
+COMFYUI = Path(folder_paths.__file__).parent
+SCRIPT = Path(__file__).parents[1] / "support" / "killed_training.py"
+AIMS = ("start", "step", "checkpoint", "evaluation", "sampling", "LoRA file")
+STEP_S, EVALUATION_S, SAMPLING_S, WRITING_S = 0.12, 0.05, 0.25, 0.01
+"""About what each takes: the kill falls within this time of its beginning."""
+
+
+class Processes:
+    """Starts the processes that train, one at a time."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        with log.open("w") as file:
+            command = [sys.executable, "-P", str(SCRIPT), str(COMFYUI)]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._parent = subprocess.Popen(command, stderr=file, text=True, **pipes)
+
+    def start(self, base: Path) -> int:
+        """The id of a process that trains in a folder."""
+        self._parent.stdin.write(f"{base}\n")
+        self._parent.stdin.flush()
+        return self._answer()
+
+    def end(self) -> int:
+        """Wait for it; 0 if all went well."""
+        return self._answer()
+
+    def finish(self, base: Path) -> None:
+        self.start(base)
+        assert self.end() == 0, self.log.read_text()
+
+    def close(self) -> None:
+        self._parent.communicate()
+
+    def _answer(self) -> int:
+        line = self._parent.stdout.readline()
+        assert line, self.log.read_text()
+        return int(line)
+
+
+class Training:
+    """What a folder shows of the run that is trained in it."""
+
+    def __init__(self, base: Path) -> None:
+        self.base, self.root, self.loras = base, base / "output/atelier", base / "output/loras"
+
+    @property
+    def folder(self) -> Path:
+        return next(self.root.glob("killed-*"), self.root / "none yet")
+
+    def lines(self) -> list[dict]:
+        """Of the metrics, without the one that is being written."""
+        path = self.folder / "metrics.jsonl"
+        whole = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in whole]
+
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines() if "loss" in line), default=0)
+
+    def saved(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in self.folder.glob("checkpoints/step-*"))
+
+    def is_measured(self) -> bool:
+        return any("eval_loss" in line and line["step"] == self.step() for line in self.lines())
+
+    def is_drawn(self) -> bool:
+        return any(self.folder.glob(f"samples/step-{self.step():06d}-*.png"))
+
+    def files(self) -> list[Path]:
+        """All that are whole: what is being written has a name that starts with a dot."""
+        files = [path for path in self.base.glob("output/**/*") if path.is_file()]
+        names = {path: path.relative_to(self.base).parts for path in files}
+        return sorted(path for path in files if not any(n.startswith(".") for n in names[path]))
+
+    def unfinished(self) -> list[str]:
+        """What is being written now, or was when the process was killed."""
+        return [path.name for path in self.base.glob("output/**/.*") if path.suffix == ".tmp"]
+
+    def doing(self) -> str:
+        """What the process does, as far as the files tell."""
+        left, is_due = self.unfinished(), self.step() % LOOK_EVERY == 0
+        if any(name.startswith(".step-") for name in left):
+            return "checkpoint"
+        if any(path.name.startswith(".") for path in self.loras.glob("*")):
+            return "LoRA file"
+        if not self.folder.exists():
+            return "start"
+        if is_due and not self.is_measured():
+            return "evaluation"
+        if is_due and not self.is_drawn():
+            return "sampling"
+        return "end" if self.step() == NUM_STEPS else "step"
+
+
+def kill(processes: Processes, training: Training, aim: str, chance: random.Random) -> str:
+    """Let the training go on, and kill it at a random moment of what is aimed at; returns what was
+    killed, as far as the files tell."""
+    began = training.step()
+    at_least = min(began + chance.randint(1, 4), NUM_STEPS - 1)
+    process = processes.start(training.base)
+
+    def is_begun() -> bool:
+        step = training.step()
+        if aim == "LoRA file":
+            return NUM_STEPS in training.saved()
+        return (
+            step >= at_least
+            and {
+                "step": lambda: True,
+                "checkpoint": lambda: any(
+                    name.startswith(".step") for name in training.unfinished()
+                ),
+                "evaluation": lambda: step % LOOK_EVERY == 0 and not training.is_measured(),
+                "sampling": lambda: training.is_measured() and not training.is_drawn(),
+            }[aim]()
+        )
+
+    longest = {
+        "start": 1.5,
+        "step": STEP_S,
+        "checkpoint": WRITING_S,
+        "evaluation": EVALUATION_S,
+        "sampling": SAMPLING_S,
+        "LoRA file": SAMPLING_S,
+    }
+    if aim != "start":
+        wait_for(is_begun, process)
+    time.sleep(chance.uniform(0, longest[aim]))
+    os.kill(process, signal.SIGKILL)
+    assert processes.end() == signal.SIGKILL
+    return training.doing()
+
+
+def wait_for(is_true: Callable[[], bool], process: int) -> None:
+    while not is_true():
+        os.kill(process, 0)  # or nothing is waited for
+        time.sleep(0.0005)
+
+
+def assert_readable(training: Training) -> None:
+    """By the libraries that made the formats."""
+    for path in training.files():
+        if path.suffix == ".safetensors":
+            assert load_file(path)
+        elif path.suffix == ".json":
+            assert json.loads(path.read_text())
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        else:
+            assert path.name in ("metrics.jsonl", "lock")
+    assert all(training.lines())
+    for checkpoint in training.folder.glob("checkpoints/step-*"):
+        names = {path.name for path in checkpoint.iterdir()}
+        assert names == {"adapter.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def contents(training: Training) -> dict[str, Any]:
+    """Of every file that depends on what was computed alone."""
+    own = ("metrics.jsonl", "status.json", "job.json", "lock")  # times, and paths of the folder
+    root = training.base / "output"
+    files = [path for path in training.files() if path.name not in own]
+    return {path.relative_to(root).as_posix(): content(path) for path in files}
+
+
+def content(path: Path) -> Any:
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data
+    # The library writes the metadata in any order.
+    begin = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:begin]), data[begin:]
+
+
+def curves(training: Training) -> list[dict]:
+    own = ("seconds", "memory", "ram")
+    return [{n: v for n, v in line.items() if n not in own} for line in training.lines()]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    started = Processes(tmp_path_factory.mktemp("processes") / "log.txt")
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def unbroken(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """Of other processes, in which Python's hashes are others too."""
+    training = Training(tmp_path_factory.mktemp("unbroken"))
+    others = Processes(training.base / "log.txt")
+    others.finish(training.base)
+    others.close()
+    return training
+
+
+def test_the_state_of_the_optimizer_has_eight_bits(unbroken: Training) -> None:
+    state = load_file(unbroken.folder / f"checkpoints/step-{NUM_STEPS:06d}/optimizer.safetensors")
+    kinds = {name: state[name].dtype for name in state if name.endswith(("state1", "state2"))}
+    assert kinds
+    assert {str(kind) for kind in kinds.values()} == {"uint8"}
+
+
+ROUNDS = [
+    pytest.param(0, ("step", "checkpoint", "sampling"), id="three"),
+    *(
+        pytest.param(seed, tuple(aims), marks=pytest.mark.slow, id=f"five-{seed}")
+        for seed in range(1, 7)
+        for aims in [[*random.Random(seed).sample(AIMS[:-1], 4), AIMS[-1]]]
+    ),
+]
+
+
+@pytest.mark.parametrize(("seed", "aims"), ROUNDS)
+def test_a_killed_training_ends_as_an_unbroken_one(
+    processes: Processes,
+    unbroken: Training,
+    tmp_path: Path,
+    seed: int,
+    aims: tuple[str, ...],
+) -> None:
+    chance, training = random.Random(seed), Training(tmp_path)
+    for aim in aims:
+        killed = kill(processes, training, aim, chance)
+        kept = training.saved()[-1] if training.saved() else 0
+        lost = training.step() - kept
+        logger.info("aimed at %s, killed %s; lost %d of %d", aim, killed, lost, training.step())
+        assert_readable(training)
+        assert 0 <= lost <= CHECKPOINT_EVERY
+        if (training.folder / "status.json").exists():
+            assert run_summary(training.root, training.folder.name)["state"] == "interrupted"
+    processes.finish(training.base)
+    assert run_summary(training.root, training.folder.name)["state"] == "finished"
+    assert curves(training) == curves(unbroken)
+    mine, expected = contents(training), contents(unbroken)
+    assert mine.keys() == expected.keys()
+    assert [name for name in mine if mine[name] != expected[name]] == []
+    assert training.unfinished() == []
