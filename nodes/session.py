@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from .samples import Samples
 from .score import picture_text_scores
 from .trainable import model_to_train
 from .validation import Score, Validation
+
+logger = logging.getLogger("atelier")
 
 _OUT_OF_MEMORY = (
     "The GPU's memory is not enough for this training; what was done is saved. Turn "
@@ -115,6 +119,7 @@ class Session:
                 trained = loop.train(
                     self._run, self._base, self._data, self._job, hooks, go_on=self._resumes
                 )
+                self._tell_if_stopped(trained.step)
                 path = self._write_lora(trained)
                 self._draw_what_is_due(trained)
         except Exception as error:
@@ -138,7 +143,7 @@ class Session:
             on_step=self._on_step,
             on_measure=self._on_measure,
             on_status=self._reporter.status,
-            on_pause=self._on_pause,
+            on_pause=host.free_device_memory,
             on_resume=self._take_device,
             keep=self._write_lora,
             sample=self._sample_and_go_on if self._validation.draws else None,
@@ -147,8 +152,15 @@ class Session:
             node=self._asker.node_id,
         )
 
-    def _write_lora(self, trained: Trained) -> Any:
+    def _tell_if_stopped(self, step: int) -> None:
+        length = self._job.length.num_steps(self._steps_per_epoch)
+        if step < length:
+            text = f"Stopped and kept at step {step} of {length}. Resume trains it to its length."
+            host.show_text(text, self._asker.node_id)
+
+    def _write_lora(self, trained: Trained) -> Path:
         path = loop.save_trained(host.lora_folder(), trained, self._run, self._base)
+        logger.info("LoRA of step %d: %s", trained.step, path)
         self._reporter.changed()
         return path
 
@@ -216,16 +228,20 @@ class Session:
             lines += [*self._trained_on.sentences, *self._forecast]
         host.show_text("\n".join(lines), self._asker.node_id)
         if is_trained:
+            logger.info("training %s, step %d to %d", self._run.name, step, num_steps)
+            self._open_logger(step)
             self._write_prompt()
-            self._logger = open_logger(
-                self._logger_kind,
-                self._run.folder,
-                name=self._job.name,
-                run_id=self._run.name,
-                config=to_json(self._job),
-                start_step=step,
-            )
             self._take_device()
+
+    def _open_logger(self, step: int) -> None:
+        self._logger = open_logger(
+            self._logger_kind,
+            self._run.folder,
+            name=self._job.name,
+            run_id=self._run.name,
+            config=to_json(self._job),
+            start_step=step,
+        )
 
     def _write_prompt(self) -> None:
         """Keep the graph, so that the run can be queued again from its folder."""
@@ -257,10 +273,6 @@ class Session:
     def _on_measure(self, step: int, values: dict[str, float]) -> None:
         self._logger.log(step, values)
         self._reporter.changed()
-
-    def _on_pause(self) -> None:
-        """Free the device. Nothing of the network may be held, or it stays there."""
-        host.free_device_memory()
 
     def _sample_and_go_on(self, step: int, lora: dict[str, Tensor]) -> None:
         self._sample(step, lora)
