@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,25 @@ def test_deleting_frees_what_the_files_took(root: Path) -> None:
     assert history.delete_run(root, ID) == sizes >= 5000
     assert sorted(path.name for path in root.iterdir()) == ["cache", "packed"]
     assert outside.exists()
+
+
+def test_checkpoints_that_come_and_go_meanwhile_do_no_harm(root: Path) -> None:
+    """As a training writes them: a folder under a temporary name, filled and renamed."""
+
+    def write_checkpoints() -> None:
+        for step in range(1000, 1400):
+            temporary = root / ID / "checkpoints" / f".step-{step:06d}.tmp"
+            temporary.mkdir()
+            for name in ("adapter", "optimizer"):
+                (temporary / name).touch()
+            temporary.rename(temporary.with_name(f"step-{step:06d}"))
+            shutil.rmtree(temporary.with_name(f"step-{step - 5:06d}"), ignore_errors=True)
+
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(write_checkpoints)
+        while not writing.done():
+            assert history.run_details(root, ID)["state"] == "stopped"
+        writing.result()
 
 
 def test_a_disk_that_refuses_keeps_the_run(root: Path) -> None:

@@ -96,9 +96,8 @@ def _parsed(text: str) -> Any:
 def _column(rows: list[dict[str, Any]], name: str) -> str:
     try:
         text = ",".join([row.get(name) or "null" for row in rows])
-        is_numbers = not text.encode().translate(None, _NUMBERS)
     except TypeError:  # a list, an object, true
-        is_numbers = False
-    if not is_numbers:
+        text = "?"
+    if text.encode().translate(None, _NUMBERS):
         raise ValueError(f"The metrics of this run are damaged: a {name} is no number.")
     return text

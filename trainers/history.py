@@ -7,6 +7,7 @@ deleted. A run is found in the listing of its root folder: no path is made of wh
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -89,9 +90,11 @@ def run_prompt(root: Path, run_id: str) -> tuple[str, dict[str, Any]] | None:
     except ValueError:
         return None
     node, prompt = kept.get("node"), kept.get("prompt")
-    nodes = prompt.values() if isinstance(prompt, dict) else ()
+    if not isinstance(node, str) or not isinstance(prompt, dict) or node not in prompt:
+        return None
+    nodes = prompt.values()
     is_graph = all(isinstance(n, dict) and isinstance(n.get("inputs"), dict) for n in nodes)
-    return (node, prompt) if is_graph and isinstance(node, str) and node in (prompt or ()) else None
+    return (node, prompt) if is_graph else None
 
 
 def run_metrics(root: Path, run_id: str, since: int = 0) -> str:
@@ -274,12 +277,13 @@ def _constants(node: dict[str, Any]) -> dict[str, Any]:
 def _files(folder: Path) -> list[dict[str, Any]]:
     """Every file of the run with its size."""
     files = []
-    for path in sorted(folder.rglob("*")):
-        with suppress(FileNotFoundError):  # written and renamed meanwhile
-            if path.is_file():
-                name = path.relative_to(folder).as_posix()
-                files.append({"path": name, "bytes": path.stat().st_size})
-    return files
+    for parent, _, names in os.walk(folder):  # which passes over folders that are gone meanwhile
+        for path in (Path(parent, name) for name in names):
+            with suppress(FileNotFoundError):
+                files.append(
+                    {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size}
+                )
+    return sorted(files, key=lambda file: file["path"])
 
 
 def _view(path: Path, root: Path) -> dict[str, str]:
