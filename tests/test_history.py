@@ -390,5 +390,5 @@ def test_a_hundred_thousand_steps_are_answered_at_once(root: Path) -> None:
     history.run_metrics(root, ID, since=99_990)
     took_last = time.process_time() - began
     assert len(json.loads(text)["loss"]) == 100_000
-    assert took < 0.8  # 0.4 s when it was written; twice that on a slow machine
-    assert took_last < 0.2
+    assert took < 1  # 0.4 s when it was written
+    assert took_last < 0.3
