@@ -132,7 +132,7 @@ class Session:
             on_step=self._on_step,
             on_status=self._reporter.status,
             on_pause=self._on_pause,
-            on_resume=self._take_device,
+            take_device=self._take_device,
             keep=self._write_lora,
             sample=self._sample_and_go_on if self._validation.draws else None,
             held_out=self._validation.held_out,
@@ -210,7 +210,6 @@ class Session:
         host.show_text("\n".join(lines), self._asker.node_id)
         if is_trained:
             self._write_prompt()
-            self._take_device()
 
     def _write_prompt(self) -> None:
         """Keep the graph, so that the run can be queued again from its folder."""

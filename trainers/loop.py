@@ -138,6 +138,7 @@ def train(
             return _from_disk(run, end, hooks)
         start = run.start_step(length)
         hooks.on_start(start, length)
+        hooks.take_device()
         run.create()
         run.forget_metrics_after(start)
         training = _Training(run, base, data, job, hooks, start, length)
@@ -277,7 +278,7 @@ class _Training:
         self._report("paused")
         self.hooks.control.wait_while_paused(self.hooks.check_stop)
         if not self.is_over():
-            self.hooks.on_resume()
+            self.hooks.take_device()
             self.state = self._state()
             self._report("training")
 
