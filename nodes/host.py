@@ -22,7 +22,9 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..trainers.run import run_name
 from ..trainers.scan import PICTURE_EXTENSIONS
+from ..trainers.status import read_status
 
 logger = logging.getLogger("atelier")
 
@@ -39,6 +41,13 @@ def run_ids() -> list[str]:
     """The folders of all runs, the last one first."""
     files = atelier_output().glob("*/run.json")
     return [file.parent.name for file in sorted(files, key=lambda f: -f.stat().st_mtime)]
+
+
+def runs_that_went_on(name: str) -> list[tuple[str, str | None]]:
+    """Id and LoRA file of the runs called `name` that were stopped and kept, and then resumed."""
+    ids = [run_id for run_id in run_ids() if run_name(run_id) == name]
+    found = {run_id: read_status(atelier_output() / run_id) for run_id in ids}
+    return [(run_id, status.lora) for run_id, status in found.items() if status and status.went_on]
 
 
 def cache_folder(kind: str) -> Path:

@@ -144,7 +144,7 @@ class Session:
             on_measure=self._on_measure,
             on_status=self._reporter.status,
             on_pause=host.free_device_memory,
-            on_resume=self._take_device,
+            take_device=self._take_device,
             keep=self._write_lora,
             sample=self._sample_and_go_on if self._validation.draws else None,
             held_out=self._validation.held_out,
@@ -231,7 +231,6 @@ class Session:
             logger.info("training %s, step %d to %d", self._run.name, step, num_steps)
             self._open_logger(step)
             self._write_prompt()
-            self._take_device()
 
     def _open_logger(self, step: int) -> None:
         self._logger = open_logger(

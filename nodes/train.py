@@ -69,10 +69,13 @@ class TrainLora(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, resume: str | None = AUTOMATIC, **_: Any) -> list[Any]:
-        """A run that was stopped goes on each time that it is resumed."""
+    def fingerprint_inputs(
+        cls, name: str | None = None, resume: str | None = AUTOMATIC, **_: Any
+    ) -> list[Any]:
+        """A run that was stopped goes on each time that it is resumed, and ComfyUI may not answer
+        from its memory afterwards."""
         if resume in (None, AUTOMATIC):
-            return []
+            return host.runs_that_went_on(name or "")
         return host.fingerprints([host.atelier_output() / resume / STATUS_FILE])
 
     @classmethod

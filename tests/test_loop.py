@@ -13,7 +13,7 @@ from atelier.trainers import step as training_step
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.batches import BatchOrder
 from atelier.trainers.caches import LatentSubset
-from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.config import JobSettings, Length
 from atelier.trainers.data import TrainingData
 from atelier.trainers.flow import seeded
 from atelier.trainers.flux import build_transformer
@@ -22,29 +22,16 @@ from atelier.trainers.hooks import Hooks, Step, Trained
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.loop import open_run, train
 from atelier.trainers.rhythm import Rhythm
-from atelier.trainers.run import Checkpoint, Run
+from atelier.trainers.run import Run
 from bitsandbytes.optim import AdamW8bit
 from dense import dense_transformer, stored_tensors
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from flux_files import write_flux
 from peft import LoraConfig, set_peft_model_state_dict
+from runs import LORA, Stop, assert_same_checkpoint, job, stop_before
 from small_disk import fill, small_disk
 from training import training_data, write_entries
-
-LORA = LoraSettings(rank=16)  # large enough for an optimizer state of 8 bits
-
-
-def job(num_steps: int = 5, *, checkpoint_every: int = 250, **settings: object) -> JobSettings:
-    values = {"learning_rate": 1e-2, "compute_dtype": "fp32", "gradient_checkpointing": False}
-    values |= {"gradient_accumulation": 1, **settings}
-    return JobSettings(
-        name="test",
-        length=Length(amount=num_steps),
-        lora=LORA,
-        train=TrainSettings(**values),  # pyright: ignore[reportArgumentType]
-        checkpoint_every=checkpoint_every,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -73,27 +60,6 @@ def run_job(tmp_path: Path, base: LoadedFlux, data: TrainingData):
         return train(made, base, data, settings, hooks), made
 
     return run_it
-
-
-class Stop(BaseException):
-    """What a host raises for Cancel; not an Exception."""
-
-
-def stop_before(micro_step: int) -> Hooks:
-    calls = iter(range(1000))
-
-    def check() -> None:
-        if next(calls) == micro_step:
-            raise Stop
-
-    return Hooks(check_stop=check)
-
-
-def assert_same_checkpoint(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.values == other.values
-    for mine, theirs in ((one.adapter, other.adapter), (one.optimizer, other.optimizer)):
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 RESUMED = {

@@ -70,8 +70,8 @@ class Hooks:
     """Called when the state of the run changed."""
     on_pause: Callable[[], None] = lambda: None
     """Called when the run is saved and holds nothing on the device any more."""
-    on_resume: Callable[[], None] = lambda: None
-    """Called after a pause, before the run takes the device again."""
+    take_device: Callable[[], None] = lambda: None
+    """Called before the run takes the device, at its start and after each pause."""
     keep: Callable[[Trained], None] = lambda trained: None
     """Called when it was asked to save now, with what is trained."""
     sample: Callable[[int, dict[str, Tensor]], None] | None = None

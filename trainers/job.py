@@ -103,12 +103,11 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
         if free is not None:
             require_fits(plan, free, system_memory())
 
-    def take_device(step: int, num_steps: int) -> None:
-        hooks.on_start(step, num_steps)
-        if step < num_steps:
-            base.store.prepare(device, _room(plan, free))
+    def take_device() -> None:
+        hooks.take_device()
+        base.store.prepare(device, _room(plan, free))
 
-    own = dataclasses.replace(hooks, before_start=check_memory, on_start=take_device)
+    own = dataclasses.replace(hooks, before_start=check_memory, take_device=take_device)
     run = open_run(output, job.settings, base, job.data)
     trained = train(run, base, job.data, job.settings, own)
     return save_trained(output, trained, run, base)

@@ -138,6 +138,7 @@ def train(
             return _from_disk(run, end, hooks)
         start = run.start_step(length)
         hooks.on_start(start, length)
+        hooks.take_device()
         run.create()
         run.forget_metrics_after(start)
         training = _Training(run, base, data, job, hooks, start, length)
@@ -174,6 +175,7 @@ class _Training:
         self.checkpoints = Rhythm(every=job.checkpoint_every, unit=job.checkpoint_unit)
         self.seconds_per_step: float | None = None
         self.started = time.time()
+        self.went_on = run.is_going_on()
         self.state: TrainState | None = self._state()
         self.lora: dict[str, Tensor] = {}
 
@@ -278,7 +280,7 @@ class _Training:
         self._report("paused")
         self.hooks.control.wait_while_paused(self.hooks.check_stop)
         if not self.is_over():
-            self.hooks.on_resume()
+            self.hooks.take_device()
             self.state = self._state()
             self._report("training")
 
@@ -320,6 +322,7 @@ class _Training:
             lora=self.run.lora_name(),
             node=self.hooks.node,
             can_sample=self.hooks.sample is not None,
+            went_on=self.went_on,
         )
         self.run.write_status(status)
         self.hooks.on_status(status)

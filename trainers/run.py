@@ -188,16 +188,24 @@ class Run:
 
     def finished_at(self, num_steps: int, *, go_on: bool = False) -> int | None:
         """The step whose checkpoint answers a training of `num_steps`: this one, or where it was
-        stopped and kept on the way there, unless it shall go on. None if there is none.
+        stopped and kept on the way there, unless it shall go on. None if there is none, or if what
+        comes after the last step was cut short.
 
         Raises:
             ValueError: if the run is already longer and has no checkpoint at `num_steps`.
         """
         saved, status = self.steps_saved(), read_status(self.folder)
-        is_kept = status is not None and (status.state, status.num_steps) == ("stopped", num_steps)
-        if status is not None and is_kept and status.step in saved and not go_on:
-            return status.step
+        if status is not None and status.num_steps == num_steps:  # of this very training
+            if status.state == "stopped" and status.step in saved and not go_on:
+                return status.step
+            if status.state not in ("finished", "stopped"):
+                return None
         return num_steps if self.start_step(num_steps) == num_steps else None
+
+    def is_going_on(self) -> bool:
+        """Whether it was stopped and kept, now or once before."""
+        status = read_status(self.folder)
+        return status is not None and (status.state == "stopped" or status.went_on)
 
     def load(self, step: int) -> Checkpoint:
         """Read a checkpoint.

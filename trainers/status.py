@@ -39,6 +39,8 @@ class Status:
     """Id of the node that trains it, inside ComfyUI."""
     can_sample: bool = False
     """Whether it was told how to draw sample pictures."""
+    went_on: bool = False
+    """Whether it was stopped and kept once, and resumed: the same graph gives another LoRA then."""
 
     def __post_init__(self) -> None:
         numbers = (self.step, self.num_steps, self.started, self.updated)
