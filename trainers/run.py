@@ -154,8 +154,11 @@ class Run:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise not_written(self.folder, error) from error
-        for leftover in self._checkpoints.glob(".*.tmp"):
-            shutil.rmtree(leftover)
+        for leftover in [*self.folder.rglob(".*.tmp")]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
         write_json(self.folder / "run.json", self.identity.to_json())
         write_json(self.folder / "job.json", self._job)
         path = self.folder / FROZEN_FILE
@@ -188,15 +191,18 @@ class Run:
 
     def finished_at(self, num_steps: int, *, go_on: bool = False) -> int | None:
         """The step whose checkpoint answers a training of `num_steps`: this one, or where it was
-        stopped and kept on the way there, unless it shall go on. None if there is none.
+        stopped and kept on the way there, unless it shall go on. None if there is none, or if the
+        training of so many steps was ended before all was done that belongs to its end.
 
         Raises:
             ValueError: if the run is already longer and has no checkpoint at `num_steps`.
         """
         saved, status = self.steps_saved(), read_status(self.folder)
-        is_kept = status is not None and (status.state, status.num_steps) == ("stopped", num_steps)
-        if status is not None and is_kept and status.step in saved and not go_on:
-            return status.step
+        if status is not None and status.num_steps == num_steps:
+            if status.state == "stopped" and status.step in saved and not go_on:
+                return status.step
+            if status.state not in ("stopped", "finished"):
+                return None
         return num_steps if self.start_step(num_steps) == num_steps else None
 
     def load(self, step: int) -> Checkpoint:
@@ -241,9 +247,11 @@ class Run:
 
     def keep_checkpoints(self, last: int) -> None:
         """Remove all checkpoints but the last ones and the best; 0 keeps all."""
-        saved = self.steps_saved()
-        spare = set(saved[:-last]) - {self.best_step()} if last else set()
+        spare = self.steps_saved()[:-last] if last else []
+        best = self.best_step() if spare else None
         for step in spare:
+            if step == best:
+                continue
             # Renamed first, so that a crash leaves no half of one under its name.
             dropped = self._checkpoints / f".step-{step:06d}.dropped.tmp"
             (self._checkpoints / f"step-{step:06d}").rename(dropped)
