@@ -210,7 +210,7 @@ class Session:
         self._forecast = [*lines, describe_device(plan.device)]
 
     def _on_start(self, step: int, num_steps: int) -> None:
-        is_trained = step < num_steps
+        is_trained = bool(self._forecast)  # made before a training
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
         if 0 < step < num_steps:
             lines.append(f"The run goes on from step {step}.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+_WRITING_S = 60
+"""A file that is being written changes more often than that."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it to `path`.
@@ -21,7 +26,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         ValueError: if the disk is full or refuses; what stood at `path` before is untouched.
     """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -33,6 +38,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with suppress(OSError):  # it is gone when all went well
             temporary.unlink()
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left of it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):  # gone meanwhile
+            if time.time() - leftover.stat().st_mtime > _WRITING_S:
+                leftover.unlink()
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -18,6 +18,7 @@ from .data import TrainingData
 from .devices import compute_dtype, memory_in_use
 from .differences import different_run
 from .evaluate import held_out_loss
+from .files import clear_leftovers
 from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
 from .load import BaseFlux
@@ -293,12 +294,12 @@ class _Training:
 
     def _save(self) -> None:
         """Save the state, unless nothing is new, or it is spoilt: resuming from that would never
-        recover."""
+        recover. What need not be kept goes also then: a crash may have left it."""
         state = self._on_device()
         if self.step > self.saved and state.lora.is_finite():
             self.run.save(state.checkpoint(self.step))
             self.saved = self.step
-            self.run.keep_checkpoints(self.job.keep_checkpoints)
+        self.run.keep_checkpoints(self.job.keep_checkpoints)
 
     def _let_go(self) -> None:
         """Save, and free what the training holds on the device."""
@@ -343,6 +344,7 @@ def save_trained(folder: Path, trained: Trained, run: Run, base: BaseFlux) -> Pa
         steps=trained.step,
         run=run.identity.to_json(),
     )
+    clear_leftovers(path)
     save_lora(path, file_tensors(trained.lora, job.lora), metadata)
     run.note_lora(path.name)
     return path

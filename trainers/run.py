@@ -154,8 +154,11 @@ class Run:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise not_written(self.folder, error) from error
-        for leftover in self._checkpoints.glob(".*.tmp"):
-            shutil.rmtree(leftover)
+        for leftover in [*self.folder.rglob(".*.tmp")]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
         write_json(self.folder / "run.json", self.identity.to_json())
         write_json(self.folder / "job.json", self._job)
         path = self.folder / FROZEN_FILE
@@ -249,9 +252,11 @@ class Run:
 
     def keep_checkpoints(self, last: int) -> None:
         """Remove all checkpoints but the last ones and the best; 0 keeps all."""
-        saved = self.steps_saved()
-        spare = set(saved[:-last]) - {self.best_step()} if last else set()
+        spare = self.steps_saved()[:-last] if last else []
+        best = self.best_step() if spare else None
         for step in spare:
+            if step == best:
+                continue
             # Renamed first, so that a crash leaves no half of one under its name.
             dropped = self._checkpoints / f".step-{step:06d}.dropped.tmp"
             (self._checkpoints / f"step-{step:06d}").rename(dropped)

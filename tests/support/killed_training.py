@@ -3,8 +3,8 @@
     python -P tests/support/killed_training.py COMFYUI
 
 Each line of its input is a folder. A process of its own trains there, or goes on with what was
-trained: the run lies below output/atelier, the LoRA file in output/loras. It answers with the id of
-the process, then with how that ended. The processes are forks: importing takes longer than the run.
+trained: the run lies below output/atelier, the LoRA file in output/loras. It answers
+`started <its id>`, then `ended <how>`. The processes are forks: importing takes longer than the run.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def main(comfyui: Path) -> None:
         process = os.fork()
         if process == 0:
             train_and_exit(Path(line.rstrip("\n")))
-        answer(process)
-        answer(os.waitpid(process, 0)[1])
+        answer(f"started {process}")
+        answer(f"ended {os.waitpid(process, 0)[1]}")
 
 
-def answer(number: int) -> None:
-    sys.stdout.write(f"{number}\n")
+def answer(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
