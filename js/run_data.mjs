@@ -62,13 +62,13 @@ class Run {
   async #ask() {
     const path = `/atelier/runs/${encodeURIComponent(this.id)}`
     const options = { cache: 'no-store' }
-    const [details, metrics] = await Promise.all([
-      api.fetchApi(path, options),
-      api.fetchApi(`${path}/metrics?since=${this.lastStep}`, options)
-    ])
+    const asked = api.fetchApi(`${path}/metrics?since=${this.lastStep}`, options)
+    const details = await api.fetchApi(path, options)
     this.isMissing = details.status === 404
     if (details.ok) this.details = await details.json()
     this.preview = null // when something changed, it was that the picture is done
+    this.#tell() // a long run's metrics take half a second more
+    const metrics = await asked
     if (metrics.ok) this.#take(await metrics.json())
     this.#tell()
   }
