@@ -126,6 +126,7 @@ def test_a_resumed_run_goes_on_in_tensorboard(tmp_path: Path) -> None:
     assert found == [(step, 1.0 if step <= 6 else 2.0) for step in range(1, 13)]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_ends_the_logger_and_not_the_training(
     tmp_path: Path, picture: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -181,7 +181,8 @@ def _open_wandb(
             config=dict(config),
             mode="online" if is_online else "offline",
             # The same run again. Of steps that come twice it keeps the first, which are the same.
-            resume="allow",
+            # Offline each start has a file of its own under the one id.
+            resume="allow" if is_online else None,
             reinit="create_new",  # other packs may have a run of theirs in this process
             settings=_wandb_settings(wandb),
         )
