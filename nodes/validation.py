@@ -14,6 +14,7 @@ from ..trainers.data import TrainingData
 from ..trainers.load import BaseFlux
 from ..trainers.rhythm import Rhythm
 from .encoders import require_flux_vae, vae_identity
+from .score import require_one_space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,8 @@ class Validation:
         """Raises ValueError if something belongs to another model."""
         if self.held_out is not None:
             self.held_out.check_fits(base.config)
+        if self.score is not None:
+            require_one_space(self.score.vision, self.score.text)
         if not self.draws:
             return
         require_flux_vae(self.vae)

@@ -272,7 +272,6 @@ class _Training:
         self.hooks.on_measure(self.step, {"eval_loss": loss})
         if self.run.best_step() == self.step:
             self._save()
-            self.run.keep_checkpoints(self.job.keep_checkpoints)  # not the best one before it
 
     def _pause(self) -> None:
         """Wait without anything on the device. What was saved goes on to the same bits."""
