@@ -28,9 +28,13 @@ async function newPage(context, url) {
 }
 
 const commands = {
-  async open({ url, locale, width, height }) {
+  async open({ url, locale, width, height, sharpness }) {
     await page?.context().close()
-    const context = await browser.newContext({ locale, viewport: { width, height } })
+    const context = await browser.newContext({
+      locale,
+      viewport: { width, height },
+      deviceScaleFactor: sharpness
+    })
     problems.length = 0
     await newPage(context, url)
   },

@@ -60,6 +60,12 @@ return {
 }
 """
 
+BOX_OF = """
+const { x, y, width, height } = document.querySelector(argument[0]).getBoundingClientRect()
+const margin = argument[1]
+return { x: x - margin, y: y - margin, width: width + 2 * margin, height: height + 2 * margin }
+"""
+
 
 class Unavailable(Exception):
     """There is no browser to drive; the message says what is missing."""
@@ -118,8 +124,12 @@ class Frontend:
         vue_nodes: bool = False,
         theme: str = "dark",
         size: tuple[int, int] = (1920, 1080),
+        sharpness: int = 1,
     ) -> None:
-        """Load the page anew: language, classic canvas or Nodes 2.0, palette of colours."""
+        """Load the page anew: language, classic canvas or Nodes 2.0, palette of colours.
+
+        Screenshots have `sharpness` times as many pixels as the page.
+        """
         chosen = {
             "Comfy.Locale": locale,
             "Comfy.VueNodes.Enabled": vue_nodes,
@@ -127,7 +137,8 @@ class Frontend:
         }
         self._server.post("/settings", {**SETTINGS, **chosen})
         width, height = size
-        self._call("open", url=self._server.url, locale=locale, width=width, height=height)
+        page = {"url": self._server.url, "locale": locale, "sharpness": sharpness}
+        self._call("open", **page, width=width, height=height)
 
     def open_another(self) -> None:
         """Another page of the same browser, which is driven from then on."""
@@ -183,8 +194,10 @@ class Frontend:
         """The text of the first element that matches, once it is visible."""
         return self._call("wait", selector=selector)
 
-    def screenshot(self, path: Path) -> None:
-        self._call("screenshot", path=str(path))
+    def screenshot(self, path: Path, of: str | None = None, margin: int = 0) -> None:
+        """A picture of the page, or of the first element that `of` selects."""
+        clip = self.evaluate(BOX_OF, [of, margin]) if of else None
+        self._call("screenshot", path=str(path), clip=clip)
 
     def picture_of_graph(self, path: Path) -> None:
         """A picture of the whole graph, as large as the page allows, and of nothing else."""
