@@ -76,7 +76,7 @@ const commands = {
   },
   async screenshot({ path, clip }) {
     const type = path.endsWith('.png') ? { type: 'png' } : { type: 'jpeg', quality: 80 }
-    await page.screenshot({ path, clip, ...type })
+    await page.screenshot({ path, clip: clip ?? undefined, ...type })
   },
   problems: () => problems
 }
