@@ -329,5 +329,7 @@ class Run:
         self._write_metrics([line for line in self.metrics() if line["step"] <= step])
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(self._metrics, lambda path: path.write_text(text, encoding="utf-8"))
+        def write(path: Path) -> None:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+        write_atomically(self._metrics, write)
