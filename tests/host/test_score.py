@@ -1,18 +1,33 @@
 """The picture–text score of ComfyUI's objects against transformers' own CLIPModel."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
+import comfy.model_management
 import comfy.sd
+import executor
+import folder_paths
+import numpy as np
 import pytest
 import torch
+from atelier.nodes.native import build_model
+from atelier.nodes.sampling import encode_prompt
 from atelier.nodes.score import picture_text_scores, require_one_space
+from atelier.nodes.session import Asker, Session
+from atelier.nodes.validation import EncodedPrompt, Sampler, Score, Validation
+from atelier.trainers.load import load_flux
+from atelier.trainers.rhythm import Rhythm
 from comfy import sdxl_clip
 from comfy.supported_models_base import ClipTarget
+from flux_files import write_flux
+from PIL import Image
+from runs import job
 from safetensors.torch import save_file
 from torch import Tensor
+from training import training_data
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 TOKENIZER = Path(comfy.sd.__file__).parent / "sd1_tokenizer"
@@ -237,3 +252,77 @@ def test_halves_of_two_clips_are_refused(tmp_path: Path) -> None:
     vision = load_vision(tmp_path, clip_model(space=80))
     with pytest.raises(ValueError, match=r"which gives 80 numbers of a picture: it gives 64 of"):
         picture_text_scores(vision, clip, random_pictures(1), ["a cat"])
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    yield tmp_path / "output"
+    comfy.model_management.unload_all_models()
+    executor.forget_networks()
+
+
+def scores_on_disk(folder: Path) -> dict[int, float]:
+    """In order of their steps, as the curves need them."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    scores = [(line["step"], line["score"]) for line in lines if "score" in line]
+    assert len(scores) == len(dict(scores))
+    return dict(scores)
+
+
+def test_a_run_has_the_mean_score_of_its_pictures_at_every_step(
+    tmp_path: Path, output: Path
+) -> None:
+    """Also if a crash came between two pictures, and if other prompts are drawn later."""
+    clip = clip_model()
+    score = Score(
+        vision=load_vision(tmp_path, clip),
+        text=load_clip(clip, write_text_encoder(tmp_path, clip)),
+    )
+    flux = load_flux(write_flux(tmp_path / "flux.safetensors"), format="nf4")
+    model, data = build_model(flux, torch.float32), training_data(tmp_path / "caches")
+    asker, settings = Asker(node_id="1"), job(3, checkpoint_every=1)
+
+    def train(*texts: str, score: Score | None = score) -> Path:
+        prompts = [
+            EncodedPrompt(name=text, text=text, positive=positive, negative=positive)
+            for text in texts
+            for positive in [encode_prompt(executor.nano_clip(), text, 1.0)]
+        ]
+        validation = Validation(
+            rhythm=Rhythm(every=1),
+            vae=executor.nano_vae(),
+            prompts=tuple(prompts),
+            sizes=((64, 64),),
+            sampler=Sampler(steps=1),
+            score=score,
+        )
+        Session(model, data, settings, asker, validation).train()
+        (path,) = output.glob("atelier/*/run.json")
+        return path.parent
+
+    def expected(folder: Path, step: int) -> float:
+        listed = json.loads((folder / "samples" / "samples.json").read_text(encoding="utf-8"))
+        paths = [folder / "samples" / f"step-{step:06d}-{one['key']}.png" for one in listed]
+        pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in paths])
+        texts = [one["prompt"] for one in listed]
+        return float(np.mean(scores_of_transformers(clip, pixels.float() / 255, texts)))
+
+    folder = train("a red circle", "a dog", score=None)
+    assert scores_on_disk(folder) == {}
+    train("a red circle", "a dog")
+    scores = scores_on_disk(folder)
+    assert list(scores) == [0, 1, 2, 3]
+    for step, value in scores.items():
+        assert value == pytest.approx(expected(folder, step), abs=0.3)
+    first = json.loads((folder / "samples" / "samples.json").read_text(encoding="utf-8"))[0]
+    (folder / "samples" / f"step-000002-{first['key']}.png").unlink()
+    train("a red circle", "a dog")
+    assert scores_on_disk(folder) == scores
+    train("a cat")
+    others = scores_on_disk(folder)
+    assert list(others) == [0, 1, 2, 3]
+    assert others != scores
+    for step, value in others.items():
+        assert value == pytest.approx(expected(folder, step), abs=0.3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,21 +14,24 @@ import executor
 import folder_paths
 import pytest
 import torch
-from atelier.nodes import host
-from atelier.nodes.native import build_model
+from atelier.nodes import host, live
+from atelier.nodes.native import add_lora, build_model
+from atelier.nodes.sampling import draw_latents, encode_prompt
 from atelier.nodes.session import Asker, Session
 from atelier.nodes.train import TrainLora
-from atelier.nodes.validation import Validation
+from atelier.nodes.validation import EncodedPrompt, Sampler, Validation
 from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
 from atelier.trainers.data import TrainingData
 from atelier.trainers.devices import describe_device
 from atelier.trainers.load import load_flux
 from atelier.trainers.memory import Workload, estimate_training
-from atelier.trainers.rhythm import NEVER
+from atelier.trainers.rhythm import NEVER, Rhythm
+from atelier.trainers.status import Status, read_status
 from core_flux import core_model
-from executor import Give, Keep, Runner
+from executor import Give, Keep, Runner, nano_clip, nano_vae
 from flux_files import write_flux
 from graphs import node
+from small_disk import fill, small_disk
 from training import TEXT_TOKENS, training_data
 
 LORA = LoraSettings(rank=4)
@@ -200,3 +205,188 @@ def test_out_of_memory_is_one_sentence_and_the_run_goes_on(
     unbroken = Session(model, data, other, ASKER, NO_SAMPLES).train()
     assert resumed.losses == unbroken.losses
     assert store.content_hash() == before
+
+
+def watched(*texts: str, every: int = 1) -> Validation:
+    prompts = [
+        EncodedPrompt(
+            name=text,
+            text=text,
+            positive=encode_prompt(nano_clip(), text, 2.5),
+            negative=encode_prompt(nano_clip(), "", 2.5),
+        )
+        for text in texts
+    ]
+    return Validation(
+        rhythm=Rhythm(every=every),
+        vae=nano_vae(),
+        prompts=tuple(prompts),
+        sizes=((64, 64),),
+        sampler=Sampler(steps=3, seed=5, cfg=2.0),
+    )
+
+
+def status_of(output: Path) -> Status:
+    (folder,) = (path.parent for path in output.glob("atelier/*/run.json"))
+    found = read_status(folder)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What pages hear; there is no browser here."""
+    heard: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(host, "send_event", lambda name, data: heard.append((name, data)))
+    return heard
+
+
+def test_latents_are_those_of_a_ksampler_with_the_saved_file(
+    model: Any, data: TrainingData, output: Path
+) -> None:
+    """ComfyUI's own LoRA loading and sampling, in float32, where pictures may hide a difference."""
+    import comfy.sd
+    import comfy.utils
+
+    from nodes import common_ksampler
+
+    result = Session(model, data, job(), ASKER, NO_SAMPLES).train()
+    (prompt,), sampler = watched("a red circle").prompts, Sampler(steps=3, seed=5, cfg=2.0)
+    mine = draw_latents(
+        add_lora(model, result.tensors, 1.0),
+        prompt.positive,
+        prompt.negative,
+        width=64,
+        height=96,
+        sampler=sampler,
+        show=lambda _: None,
+    )
+    tensors = comfy.utils.load_torch_file(str(output / "loras" / result.lora_name), safe_load=True)
+    loaded, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+    empty = {"samples": torch.zeros(1, 16, 12, 8)}
+    (theirs,) = common_ksampler(
+        loaded, 5, 3, 2.0, "euler", "simple", prompt.positive, prompt.negative, empty
+    )
+    assert mine.dtype == torch.float32
+    assert mine.std() > 0.1
+    assert (mine - theirs["samples"]).abs().max() <= 1e-4
+
+
+def ask_when(output: Path, events: list[tuple[str, dict[str, Any]]], state: str, ask: Any) -> None:
+    """In another thread, as soon as pages have heard of the state."""
+
+    def look() -> None:
+        while ("atelier.run", state) not in [(n, d.get("state")) for n, d in [*events]]:
+            time.sleep(0.02)
+        ask()
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def pausing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The user presses Pause after a step."""
+    original = live.Reporter.step
+
+    def step(self: live.Reporter, step: Any) -> None:
+        original(self, step)
+        if step.step == at:
+            (run_id,) = live._controls
+            control = live.find(run_id)
+            assert control is not None
+            control.request("pause")
+
+    monkeypatch.setattr(live.Reporter, "step", step)
+
+
+def test_a_paused_training_holds_nothing_on_the_device_and_goes_on(
+    model: Any,
+    data: TrainingData,
+    output: Path,
+    events: list[tuple[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    validation = watched("a red circle")
+    other = dataclasses.replace(job(), name="unbroken")
+    unbroken = Session(model, data, other, ASKER, validation).train()
+    events.clear()
+    loaded: list[int] = []
+    pausing(monkeypatch, 2)
+
+    def resume() -> None:
+        loaded.append(len(comfy.model_management.current_loaded_models))
+        (run_id,) = live._controls
+        control = live.find(run_id)
+        assert control is not None
+        control.request("resume")
+
+    ask_when(output, events, "paused", resume)
+    resumed = Session(model, data, job(), ASKER, validation).train()
+    assert loaded == [0]
+    assert resumed.losses == unbroken.losses
+    assert all(torch.equal(resumed.tensors[n], t) for n, t in unbroken.tensors.items())
+    assert resumed.samples is not None
+    assert unbroken.samples is not None
+    assert torch.equal(resumed.samples, unbroken.samples)
+    states = [data["state"] for name, data in events if name == "atelier.run"]
+    changes = [state for n, state in enumerate(states) if not n or state != states[n - 1]]
+    assert changes == ["training", "paused", "training", "finished"]
+    assert not live._controls
+
+
+def test_cancel_works_while_paused(
+    model: Any,
+    data: TrainingData,
+    output: Path,
+    events: list[tuple[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pausing(monkeypatch, 2)
+    ask_when(output, events, "paused", comfy.model_management.interrupt_current_processing)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        Session(model, data, job(), ASKER, NO_SAMPLES).train()
+    status = status_of(output)
+    assert (status.state, status.step, status.error) == ("cancelled", 2, None)
+    assert Session(model, data, job(), ASKER, NO_SAMPLES).train().losses
+    assert status_of(output).state == "finished"
+
+
+def test_the_sentence_of_an_error_is_that_of_the_run(
+    model: Any, data: TrainingData, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out() -> None:
+        raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory")
+
+    monkeypatch.setattr(host, "check_interrupted", run_out)
+    with pytest.raises(ValueError, match=r"^The GPU's memory is not enough") as caught:
+        Session(model, data, job(), ASKER, NO_SAMPLES).train()
+    status = status_of(output)
+    assert (status.state, status.error) == ("failed", str(caught.value))
+
+
+def test_a_full_disk_while_a_picture_is_written_keeps_the_run(
+    model: Any, data: TrainingData, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third picture has no room. The same graph goes on when there is some."""
+    original, calls = nano_vae().decode, iter(range(100))
+    with small_disk(output, 16) as disk:
+
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            if next(calls) == 2:
+                fill(disk)
+            return original(latents)
+
+        validation = watched("a red circle")
+        with monkeypatch.context() as full:
+            full.setattr(nano_vae(), "decode", decode)
+            with pytest.raises(ValueError, match=r"^The disk of .* is full\. Free some space"):
+                Session(model, data, job(), ASKER, validation).train()
+        (disk / "filler").unlink()
+        resumed = Session(model, data, job(), ASKER, validation).train()
+        assert status_of(output).state == "finished"
+        assert resumed.samples is not None
+        assert len(resumed.samples) == 4
+        other = dataclasses.replace(job(), name="unbroken")
+        unbroken = Session(model, data, other, ASKER, validation).train()
+        assert resumed.losses == unbroken.losses
+        assert unbroken.samples is not None
+        assert torch.equal(resumed.samples, unbroken.samples)

@@ -15,6 +15,27 @@ from PIL import Image, ImageDraw
 Graph = dict[str, dict[str, Any]]
 
 
+WATCHED = {
+    "every": 2,
+    "unit": "steps",
+    "at_start": True,
+    "at_end": True,
+    "prompts": "a red circle",
+    "library": "none",
+    "negative": "",
+    "sizes": "64x64",
+    "seed": 7,
+    "steps": 2,
+    "sampler_name": "euler",
+    "scheduler": "simple",
+    "guidance": 2.5,
+    "cfg": 1.0,
+    "clip": ["nano", 1],
+    "vae": ["nano", 2],
+}
+"""Inputs of Validation Settings that draw a picture in a moment."""
+
+
 def write_pictures(folder: Path, count: int = 4, size: int = 64) -> None:
     """Circles of several colours with captions."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +110,17 @@ def train_graph(folder: str, *, sampling: bool = True, **train: Any) -> Graph:
             **sampled("after", ["train", 1]),
         }
         graph["train"]["inputs"] |= {"vae": ["nano", 2], "positive": ["guided", 0]}
+    return graph
+
+
+def validated(folder: str, *, train: dict[str, Any] | None = None, **changed: Any) -> Graph:
+    """Train with Validation Settings, whose inputs `changed` overrides; None takes one away."""
+    graph = train_graph(folder, sampling=False, **{"name": "validated", **(train or {})})
+    inputs = {name: value for name, value in {**WATCHED, **changed}.items() if value is not None}
+    graph["validation"] = node("AtelierValidationSettings", **inputs)
+    graph["train"]["inputs"]["validation"] = ["validation", 0]
+    if "clip" in inputs:
+        graph["samples"] = node("SaveImage", images=["train", 4], filename_prefix="samples")
     return graph
 
 
