@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -84,6 +85,7 @@ def draw(frontend: Frontend) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     comfyui = Path(os.environ.get("ATELIER_COMFYUI") or ROOT / ".dev" / "ComfyUI")
     with ExitStack() as stack:
         base = sys.argv[1] if len(sys.argv) > 1 else None
