@@ -25,7 +25,13 @@ DOCS = ROOT / "docs"
 QUICKSTART = ROOT / "workflows" / "atelier_quickstart_nano.json"
 RATES = {"careful": 2e-4, "bold": 2e-3, "openmoji_style": 5e-4}
 NUM_STEPS = 60
-SETTINGS = {"length": NUM_STEPS, "batch_size": 1, "sample_every": 15, "sample_steps": 8}
+SETTINGS = {
+    "length": NUM_STEPS,
+    "batch_size": 1,
+    "sample_every": 15,
+    "sample_steps": 8,
+    "checkpoint_every": 15,
+}
 VIEW = ".dom-widget .atelier-run"
 
 PREPARE = """
