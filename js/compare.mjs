@@ -1,8 +1,8 @@
 // Curves of several runs in one chart, with their names below it.
 import { Chart } from './chart.mjs'
+import { Choices, COLOURS } from './choices.mjs'
 import { element } from './elements.mjs'
 import { follow } from './run_data.mjs'
-import { Choices, COLOURS } from './run_view.mjs'
 
 export class Comparison {
   #texts

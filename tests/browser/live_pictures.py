@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -24,7 +25,13 @@ DOCS = ROOT / "docs"
 QUICKSTART = ROOT / "workflows" / "atelier_quickstart_nano.json"
 RATES = {"careful": 2e-4, "bold": 2e-3, "openmoji_style": 5e-4}
 NUM_STEPS = 60
-SETTINGS = {"length": NUM_STEPS, "batch_size": 1, "sample_every": 15, "sample_steps": 8}
+SETTINGS = {
+    "length": NUM_STEPS,
+    "batch_size": 1,
+    "sample_every": 15,
+    "sample_steps": 8,
+    "checkpoint_every": 15,
+}
 VIEW = ".dom-widget .atelier-run"
 
 PREPARE = """
@@ -84,6 +91,7 @@ def draw(frontend: Frontend) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     comfyui = Path(os.environ.get("ATELIER_COMFYUI") or ROOT / ".dev" / "ComfyUI")
     with ExitStack() as stack:
         base = sys.argv[1] if len(sys.argv) > 1 else None
