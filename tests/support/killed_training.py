@@ -4,7 +4,7 @@
 
 Each line of its input is a folder. A process of its own trains there, or goes on with what was
 trained: the run lies below output/atelier, the LoRA file in output/loras. It answers
-`started <its id>`, then `ended <how>`. They are forks: importing takes longer than a run.
+`started <its id>`, then `ended <how>`. The processes are forks: importing takes longer than a run.
 """
 
 from __future__ import annotations
