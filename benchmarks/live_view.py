@@ -30,7 +30,7 @@ COMFYUI = ROOT / ".dev" / "ComfyUI"
 sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 
 KINDS = {
-    "long steps": {"pixels": 128, "batch_size": 8, "format": "nf4", "pairs": 60, "block": 1},
+    "long steps": {"pixels": 256, "batch_size": 8, "format": "nf4", "pairs": 120, "block": 1},
     "short steps": {"pixels": 64, "batch_size": 1, "format": "bf16", "pairs": 40, "block": 20},
 }
 """Of short steps only some are told of, so that blocks of them are compared."""
