@@ -16,6 +16,7 @@ import torch
 from atelier.trainers import files, run
 from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
 from atelier.trainers.run import Checkpoint, Run, RunIdentity
+from atelier.trainers.status import State, Status
 from safetensors import SafetensorError
 from small_disk import fill, small_disk
 from training import training_data, with_entries
@@ -148,8 +149,38 @@ def test_what_a_killed_process_left_is_removed_when_the_run_is_opened(
     half = saved.folder / "checkpoints" / ".step-000002.77.tmp"
     half.mkdir()
     (half / "adapter.safetensors").write_bytes(b"half")
+    (saved.folder / "samples").mkdir()
+    (saved.folder / "samples" / ".step-000002.png.77.tmp").write_bytes(b"half")
     assert open_run(tmp_path).steps_saved() == [1]
     assert names(saved.folder / "checkpoints") == ["step-000001"]
+    assert names(saved.folder / "samples") == []
+
+
+def test_what_a_killed_process_left_of_a_file_goes_when_nobody_writes_it(tmp_path: Path) -> None:
+    left = {name: tmp_path / name for name in (".a[1].json.77.tmp", ".a[1].json.78.tmp", "b.json")}
+    for path in left.values():
+        path.write_text("half")
+    os.utime(left[".a[1].json.77.tmp"], (0, 0))
+    os.utime(left["b.json"], (0, 0))
+    files.clear_leftovers(tmp_path / "a[1].json")
+    assert names(tmp_path) == [".a[1].json.78.tmp", "b.json"]
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [("training", None), ("cancelled", None), ("failed", None), ("finished", 4), ("stopped", 4)],
+)
+def test_a_run_that_was_ended_at_its_last_step_is_not_finished(
+    tmp_path: Path, state: State, expected: int | None
+) -> None:
+    """What belongs to the end, such as the loss on held out samples, may be missing."""
+    made = open_run(tmp_path)
+    made.save(checkpoint(4))
+    status = Status(state=state, step=4, num_steps=4, started=0, updated=0)
+    made.write_status(status)
+    assert made.finished_at(4) == expected
+    made.write_status(status.changed(num_steps=9))  # a longer training ended on its way
+    assert made.finished_at(4) == 4
 
 
 HOLD_THE_LOCK = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -34,6 +35,8 @@ def test_a_server_that_exits_saves_the_run_first(
     steps = len((run / "metrics.jsonl").read_text().splitlines())  # one line for each whole step
     assert checkpoint.name == f"step-{steps:06d}"
     assert (checkpoint / "state.json").is_file()
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["error"]) == ("cancelled", steps, None)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for another process")
