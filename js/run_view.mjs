@@ -124,9 +124,10 @@ export class RunView {
     this.notice.hidden = !notice
   }
 
-  // Deleting belongs to the list of the sidebar. A paused run offers only what it can do.
+  // Deleting belongs to the list of the sidebar. A finished run has nothing to resume.
   #updateButtons({ can, state }) {
-    const wanted = ['stop', 'pause', 'resume', 'save', 'sample'].filter((what) => can.includes(what))
+    const buttons = ['stop', 'pause', ...(state === 'finished' ? [] : ['resume']), 'save', 'sample']
+    const wanted = buttons.filter((what) => can.includes(what))
     const signature = `${this.id} ${wanted} ${state}`
     if (this.buttons.dataset.for === signature) return
     this.buttons.dataset.for = signature

@@ -31,7 +31,7 @@ def test_all_workflows_are_there() -> None:
     assert names == {
         *("atelier_quickstart_nano", "atelier_flux1_dev_qlora"),
         *("atelier_multi_resolution", "atelier_masks_and_regularization"),
-        "atelier_images_from_a_graph",
+        *("atelier_images_from_a_graph", "atelier_watched_training"),
     }
 
 
