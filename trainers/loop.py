@@ -17,7 +17,7 @@ from .config import JobSettings, to_json
 from .data import TrainingData
 from .devices import compute_dtype, memory_in_use
 from .differences import different_run
-from .evaluate import held_out_loss
+from .evaluate import held_out_key, held_out_loss
 from .files import clear_leftovers
 from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
@@ -142,6 +142,8 @@ def train(
         hooks.take_device()
         run.create()
         run.forget_metrics_after(start)
+        if hooks.held_out is not None:
+            run.forget_measures("eval_loss", keep=held_out_key(hooks.held_out))
         training = _Training(run, base, data, job, hooks, start, length)
         with training.recorded():
             training.look()
@@ -268,7 +270,8 @@ class _Training:
             guidance=self.job.train.guidance,
             check_stop=self.hooks.check_stop,
         )
-        self.run.log({"step": self.step, "eval_loss": loss})
+        key = held_out_key(self.hooks.held_out)
+        self.run.log({"step": self.step, "eval_loss": loss, "of": key})
         self.hooks.on_measure(self.step, {"eval_loss": loss})
         if self.run.best_step() == self.step:
             self._save()
