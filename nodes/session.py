@@ -155,6 +155,7 @@ class Session:
     def _tell_if_stopped(self, step: int) -> None:
         length = self._job.length.num_steps(self._steps_per_epoch)
         if step < length:
+            self._reporter.state = "stopped"
             text = f"Stopped and kept at step {step} of {length}. Resume trains it to its length."
             host.show_text(text, self._asker.node_id)
 

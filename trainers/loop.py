@@ -139,7 +139,6 @@ def train(
             return _from_disk(run, end, hooks)
         start = run.start_step(length)
         hooks.on_start(start, length)
-        hooks.take_device()
         run.create()
         run.forget_metrics_after(start)
         if hooks.held_out is not None:
@@ -179,7 +178,7 @@ class _Training:
         self.seconds_per_step: float | None = None
         self.started = time.time()
         self.went_on = run.is_going_on()
-        self.state: TrainState | None = self._state()
+        self.state: TrainState | None = None
         self.lora: dict[str, Tensor] = {}
 
     @contextmanager
@@ -191,7 +190,7 @@ class _Training:
         """
         try:
             try:
-                self._report("training")
+                self._begin()
                 yield
             finally:
                 self._let_go()
@@ -283,12 +282,14 @@ class _Training:
         self._report("paused")
         self.hooks.control.wait_while_paused(self.hooks.check_stop)
         if not self.is_over():
-            self.hooks.take_device()
-            self.state = self._state()
-            self._report("training")
+            self._begin()
 
-    def _state(self) -> TrainState:
-        return TrainState(self.base, self.job, self.run.load(self.step) if self.step else None)
+    def _begin(self) -> None:
+        """Take the device, with the state of the last step."""
+        self.hooks.take_device()
+        saved = self.run.load(self.step) if self.step else None
+        self.state = TrainState(self.base, self.job, saved)
+        self._report("training")
 
     def _on_device(self) -> TrainState:
         assert self.state is not None  # only a pause has none
