@@ -43,7 +43,10 @@ def test_every_state_is_read_as_it_was_written(tmp_path: Path, state: Any) -> No
     write_status(tmp_path, written)
     assert read_status(tmp_path) == written
     keys = {"state", "step", "num_steps", "started", "updated", "error", "lora", "node"}
-    assert json.loads((tmp_path / "status.json").read_text()).keys() == keys | {"can_sample", "went_on"}
+    assert json.loads((tmp_path / "status.json").read_text()).keys() == keys | {
+        "can_sample",
+        "went_on",
+    }
 
 
 def test_a_change_has_its_time() -> None:
