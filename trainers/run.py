@@ -342,8 +342,8 @@ class Run:
         self._write_metrics([line for line in self.metrics() if line["step"] <= step])
 
     def forget_measures(self, name: str, *, keep: str) -> None:
-        """Drop the values called `name` whose lines have another `of` than `keep`: measured on other
-        pictures, or by another model, they make no curve with new ones."""
+        """Drop the values called `name` whose lines have another `of` than `keep`: measured on
+        other pictures, or by another model, they make no curve with new ones."""
         lines = self.metrics()
         kept = [line for line in lines if name not in line or line.get("of") == keep]
         if len(kept) < len(lines):
