@@ -147,6 +147,12 @@ def vae_identity(vae: Any) -> str:
     return _identity(vae.patcher, (vae.vae_dtype,), lambda name: True)
 
 
+def patcher_identity(patcher: Any) -> str:
+    """SHA-256 over samples of the weights of a text or vision encoder, but for those that files may
+    lack, which are then whatever was in memory."""
+    return _identity(patcher, (), lambda name: not name.endswith(_UNUSED_CLIP_PARTS))
+
+
 def require_flux_vae(vae: Any) -> None:
     """Raises ValueError if a VAE is not one of FLUX's kind."""
     network = getattr(vae, "first_stage_model", None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..trainers.control import Control
 from ..trainers.hooks import Step
-from ..trainers.status import Status
+from ..trainers.status import State, Status
 from . import host
 from .validation import Picture
 
@@ -38,7 +38,7 @@ class Reporter:
 
     def __init__(self, run_id: str, node_id: str | None) -> None:
         self._who = {"run": run_id, "node": node_id}
-        self._state = "finished"  # of a run that is answered from disk
+        self.state: State = "finished"  # as of most runs that are answered from disk
         self._lines: list[dict[str, Any]] = []
         self._sent = 0.0
 
@@ -64,12 +64,12 @@ class Reporter:
 
     def status(self, status: Status) -> None:
         """Tell that the run is in another state."""
-        self._state = status.state
+        self.state = status.state
         self.changed()
 
     def changed(self) -> None:
         """Tell that there is something new on disk."""
-        host.send_event("atelier.run", {**self._who, "state": self._state})
+        host.send_event("atelier.run", {**self._who, "state": self.state})
 
     def preview(self, step: int, picture: Picture, url: str) -> None:
         """Show a sample picture while it is denoised, at most ten times a second."""

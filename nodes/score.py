@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..trainers import score
 from ..trainers.tensor_files import read_header
-from .encoders import token_ids
+from .encoders import patcher_identity, token_ids
 
 _ENCODERS = ("clip_l", "clip_h", "clip_g")
 _MODELS = {768: "ViT-L/14", 1024: "ViT-H/14", 1280: "ViT-bigG/14"}
@@ -56,6 +56,11 @@ def require_one_space(clip_vision: Any, clip: Any) -> str:
     space = _picture_space(clip_vision)
     clip.load_model()
     return _text_encoder(clip, space)
+
+
+def score_identity(clip_vision: Any, clip: Any) -> str:
+    """What tells one model of the score from another."""
+    return patcher_identity(clip_vision.patcher) + patcher_identity(clip.patcher)
 
 
 def _picture_space(clip_vision: Any) -> int:

@@ -97,14 +97,10 @@ class Session:
         self._reporter = live.Reporter(self._run.name, asker.node_id)
         # The entry with the smallest key: the order of the files must not change the pictures.
         sampled = min(data.latents.entries, key=lambda entry: entry.name)
-        self._samples = Samples(
-            self._run.folder / "samples",
-            model,
-            job.lora,
-            validation,
-            (sampled.width, sampled.height),
-            self._reporter.preview,
-        )
+        size = (sampled.width, sampled.height)
+        self._score_key = validation.score_key(size)
+        folder = self._run.folder / "samples"
+        self._samples = Samples(folder, model, job.lora, validation, size, self._reporter.preview)
 
     def train(self) -> Result:
         """Train, or take the finished run from disk; write the LoRA file; draw the last picture."""
@@ -155,6 +151,7 @@ class Session:
     def _tell_if_stopped(self, step: int) -> None:
         length = self._job.length.num_steps(self._steps_per_epoch)
         if step < length:
+            self._reporter.state = "stopped"
             text = f"Stopped and kept at step {step} of {length}. Resume trains it to its length."
             host.show_text(text, self._asker.node_id)
 
@@ -211,6 +208,8 @@ class Session:
 
     def _on_start(self, step: int, num_steps: int) -> None:
         is_trained = bool(self._forecast)  # made before a training
+        if self._score_key:
+            self._run.forget_measures("score", keep=self._score_key)
         lines = [f"{num_steps} steps = {num_steps / self._steps_per_epoch:.1f} epochs."]
         if 0 < step < num_steps:
             lines.append(f"The run goes on from step {step}.")
@@ -283,7 +282,7 @@ class Session:
             self._logger.log_picture(step, picture.prompt.name, path)
         if score is not None and (is_new or step not in self._run.scores()):
             mean = self._mean_score(score, step)
-            self._run.log_score(step, mean)
+            self._run.log_score(step, mean, of=self._score_key)
             self._logger.log(step, {"score": mean})
         self._reporter.changed()
 

@@ -14,7 +14,7 @@ from ..trainers.data import TrainingData
 from ..trainers.load import BaseFlux
 from ..trainers.rhythm import Rhythm
 from .encoders import require_flux_vae, vae_identity
-from .score import require_one_space
+from .score import require_one_space, score_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,15 @@ class Validation:
                 f"The prompts of the sample pictures have a width of {width}, and this model needs "
                 f"{needed}. Encode them with the CLIP that belongs to the model."
             )
+
+    def score_key(self, default_size: tuple[int, int]) -> str:
+        """Hash of what is scored and of the model that does: two scores of one key can be compared.
+        Empty without a score."""
+        if self.score is None:
+            return ""
+        keys = sorted({picture.key for picture in self.pictures(default_size)})
+        model = score_identity(self.score.vision, self.score.text)
+        return hashlib.sha256(f"{keys} {model}".encode()).hexdigest()[:8]
 
     def pictures(self, default_size: tuple[int, int]) -> Iterator[Picture]:
         """All pictures of one look, in the order in which they are shown."""

@@ -249,6 +249,22 @@ def test_the_end_is_measured_if_it_is_wanted(run_job: RunJob, held_out: Training
     assert list(run_job(5, hooks, folder="without")[1].eval_losses()) == [0, 2, 4]
 
 
+def test_losses_on_other_pictures_are_no_part_of_the_curve(
+    run_job: RunJob, all_data: TrainingData, held_out: TrainingData
+) -> None:
+    """Measured before a cancel. Without held out pictures, what is there stays."""
+    others = part(all_data, 3, 4)
+    expected = run_job(6, watching(others), folder="alone")[1].eval_losses()
+    with pytest.raises(Stop):
+        run_job(6, watching(held_out, check_stop=stop_before(13).check_stop))
+    _, run = run_job(6, watching(others))
+    found = run.eval_losses()
+    assert found == {step: expected[step] for step in found}
+    assert 6 in found
+    run_job(8)
+    assert run.eval_losses() == found
+
+
 def test_held_out_pictures_are_only_looked_at(
     run_job: RunJob,
     trained: TrainingData,

@@ -143,7 +143,8 @@ def test_the_details_of_a_run(root: Path) -> None:
     write(folder / "samples" / "samples.json", strip)
     for name in ("step-000250-aa", "step-000000-bb", "step-000250-bb", "step-000250-gone"):
         (folder / "samples" / f"{name}.png").touch()
-    graph = {"12": {"class_type": "T", "inputs": {"model": ["1", 0], "rank": 4, "name": "x"}}}
+    inputs = {"model": ["1", 0], "rank": 4, "name": "x", "resume": ID}
+    graph = {"12": {"class_type": "T", "inputs": inputs}}
     write(folder / "prompt.json", {"node": "12", "prompt": graph})
     lora = root.parent / "loras" / f"{ID}-700.safetensors"
     write(lora, {})

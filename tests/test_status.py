@@ -194,3 +194,21 @@ def test_the_lora_file_is_noted_and_nothing_else_changes(
     assert after == before | {"lora": "test-1.safetensors", "updated": after["updated"]}
     run.note_lora("test-1.safetensors")
     assert text(run) == after
+
+
+@pytest.mark.parametrize("done", [0, 2], ids=["new", "resumed"])
+def test_a_device_that_cannot_be_taken_is_why_the_run_failed(
+    tmp_path: Path, base: LoadedFlux, data: TrainingData, done: int
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    run = open_run(tmp_path, job(4), base, data)
+    if done:
+        train(run, base, data, job(done))
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory$"):
+        train(run, base, data, job(4), Hooks(take_device=refuse))
+    found = text(run)
+    assert (found["state"], found["step"], found["num_steps"]) == ("failed", done, 4)
+    assert found["error"] == "RuntimeError: CUDA out of memory"
+    assert train(run, base, data, job(4)).step == 4

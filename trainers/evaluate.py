@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .caches import digest
 from .data import TrainingData
 from .flow import add_noise, flow_loss, seeded
 from .flux import velocity
@@ -95,6 +96,11 @@ def held_out_loss(
         )
         losses.append(loss)
     return sum(losses) / len(losses)
+
+
+def held_out_key(data: TrainingData) -> str:
+    """Hash of what `held_out_loss` measures on: two losses of one key can be compared."""
+    return digest(sorted([entry.name, entry.texts[0][0]] for entry in data.latents.entries))[:8]
 
 
 def _noise(like: Tensor, seed: int, sigma_number: int, picture: str) -> Tensor:

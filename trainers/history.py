@@ -73,7 +73,7 @@ def run_details(root: Path, run_id: str) -> dict[str, Any]:
         "path": str(folder.resolve()),
         "samples": _samples(folder),
         "checkpoints": _checkpoints(folder),
-        "settings": kept and _constants(kept[1][kept[0]]),
+        "settings": kept and _settings(kept[1][kept[0]]),
         "files": _files(folder),
     }
 
@@ -269,9 +269,11 @@ def _strip(path: Path) -> list[dict[str, Any]]:
     return [sample for sample in samples if isinstance(sample, dict) and "key" in sample]
 
 
-def _constants(node: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a node that are no links."""
-    return {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+def _settings(node: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a training node that are no links, without the run that it went on with: who
+    copies them begins another one."""
+    inputs = {name: value for name, value in node["inputs"].items() if name != "resume"}
+    return {name: value for name, value in inputs.items() if not isinstance(value, list)}
 
 
 def _files(folder: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from .config import JobSettings, to_json
 from .data import TrainingData
 from .devices import compute_dtype, memory_in_use
 from .differences import different_run
-from .evaluate import held_out_loss
+from .evaluate import held_out_key, held_out_loss
 from .files import clear_leftovers
 from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
@@ -139,9 +139,10 @@ def train(
             return _from_disk(run, end, hooks)
         start = run.start_step(length)
         hooks.on_start(start, length)
-        hooks.take_device()
         run.create()
         run.forget_metrics_after(start)
+        if hooks.held_out is not None:
+            run.forget_measures("eval_loss", keep=held_out_key(hooks.held_out))
         training = _Training(run, base, data, job, hooks, start, length)
         with training.recorded():
             training.look()
@@ -177,7 +178,7 @@ class _Training:
         self.seconds_per_step: float | None = None
         self.started = time.time()
         self.went_on = run.is_going_on()
-        self.state: TrainState | None = self._state()
+        self.state: TrainState | None = None
         self.lora: dict[str, Tensor] = {}
 
     @contextmanager
@@ -189,7 +190,7 @@ class _Training:
         """
         try:
             try:
-                self._report("training")
+                self._begin()
                 yield
             finally:
                 self._let_go()
@@ -268,7 +269,8 @@ class _Training:
             guidance=self.job.train.guidance,
             check_stop=self.hooks.check_stop,
         )
-        self.run.log({"step": self.step, "eval_loss": loss})
+        key = held_out_key(self.hooks.held_out)
+        self.run.log({"step": self.step, "eval_loss": loss, "of": key})
         self.hooks.on_measure(self.step, {"eval_loss": loss})
         if self.run.best_step() == self.step:
             self._save()
@@ -280,12 +282,14 @@ class _Training:
         self._report("paused")
         self.hooks.control.wait_while_paused(self.hooks.check_stop)
         if not self.is_over():
-            self.hooks.take_device()
-            self.state = self._state()
-            self._report("training")
+            self._begin()
 
-    def _state(self) -> TrainState:
-        return TrainState(self.base, self.job, self.run.load(self.step) if self.step else None)
+    def _begin(self) -> None:
+        """Take the device, with the state of the last step."""
+        self.hooks.take_device()
+        saved = self.run.load(self.step) if self.step else None
+        self.state = TrainState(self.base, self.job, saved)
+        self._report("training")
 
     def _on_device(self) -> TrainState:
         assert self.state is not None  # only a pause has none

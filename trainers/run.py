@@ -302,7 +302,7 @@ class Run:
         if status is not None and status.lora != name:
             write_status(self.folder, status.changed(lora=name))
 
-    def log(self, metrics: dict[str, float | int | None]) -> None:
+    def log(self, metrics: dict[str, float | int | str | None]) -> None:
         """Append one line to the metrics.
 
         Raises:
@@ -314,14 +314,17 @@ class Run:
         except OSError as error:
             raise not_written(self._metrics, error) from error
 
-    def log_score(self, step: int, score: float) -> None:
+    def log_score(self, step: int, score: float, of: str) -> None:
         """Write down the score of a step, which may be long past, in the place of an earlier one.
+
+        Args:
+            of: what was scored and by which model, as in `forget_measures`.
 
         Raises:
             ValueError: if the disk is full.
         """
         lines = [line for line in self.metrics() if line["step"] != step or "score" not in line]
-        lines.append({"step": step, "score": score})
+        lines.append({"step": step, "score": score, "of": of})
         self._write_metrics(sorted(lines, key=lambda line: line["step"]))
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -337,6 +340,14 @@ class Run:
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that will be repeated."""
         self._write_metrics([line for line in self.metrics() if line["step"] <= step])
+
+    def forget_measures(self, name: str, *, keep: str) -> None:
+        """Drop the values called `name` whose lines have another `of` than `keep`: measured on
+        other pictures, or by another model, they make no curve with new ones."""
+        lines = self.metrics()
+        kept = [line for line in lines if name not in line or line.get("of") == keep]
+        if len(kept) < len(lines):
+            self._write_metrics(kept)
 
     def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -274,7 +274,8 @@ def scores_on_disk(folder: Path) -> dict[int, float]:
 def test_a_run_has_the_mean_score_of_its_pictures_at_every_step(
     tmp_path: Path, output: Path
 ) -> None:
-    """Also if a crash came between two pictures, and if other prompts are drawn later."""
+    """Also if a crash came between two pictures, and if other prompts are drawn later, or another
+    model tells the score."""
     clip = clip_model()
     score = Score(
         vision=load_vision(tmp_path, clip),
@@ -325,4 +326,17 @@ def test_a_run_has_the_mean_score_of_its_pictures_at_every_step(
     assert list(others) == [0, 1, 2, 3]
     assert others != scores
     for step, value in others.items():
+        assert value == pytest.approx(expected(folder, step), abs=0.3)
+    train("a red circle", "a dog")
+    train("a dog")  # whose pictures are there
+    for step, value in scores_on_disk(folder).items():
+        assert value == pytest.approx(expected(folder, step), abs=0.3)
+    clip = clip_model(depth=2)
+    (tmp_path / "other").mkdir()
+    vision = load_vision(tmp_path / "other", clip)
+    text = load_clip(clip, write_text_encoder(tmp_path / "other", clip))
+    train("a dog", score=Score(vision=vision, text=text))
+    by_other = scores_on_disk(folder)
+    assert list(by_other) == [0, 1, 2, 3]
+    for step, value in by_other.items():
         assert value == pytest.approx(expected(folder, step), abs=0.3)

@@ -21,6 +21,7 @@ from atelier.nodes.session import Asker, Session
 from atelier.nodes.train import TrainLora
 from atelier.nodes.validation import EncodedPrompt, Sampler, Validation
 from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.control import Request
 from atelier.trainers.data import TrainingData
 from atelier.trainers.devices import describe_device
 from atelier.trainers.load import load_flux
@@ -283,8 +284,8 @@ def ask_when(output: Path, events: list[tuple[str, dict[str, Any]]], state: str,
     threading.Thread(target=look, daemon=True).start()
 
 
-def pausing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """The user presses Pause after a step."""
+def asking(monkeypatch: pytest.MonkeyPatch, what: Request, at: int) -> None:
+    """The user presses a button after a step."""
     original = live.Reporter.step
 
     def step(self: live.Reporter, step: Any) -> None:
@@ -293,7 +294,7 @@ def pausing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
             (run_id,) = live._controls
             control = live.find(run_id)
             assert control is not None
-            control.request("pause")
+            control.request(what)
 
     monkeypatch.setattr(live.Reporter, "step", step)
 
@@ -310,7 +311,7 @@ def test_a_paused_training_holds_nothing_on_the_device_and_goes_on(
     unbroken = Session(model, data, other, ASKER, validation).train()
     events.clear()
     loaded: list[int] = []
-    pausing(monkeypatch, 2)
+    asking(monkeypatch, "pause", at=2)
 
     def resume() -> None:
         loaded.append(len(comfy.model_management.current_loaded_models))
@@ -333,6 +334,20 @@ def test_a_paused_training_holds_nothing_on_the_device_and_goes_on(
     assert not live._controls
 
 
+def test_pages_hear_that_a_run_answered_from_disk_was_stopped(
+    model: Any,
+    data: TrainingData,
+    events: list[tuple[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as pressed:
+        asking(pressed, "stop", at=1)
+        Session(model, data, job(), ASKER, NO_SAMPLES).train()
+    events.clear()
+    Session(model, data, job(), ASKER, NO_SAMPLES).train()
+    assert {data["state"] for name, data in events if name == "atelier.run"} == {"stopped"}
+
+
 def test_cancel_works_while_paused(
     model: Any,
     data: TrainingData,
@@ -340,7 +355,7 @@ def test_cancel_works_while_paused(
     events: list[tuple[str, dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pausing(monkeypatch, 2)
+    asking(monkeypatch, "pause", at=2)
     ask_when(output, events, "paused", comfy.model_management.interrupt_current_processing)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         Session(model, data, job(), ASKER, NO_SAMPLES).train()
