@@ -52,10 +52,10 @@ export class Choices {
     return 1 - 1 / WINDOWS[this.slider.value]
   }
 
-  // Until someone moves the slider: about a twelfth of the run.
+  // Until someone moves the slider: about a sixth of the run.
   fit(numSteps) {
     if (!this.#isChosen) {
-      const larger = WINDOWS.findIndex((window) => window > numSteps / 12)
+      const larger = WINDOWS.findIndex((window) => window > numSteps / 6)
       this.slider.value = larger < 0 ? WINDOWS.length - 1 : Math.max(0, larger - 1)
     }
     setText(this.window, formatCount(WINDOWS[this.slider.value]))

@@ -111,7 +111,7 @@ export class RunsTab {
     entry.row.dataset.state = run.state
     setText(entry.state, texts.states[run.state] ?? run.state)
     const steps = [run.step, run.num_steps].filter((count) => count !== null).map(formatCount).join(' / ')
-    const loss = run.loss === null ? '' : `  ·  ${texts.loss} ${formatNumber(run.loss)}`
+    const loss = run.loss === null ? '' : ` · ${texts.loss} ${formatNumber(run.loss)}`
     setText(entry.facts, `${texts.steps} ${steps}${loss}`)
     if (run.updated) {
       const time = new Date(run.updated * 1000)

@@ -48,9 +48,9 @@ UNTIL_STEP = """
 const [view, step] = argument
 const node = app.graph.nodes.find((node) => node.type === 'AtelierTrainLoRA')
 const isThere = () => {
-  const texts = document.querySelector(`${view} .atelier-steps`)?.textContent ?? ''
+  const steps = document.querySelector(`${view} .atelier-body:not([hidden]) .atelier-steps`)
   const name = node.widgets.find(({ name }) => name === 'name').value
-  return node.properties.atelier_run?.startsWith(`${name}-`) && parseInt(texts) >= step
+  return node.properties.atelier_run?.startsWith(`${name}-`) && parseInt(steps?.textContent) >= step
 }
 while (!isThere()) await new Promise((resolve) => setTimeout(resolve, 100))
 await new Promise((resolve) => setTimeout(resolve, 300))
@@ -72,7 +72,7 @@ def workflow() -> dict[str, Any]:
 
 
 def draw(frontend: Frontend) -> None:
-    frontend.open(size=(1280, 1000), sharpness=2)
+    frontend.open(size=(1800, 1000), sharpness=2)
     frontend.load(workflow())
     for name, rate in RATES.items():
         frontend.evaluate(PREPARE, {**SETTINGS, "name": name, "learning_rate": rate})
