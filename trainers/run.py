@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,7 +302,7 @@ class Run:
         if status is not None and status.lora != name:
             write_status(self.folder, status.changed(lora=name))
 
-    def log(self, metrics: dict[str, float | int | str | None]) -> None:
+    def log(self, metrics: Mapping[str, float | int | str | None]) -> None:
         """Append one line to the metrics.
 
         Raises:
@@ -310,7 +310,7 @@ class Run:
         """
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(json.dumps(dict(metrics)) + "\n")
         except OSError as error:
             raise not_written(self._metrics, error) from error
 
