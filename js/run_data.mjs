@@ -89,11 +89,11 @@ class Run {
     if (this.details) this.#tell()
   }
 
-  // A run that was resumed from a checkpoint repeats steps: the new ones replace those.
+  // A run that was resumed from a checkpoint repeats steps: the new ones replace those. Validations
+  // come whole, and not at all with an event.
   #take({ num_steps, eval_loss, score, ...columns }) {
     if (num_steps) this.numSteps = num_steps
-    this.#takePoints('eval_loss', eval_loss)
-    this.#takePoints('score', score)
+    if (eval_loss) Object.assign(this, { eval_loss, score })
     const { step } = columns
     if (!step.length) return
     let kept = this.columns.step.length
@@ -104,15 +104,6 @@ class Run {
       const added = columns[name] ?? step.map(() => null)
       for (let index = 0; index < added.length; index++) mine.push(added[index])
     }
-  }
-
-  #takePoints(name, points) {
-    if (!points?.step.length) return
-    const mine = this[name]
-    const kept = mine.step.findIndex((step) => step >= points.step[0])
-    if (kept >= 0) mine.step.length = mine.value.length = kept
-    mine.step.push(...points.step)
-    mine.value.push(...points.value)
   }
 
   #tell() {

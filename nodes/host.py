@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,8 +40,11 @@ def atelier_output() -> Path:
 
 def run_ids() -> list[str]:
     """The folders of all runs, the last one first."""
-    files = atelier_output().glob("*/run.json")
-    return [file.parent.name for file in sorted(files, key=lambda f: -f.stat().st_mtime)]
+    times = {}
+    for file in atelier_output().glob("*/run.json"):
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            times[file.parent.name] = file.stat().st_mtime
+    return sorted(times, key=times.__getitem__, reverse=True)
 
 
 def runs_that_went_on(name: str) -> list[tuple[str, str | None]]:

@@ -19,7 +19,7 @@ from ..trainers.devices import describe_device, system_memory
 from ..trainers.files import write_json
 from ..trainers.hooks import Hooks, Step, Trained, explain
 from ..trainers.load import LoadedFlux
-from ..trainers.loggers import Logger, LoggerKind, open_logger
+from ..trainers.loggers import Logger, LoggerKind, open_logger, require_logger
 from ..trainers.plan import Plan
 from ..trainers.preflight import require_fits
 from ..trainers.run import PROMPT_FILE, Run
@@ -134,7 +134,7 @@ class Session:
             control=control,
             check_stop=host.check_interrupted,
             explain=self._explain,
-            before_start=self._check_memory,
+            before_start=self._check,
             on_start=self._on_start,
             on_step=self._on_step,
             on_measure=self._on_measure,
@@ -200,7 +200,9 @@ class Session:
         plan = Plan.of(self._base, workload, device)
         return replace(plan, other_copy=self._trained_on.other_copy)
 
-    def _check_memory(self) -> None:
+    def _check(self) -> None:
+        """Refuse what cannot work, before anything is written."""
+        require_logger(self._logger_kind)
         self._trained_on.require_memory()
         plan = self._plan()
         lines = require_fits(plan, host.free_memory(), system_memory())
@@ -226,10 +228,10 @@ class Session:
         if is_trained:
             lines += [*self._trained_on.sentences, *self._forecast]
         host.show_text("\n".join(lines), self._asker.node_id)
+        self._write_prompt()  # also when the answer is on disk: what is looked at may be new
         if is_trained:
             logger.info("training %s, step %d to %d", self._run.name, step, num_steps)
             self._open_logger(step)
-            self._write_prompt()
 
     def _open_logger(self, step: int) -> None:
         self._logger = open_logger(

@@ -18,6 +18,7 @@ from atelier.trainers.data import TrainingData
 from atelier.trainers.hooks import Hooks, Step, Trained
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.loop import open_run, save_trained, train
+from atelier.trainers.rhythm import Rhythm
 from atelier.trainers.run import Run
 from atelier.trainers.status import Status, read_status
 from flux_files import write_flux
@@ -239,6 +240,14 @@ def test_stop_while_paused_keeps_the_run_without_another_step(trainer: Trainer) 
     assert all(torch.equal(trained.lora[name], t) for name, t in run.load(2).adapter.items())
     again, _ = trainer(settings)
     assert (trainer.steps, again.step) == ([], 2)
+
+
+def test_stop_while_paused_still_measures_the_end(trainer: Trainer) -> None:
+    hooks = {"held_out": trainer.data, "validation": Rhythm(every=0, at_start=False)}
+    _, run, _ = paused_and_asked(trainer, 2, "stop", **hooks)
+    assert trainer.steps == [1, 2]
+    assert list(run.eval_losses()) == [2]
+    assert status(run).state == "stopped"
 
 
 def test_stop_while_paused_before_the_first_step_waits_for_it(trainer: Trainer) -> None:

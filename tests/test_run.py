@@ -428,3 +428,19 @@ def test_the_run_follows_neither_the_folder_nor_the_order_of_the_cache(tmp_path:
     cache = training_data(tmp_path).latents
     moved = dataclasses.replace(with_entries(cache, cache.entries[::-1]), folder="/elsewhere")
     assert moved.fingerprint() == cache.fingerprint()
+
+
+def test_a_file_that_is_being_read_is_replaced_when_the_reader_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses to replace a file that is open; here the first two tries are refused."""
+    replace, refusals = Path.replace, iter([True, True])
+
+    def refuse(path: Path, target: Path) -> Path:
+        if next(refusals, False):
+            raise PermissionError(errno.EACCES, "The file is used by another process")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    files.write_json(tmp_path / "status.json", {"step": 1})
+    assert names(tmp_path) == ["status.json"]

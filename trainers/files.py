@@ -31,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _sync(temporary)
-        temporary.replace(path)
+        _replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise not_written(path, error) from error
@@ -46,6 +46,16 @@ def clear_leftovers(path: Path) -> None:
         with suppress(OSError):  # gone meanwhile
             if time.time() - leftover.stat().st_mtime > _WRITING_S:
                 leftover.unlink()
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Windows refuses it while somebody reads `path`, as pages do: try for a second."""
+    for _ in range(20):
+        with suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(0.05)
+    temporary.replace(path)
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -18,16 +18,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .curves import columns_text, last_step
+from .run import LOCK_FILE, PROMPT_FILE, RUN_FILE, run_name, steps_saved
 from .status import Status, read_status
 
 LIVE = ("training", "paused")
 """The states of a run that a process trains."""
 _LORA_FOLDER = "loras"
 """Beside the root of the runs; output/loras."""
-_RUN_FILE, _LOCK_FILE = "run.json", "lock"
-_CHECKPOINT = re.compile(r"step-(\d{6,})")
 _PICTURE = re.compile(r"step-(\d{6,})-(.+)\.png")
-_HASH = re.compile(r"-[0-9a-f]{8}$")
 _STATUS_FIELDS = tuple(field.name for field in fields(Status))
 
 
@@ -72,7 +70,7 @@ def run_details(root: Path, run_id: str) -> dict[str, Any]:
         "folder": folder.relative_to(root.parent).as_posix(),
         "path": str(folder.resolve()),
         "samples": _samples(folder),
-        "checkpoints": _checkpoints(folder),
+        "checkpoints": steps_saved(folder),
         "settings": kept and _settings(kept[1][kept[0]]),
         "files": _files(folder),
     }
@@ -86,7 +84,7 @@ def run_prompt(root: Path, run_id: str) -> tuple[str, dict[str, Any]] | None:
         UnknownRun: if there is no such run.
     """
     try:
-        kept = _read_object(_find(root, run_id) / "prompt.json")
+        kept = _read_object(_find(root, run_id) / PROMPT_FILE)
     except ValueError:
         return None
     node, prompt = kept.get("node"), kept.get("prompt")
@@ -123,7 +121,7 @@ def delete_run(root: Path, run_id: str) -> int:
     try:
         with _lock(folder):
             for path in folder.iterdir():
-                if path.name not in (_RUN_FILE, _LOCK_FILE):
+                if path.name not in (RUN_FILE, LOCK_FILE):
                     _remove(path)
         shutil.rmtree(folder)
     except Timeout:
@@ -143,7 +141,7 @@ def _folders(root: Path) -> list[Path]:
     return [
         path
         for path in root.iterdir()
-        if (path / _RUN_FILE).is_file() or (path / "checkpoints").is_dir()
+        if (path / RUN_FILE).is_file() or (path / "checkpoints").is_dir()
     ]
 
 
@@ -157,11 +155,11 @@ def _find(root: Path, run_id: str) -> Path:
 def _status(folder: Path) -> dict[str, Any]:
     """What status.json says, put right by what else is there; `state` may be interrupted or
     damaged too."""
-    steps = _checkpoints(folder)
+    steps = steps_saved(folder)
     kept = steps[-1] if steps else 0
     unknown = dict.fromkeys(_STATUS_FIELDS) | {"step": kept, "updated": 0}
     try:
-        _read_object(folder / _RUN_FILE)
+        _read_object(folder / RUN_FILE)
         status = read_status(folder)
     except ValueError as error:
         return unknown | {"state": "damaged", "error": str(error)}
@@ -201,7 +199,7 @@ def _is_trained(folder: Path) -> bool:
 
 def _lock(folder: Path) -> AbstractContextManager[Any]:
     """Held without waiting. It is not made where there is none. Raises Timeout, OSError."""
-    path = folder / _LOCK_FILE
+    path = folder / LOCK_FILE
     return FileLock(path, timeout=0) if path.exists() else nullcontext()
 
 
@@ -212,7 +210,7 @@ def _summary(folder: Path, status: dict[str, Any]) -> dict[str, Any]:
     pictures = _pictures(folder)
     return {
         "id": folder.name,
-        "name": _HASH.sub("", folder.name),
+        "name": run_name(folder.name),
         "state": status["state"],
         "step": step if status["state"] in LIVE else status["step"],
         "num_steps": status["num_steps"],
@@ -221,15 +219,6 @@ def _summary(folder: Path, status: dict[str, Any]) -> dict[str, Any]:
         "node": status["node"],
         "thumbnail": _view(pictures[-1][2], folder.parent) if pictures else None,
     }
-
-
-def _checkpoints(folder: Path) -> list[int]:
-    """The steps that can be gone on from, ascending."""
-    try:
-        names = [path.name for path in (folder / "checkpoints").iterdir()]
-    except OSError:
-        return []
-    return sorted(int(match.group(1)) for match in map(_CHECKPOINT.fullmatch, names) if match)
 
 
 def _pictures(folder: Path) -> list[tuple[int, str, Path]]:

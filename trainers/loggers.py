@@ -74,12 +74,25 @@ def open_logger(
         ValueError: the kind is unknown, its package is missing, or it cannot begin: no login, no
             network, a folder that cannot be written.
     """
-    require(kind in LOGGERS, f"Unknown logger '{kind}'. Choose one of: {', '.join(LOGGERS)}.")
+    require_logger(kind)
     if kind == "none":
         return Logger()
     if kind == "tensorboard":
         return _open_tensorboard(folder / "tensorboard", name, config, start_step)
     return _open_wandb(folder / "wandb", name, run_id, config, is_online=kind == "wandb")
+
+
+def require_logger(kind: LoggerKind) -> None:
+    """See that a logger can be opened, without opening it.
+
+    Raises:
+        ValueError: the kind is unknown, its package is missing, or there is no login.
+    """
+    require(kind in LOGGERS, f"Unknown logger '{kind}'. Choose one of: {', '.join(LOGGERS)}.")
+    if kind == "tensorboard":
+        _summary_writer()
+    elif kind != "none":
+        _import_wandb(is_online=kind == "wandb")
 
 
 class _Careful(Logger):
@@ -130,16 +143,20 @@ class _TensorBoard(Logger):
 def _open_tensorboard(
     folder: Path, name: str, config: Mapping[str, Any], start_step: int
 ) -> Logger:
-    with importing("tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
     settings = json.dumps(dict(config), indent=1, ensure_ascii=False)
     try:
         # The steps after the checkpoint come again: TensorBoard hides what it has of them.
-        writer = SummaryWriter(folder, purge_step=start_step + 1, flush_secs=10)
+        writer = _summary_writer()(folder, purge_step=start_step + 1, flush_secs=10)
         writer.add_text("settings", f"**{name}**\n\n```\n{settings}\n```", start_step)
     except OSError as error:
         raise ValueError(f"TensorBoard cannot write to {folder}: {error.strerror}.") from error
     return _Careful(_TensorBoard(writer), "TensorBoard", (OSError,))
+
+
+def _summary_writer() -> Any:
+    with importing("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
 
 
 class _Wandb(Logger):
@@ -159,17 +176,8 @@ class _Wandb(Logger):
 def _open_wandb(
     folder: Path, name: str, run_id: str, config: Mapping[str, Any], *, is_online: bool
 ) -> Logger:
-    # Without this, wandb reports its own errors to its makers, and asks for their server's address
-    # before it has read that it is offline (0.31).
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    with importing("wandb"):
-        import wandb
+    wandb = _import_wandb(is_online=is_online)
     errors = (wandb.Error, OSError)
-    require(
-        not is_online or _is_logged_in(wandb),
-        "Weights & Biases has no login here. Run 'wandb login' with the Python of ComfyUI, then "
-        "queue again, or choose 'wandb offline'.",
-    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run = wandb.init(
@@ -192,6 +200,20 @@ def _open_wandb(
             "choose 'wandb offline' or another logger."
         ) from error
     return _Careful(_Wandb(run, wandb.Image), "Weights & Biases", errors)
+
+
+def _import_wandb(*, is_online: bool) -> Any:
+    # Without this, wandb reports its own errors to its makers, and asks for their server's address
+    # before it has read that it is offline (0.31).
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    with importing("wandb"):
+        import wandb
+    require(
+        not is_online or _is_logged_in(wandb),
+        "Weights & Biases has no login here. Run 'wandb login' with the Python of ComfyUI, then "
+        "queue again, or choose 'wandb offline'.",
+    )
+    return wandb
 
 
 def _is_logged_in(wandb: Any) -> bool:

@@ -283,6 +283,9 @@ class _Training:
         self.hooks.control.wait_while_paused(self.hooks.check_stop)
         if not self.is_over():
             self._begin()
+        elif self.hooks.held_out is not None and self.hooks.validation.at_end:
+            self._begin()
+            self._evaluate()
 
     def _begin(self) -> None:
         """Take the device, with the state of the last step."""

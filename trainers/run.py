@@ -34,6 +34,7 @@ from .files import (
 from .frozen import FrozenLora, save_frozen
 from .status import Status, read_status, write_status
 
+RUN_FILE, LOCK_FILE = "run.json", "lock"
 PROMPT_FILE = "prompt.json"
 """The graph that asked for the run, as ComfyUI's queue takes it, and the id of its node."""
 FROZEN_FILE = "frozen_loras.safetensors"
@@ -84,6 +85,16 @@ def run_name(run_id: str) -> str:
     return run_id.rpartition("-")[0] or run_id
 
 
+def steps_saved(folder: Path) -> list[int]:
+    """The steps of which the run in `folder` has a checkpoint, ascending."""
+    try:
+        names = [path.name for path in (folder / "checkpoints").iterdir()]
+    except OSError:  # there are none, or the run is being deleted
+        return []
+    matches = map(_CHECKPOINT_NAME.fullmatch, names)
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state after `step` optimizer steps."""
@@ -128,7 +139,7 @@ class Run:
             ValueError: if another process trains this run, or the disk is full or refuses.
         """
         # Who lists the runs holds it for a moment, to see whether anybody trains.
-        lock = FileLock(self.folder / "lock", timeout=1)
+        lock = FileLock(self.folder / LOCK_FILE, timeout=1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -159,7 +170,7 @@ class Run:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink(missing_ok=True)
-        write_json(self.folder / "run.json", self.identity.to_json())
+        write_json(self.folder / RUN_FILE, self.identity.to_json())
         write_json(self.folder / "job.json", self._job)
         path = self.folder / FROZEN_FILE
         if self._frozen and not path.exists():  # what is in it is part of the run's identity
@@ -167,10 +178,7 @@ class Run:
 
     def steps_saved(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        if not self._checkpoints.is_dir():
-            return []
-        names = (_CHECKPOINT_NAME.fullmatch(path.name) for path in self._checkpoints.iterdir())
-        return sorted(int(match.group(1)) for match in names if match)
+        return steps_saved(self.folder)
 
     def start_step(self, num_steps: int) -> int:
         """Where a run to `num_steps` begins: 0, or the last checkpoint.
