@@ -183,16 +183,18 @@ def test_the_lora_file_is_noted_and_nothing_else_changes(
 ) -> None:
     run = open_run(tmp_path, job(1), base, data)
     assert run.lora_name() is None
-    run.note_lora("early.safetensors")  # there is no run yet, and none is made
+    run.note_lora("early.safetensors", 1)  # there is no run yet, and none is made
     assert not run.folder.exists()
     train(run, base, data, job(1))
     before = text(run)
     assert before["lora"] is None
-    run.note_lora("test-1.safetensors")
+    run.note_lora("test-0.safetensors", 0)  # a shorter answer
+    assert text(run) == before
+    run.note_lora("test-1.safetensors", 1)
     after = text(run)
     assert run.lora_name() == "test-1.safetensors"
     assert after == before | {"lora": "test-1.safetensors", "updated": after["updated"]}
-    run.note_lora("test-1.safetensors")
+    run.note_lora("test-1.safetensors", 1)
     assert text(run) == after
 
 

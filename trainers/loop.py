@@ -352,5 +352,5 @@ def save_trained(folder: Path, trained: Trained, run: Run, base: BaseFlux) -> Pa
     )
     clear_leftovers(path)
     save_lora(path, file_tensors(trained.lora, job.lora), metadata)
-    run.note_lora(path.name)
+    run.note_lora(path.name, trained.step)
     return path

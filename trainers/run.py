@@ -300,14 +300,15 @@ class Run:
         status = read_status(self.folder)
         return None if status is None else status.lora
 
-    def note_lora(self, name: str) -> None:
-        """Write down the name of the run's LoRA file.
+    def note_lora(self, name: str, step: int) -> None:
+        """Write down the name of the run's LoRA file, if it is not an earlier one that was asked for
+        again.
 
         Raises:
             ValueError: if the disk is full or refuses.
         """
         status = read_status(self.folder)
-        if status is not None and status.lora != name:
+        if status is not None and step >= status.step and status.lora != name:
             write_status(self.folder, status.changed(lora=name))
 
     def log(self, metrics: Mapping[str, float | int | str | None]) -> None:
