@@ -52,7 +52,7 @@ from pack import load_pack  # noqa: E402
 load_pack()
 make_comfy_importable(COMFYUI, HOME.name)
 
-from atelier.nodes.native import add_lora, build_model, draw_latents  # noqa: E402
+from atelier.nodes.native import add_lora, build_model  # noqa: E402
 from atelier.trainers.adapters import attach_lora, file_tensors  # noqa: E402
 from atelier.trainers.config import LoraSettings  # noqa: E402
 from atelier.trainers.evaluate import EVAL_SIGMAS  # noqa: E402
@@ -67,6 +67,7 @@ from atelier.trainers.formats import FORMATS  # noqa: E402
 from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
 from atelier.trainers.packed_weight import PackedWeight  # noqa: E402
 from atelier.trainers.store import WeightStore  # noqa: E402
+from drawing import draw  # noqa: E402
 
 ARTWORKS = ("noto", "fluent", "twemoji")
 NUM_PICTURES = 6
@@ -108,8 +109,7 @@ class Task:
         for index in range(len(self.embeds)):
             settings = {"pooled_output": self.pooled[index : index + 1], "guidance": GUIDANCE}
             positive = [[self.embeds[index : index + 1], settings]]
-            size = {"width": PIXELS, "height": PIXELS}
-            drawn.append(draw_latents(model, positive, **size, steps=STEPS, seed=index))
+            drawn.append(draw(model, positive, steps=STEPS, seed=index, side=PIXELS))
         return model.model.process_latent_in(torch.cat(drawn))
 
     @torch.inference_mode()

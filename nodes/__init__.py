@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset, SplitDataset
 from .embeddings import ExportEmbeddings, ImportEmbeddings
+from .guidance import DynamicThresholdCfg
 from .images import ImagesToDataset
 from .importers import HubDataset, ImportDataset
 from .inspect import InspectDataset
@@ -40,6 +41,7 @@ NODES: list[type[io.ComfyNode]] = [
     ValidationSettings,
     PlotLoss,
     SplitDataset,
+    DynamicThresholdCfg,
 ]
 
 

@@ -301,8 +301,7 @@ class Run:
         return None if status is None else status.lora
 
     def note_lora(self, name: str, step: int) -> None:
-        """Write down the name of the run's LoRA file, if it is not an earlier one that was asked for
-        again.
+        """Write down the name of the run's LoRA file, but not of a shorter answer.
 
         Raises:
             ValueError: if the disk is full or refuses.

@@ -150,6 +150,16 @@ FROZEN = {
         ["model MODEL", "lora_name COMBO", "strength FLOAT", "lora? LORA_MODEL"],
         ["MODEL MODEL"],
     ),
+    "AtelierDynamicThresholdCFG": (
+        [
+            *("model MODEL", "mimic_scale FLOAT", "threshold_percentile FLOAT"),
+            *("mimic_mode COMBO", "mimic_scale_min FLOAT", "cfg_mode COMBO"),
+            *("cfg_scale_min FLOAT", "sched_val FLOAT", "separate_feature_channels COMBO"),
+            *("scaling_startpoint COMBO", "variability_measure COMBO", "interpolate_phi FLOAT"),
+            *("basis COMBO", "start_percent FLOAT", "end_percent FLOAT"),
+        ],
+        ["MODEL MODEL"],
+    ),
     "AtelierEstimateMemory": (
         [
             *("model COMBO", "format COMBO", "width INT", "height INT", "prompt_length INT"),

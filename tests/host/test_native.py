@@ -10,13 +10,14 @@ import pytest
 import torch
 from atelier.nodes import host
 from atelier.nodes.loaders import LoadQuantizedFlux
-from atelier.nodes.native import add_lora, build_model, draw_latents
+from atelier.nodes.native import add_lora, build_model
 from atelier.nodes.trainable import base_flux
 from atelier.trainers.adapters import attach_lora, file_tensors
 from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
+from drawing import draw
 from flux_files import write_flux
 from lora_files import lora_tensors
 
@@ -169,11 +170,10 @@ def test_comfyui_samples_with_and_without_a_lora(loaded: LoadedFlux) -> None:
     settings = LoraSettings(rank=4)
     transformer = build_transformer(loaded.store, loaded.config, torch.float32)
     tensors = file_tensors(trained_like(transformer, settings).state(), settings)
-    draw = {"width": 64, "height": 64, "steps": 2, "seed": 0}
     with torch.inference_mode():
-        plain = draw_latents(model, positive, **draw)
-        patched = draw_latents(add_lora(model, tensors, 1.0), positive, **draw)
-        again = draw_latents(model, positive, **draw)
+        plain = draw(model, positive, steps=2)
+        patched = draw(add_lora(model, tensors, 1.0), positive, steps=2)
+        again = draw(model, positive, steps=2)
     assert not torch.equal(plain, patched)
     assert torch.equal(plain, again)
     assert loaded.store.content_hash() == before

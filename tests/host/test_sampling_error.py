@@ -10,9 +10,10 @@ import functools
 from pathlib import Path
 
 import comfy.sd
+import drawing
 import pytest
 import torch
-from atelier.nodes.native import add_lora, build_model, draw_latents
+from atelier.nodes.native import add_lora, build_model
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
 from core_flux import core_model_of
@@ -42,9 +43,8 @@ def draw(model) -> Tensor:
     embeds = torch.randn(1, 20, 128, generator=generator)
     pooled = torch.randn(1, 64, generator=generator)
     positive = [[embeds, {"pooled_output": pooled, "guidance": 2.5}]]
-    size = {"width": 64, "height": 64, "steps": 4}
     with torch.inference_mode():
-        drawn = [draw_latents(model, positive, **size, seed=seed) for seed in (0, 1)]
+        drawn = [drawing.draw(model, positive, steps=4, seed=seed) for seed in (0, 1)]
         return model.model.process_latent_in(torch.cat(drawn))
 
 

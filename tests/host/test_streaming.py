@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import comfy.model_management
+import drawing
 import pytest
 import torch
 from atelier.nodes.native import (
     StorePatcher,
     add_lora,
     build_model,
-    draw_latents,
     to_training_device,
 )
 from atelier.trainers.adapters import attach_lora, file_tensors
@@ -58,7 +58,7 @@ def drawn(model: StorePatcher) -> Tensor:
     pooled = torch.randn(1, config.vector_dim, generator=generator)
     positive = [[embeds, {"pooled_output": pooled}]]
     with torch.inference_mode():
-        return draw_latents(model, positive, width=64, height=64, steps=2, seed=0)
+        return drawing.draw(model, positive, steps=2)
 
 
 @pytest.fixture(scope="module")
