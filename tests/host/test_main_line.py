@@ -76,7 +76,7 @@ def test_the_saved_lora_is_listed_and_the_core_loader_gives_the_same_picture(
 
 
 def test_the_same_graph_queued_again_trains_nothing(server: ComfyServer, pictures: str) -> None:
-    graph = train_graph(pictures, name="again", sampling=False)
+    graph = train_graph(pictures, name="queued twice", sampling=False)
     name = server.run(graph)["outputs"]["name"]["text"][0]
     metrics = run_folder(server, name) / "metrics.jsonl"
     first = metrics.read_text()
