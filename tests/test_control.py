@@ -250,6 +250,19 @@ def test_stop_while_paused_still_measures_the_end(trainer: Trainer) -> None:
     assert status(run).state == "stopped"
 
 
+def test_stop_while_a_picture_is_drawn_still_measures_the_end(trainer: Trainer) -> None:
+    """Nothing is due at that step: the picture was asked for."""
+    control = Control()
+
+    def draw(step: int, lora: dict[str, torch.Tensor]) -> None:
+        control.request("stop")
+
+    hooks = {"held_out": trainer.data, "validation": Rhythm(every=0, at_start=False)}
+    _, run = trainer(job(5), (2, "sample"), control=control, sample=draw, **hooks)
+    assert trainer.steps == [1, 2]
+    assert list(run.eval_losses()) == [2]
+
+
 def test_stop_while_paused_before_the_first_step_waits_for_it(trainer: Trainer) -> None:
     trained, _, _ = paused_and_asked(trainer, 0, "stop")
     assert (trainer.steps, trained.step) == ([1], 1)

@@ -149,6 +149,7 @@ def train(
             while not training.is_over():
                 training.advance()
                 training.look()
+            training.finish()
     return training.outcome()
 
 
@@ -237,19 +238,26 @@ class _Training:
 
     def look(self) -> None:
         """Between two steps: the validation if it is due, and what was asked for."""
-        control, is_over = self.hooks.control, self.is_over()
+        control = self.hooks.control
         is_due = self.hooks.validation.is_due(self.step, self.steps_per_epoch)
-        if is_due or (is_over and self.hooks.validation.at_end):
+        if is_due:
             self._evaluate()
         if control.take("save"):
             self._save()
             self.hooks.keep(self.outcome())
-        if is_over:
+        if self.is_over():
             return
         if self.hooks.sample and (control.take("sample") or is_due):
             self.hooks.sample(self.step, self._on_device().lora.state())
         if control.take("pause"):
             self._pause()
+
+    def finish(self) -> None:
+        """The loss of the end, also when it was stopped in a pause or while a picture was drawn."""
+        if self.hooks.held_out is not None and self.hooks.validation.at_end:
+            if self.state is None:
+                self._begin()
+            self._evaluate()
 
     def outcome(self) -> Trained:
         """What is trained by now."""
@@ -283,9 +291,6 @@ class _Training:
         self.hooks.control.wait_while_paused(self.hooks.check_stop)
         if not self.is_over():
             self._begin()
-        elif self.hooks.held_out is not None and self.hooks.validation.at_end:
-            self._begin()
-            self._evaluate()
 
     def _begin(self) -> None:
         """Take the device, with the state of the last step."""
