@@ -32,6 +32,7 @@ def test_all_workflows_are_there() -> None:
         *("atelier_quickstart_nano", "atelier_flux1_dev_qlora"),
         *("atelier_multi_resolution", "atelier_masks_and_regularization"),
         *("atelier_images_from_a_graph", "atelier_watched_training"),
+        "atelier_dynamic_threshold",
     }
 
 

@@ -133,6 +133,18 @@ def test_a_watched_training_draws_and_measures(server: ComfyServer) -> None:
     ]
 
 
+def test_a_negative_prompt_counts_with_dynamic_threshold(server: ComfyServer) -> None:
+    """Without it, with it, and with it brought back: three pictures of one prompt and seed."""
+    object_info = server.object_info()
+    graph = workflow.load(ROOT / "workflows" / "atelier_dynamic_threshold.json", object_info)
+    for node in graph.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    outputs = server.run(graph, timeout_s=300)["outputs"].values()
+    images = [image for output in outputs for image in output.get("images", [])]
+    assert len({server.view(image) for image in images}) == 3
+
+
 def run_briefly(server: ComfyServer, name: str, *settings: str) -> list[str]:
     """Two steps of a graph on pictures of random colours; the texts that its nodes gave."""
     write_pictures(server.base_directory / "input" / "my_pictures", size=128)
