@@ -26,6 +26,7 @@ from atelier.nodes.encoders import build_clip, prompt_encoder
 from atelier.nodes.loaders import LoadQuantizedTextEncoders
 from atelier.nodes.native import StorePatcher
 from atelier.nodes.native_clip import build_text_encoders
+from atelier.nodes.sampling import encode_prompt
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.text_encoders import load_text_encoders
 from comfy_server import ComfyServer, GraphError
@@ -101,6 +102,17 @@ def test_every_format_encodes_as_its_dense_weights_do(
 def test_bf16_encodes_exactly_as_comfyui_does(pair: tuple[Path, Path], tmp_path: Path) -> None:
     core = build_clip(write_folder(tmp_path, small_clip(), small_t5()))
     assert distance(encoded(our_clip(pair, "bf16")), encoded(core)) == 0
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_pictures_get_the_embeddings_that_were_trained_on(
+    pair: tuple[Path, Path], format: str
+) -> None:
+    """256 tokens, to which ComfyUI pads a prompt of FLUX."""
+    clip, text = our_clip(pair, format), "a red cat on a mat"
+    encode, _ = prompt_encoder(clip, 256)
+    ((drawn, options),) = encode_prompt(clip, text, 2.5)
+    assert distance(encode([text]), (drawn, options["pooled_output"])) <= 1e-6
 
 
 def test_formats_differ(pair: tuple[Path, Path]) -> None:
