@@ -438,6 +438,7 @@ def test_an_unknown_format_names_the_known_ones(tmp_path: Path) -> None:
         load_flux(tmp_path, format="nf5")
 
 
+@pytest.mark.slow
 def test_a_file_of_flux_devs_true_width_loads_into_four_bits(tmp_path: Path) -> None:
     """Zeros of the true names and shapes, but for one row of numbers in each kind of block."""
     shapes = flux_shapes(**BIG)

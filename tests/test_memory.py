@@ -201,6 +201,7 @@ def test_the_optimizer_takes_what_bitsandbytes_allocates() -> None:
     assert sum(adamw8bit_bytes(parameter) for parameter in parameters) == taken
 
 
+@pytest.mark.slow
 def test_the_benchmark_finds_the_prediction_within_5_percent(tmp_path: Path) -> None:
     """In its small form, with the loop's own steps on the nano model."""
     benchmark = load_module("memory_benchmark", ROOT / "benchmarks" / "memory.py")

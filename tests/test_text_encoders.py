@@ -110,6 +110,7 @@ def test_fp8_scales_are_multiplied_in(tmp_path: Path, clip: Tensors, t5: Tensors
         assert torch.equal(store.packed[f"t5xxl.{name}"].data, expected)
 
 
+@pytest.mark.slow
 def test_a_scaled_file_of_true_width_takes_what_the_node_says(
     tmp_path: Path, clip: Tensors
 ) -> None:

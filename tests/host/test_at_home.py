@@ -514,7 +514,7 @@ def test_a_streamed_model_is_saved_whole(
 
 
 @pytest.mark.usefixtures("bytes_stay")
-@pytest.mark.parametrize("kind", ["ours", "streamed"])
+@pytest.mark.parametrize("kind", ["ours", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_a_compiled_model_gives_what_it_gives_otherwise(
     ours: tuple[StorePatcher, ...],
     streamed: tuple[StorePatcher, ...],

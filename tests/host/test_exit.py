@@ -13,7 +13,11 @@ from graphs import train_graph, write_base, write_pictures
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for another process")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM],
+    ids=lambda number: number.name,
+)
 def test_a_server_that_exits_saves_the_run_first(
     server: ComfyServer, tmp_path: Path, number: signal.Signals
 ) -> None:
