@@ -44,12 +44,15 @@ _XLABS = {
     "single_blocks.0.processor.qkv": SINGLE_QKV,
     "single_blocks.0.processor.proj": "single_blocks.0.linear2",
 }
-_CLIP = "text_encoders.clip_l.transformer."
-_T5 = "text_encoders.t5xxl.transformer."
-_TEXT = (
-    (re.compile(r"(?:clip_l|lora_te1)\.(?=text_)"), _CLIP),
-    (re.compile(r"(?:text_encoder|clip_l|lora_te1)\.(?=encoder\.layers\.)"), f"{_CLIP}text_model."),
-    (re.compile(r"(?:text_encoder_2|t5|lora_te[23])\.(?=encoder\.block\.)"), _T5),
+_CLIP = re.compile(
+    r"(?:text_encoders\.clip_l\.transformer\.|text_encoder\.|clip_l\.|lora_te1?[._])"
+    r"(?:text_model[._])?encoder[._]layers[._](\d+)[._]"
+    r"(?:(mlp)[._](fc[12])|(self_attn)[._]((?:q|k|v|out)_proj))"
+)
+_T5 = re.compile(
+    r"(?:text_encoders\.t5xxl\.transformer\.|text_encoder_2\.|t5\.|lora_te[23][._])"
+    r"encoder[._]block[._](\d+)[._]layer[._]([01])[._]"
+    r"(SelfAttention|DenseReluDense)[._](q|k|v|o|wi_0|wi_1|wo)"
 )
 _TEXT_ENCODER = re.compile(r"lora_te\d?[_.]|text_encoders?(?:_\d)?\.|clip_l\.|t5\.")
 
@@ -76,14 +79,31 @@ ORIGINAL = frozenset(
 """The same in the original files."""
 
 
+def _parts() -> dict[str, tuple[tuple[str, int, int], ...]]:
+    parts: dict[str, list[tuple[str, int, int]]] = {}
+    for name, source in _SOURCES.items():
+        if source.rows.stop is not None:
+            start, stop = ((row or 0) // HEAD_SIZE for row in (source.rows.start, source.rows.stop))
+            parts.setdefault(source.name, []).append((name, start, stop))
+    return {name: tuple(found) for name, found in parts.items()}
+
+
+PARTS = _parts()
+"""The fused matrices of block 0 -> diffusers' modules that they hold: name, first row and the row
+after the last, in units of the model's width."""
+DIFFUSERS_OF = {
+    **{source.name: name for name, source in _SOURCES.items() if source.name not in PARTS},
+    FINAL_MODULATION[1]: FINAL_MODULATION[0],
+}
+"""The original name of block 0 -> diffusers', of all other matrices."""
+
+
 def _spellings() -> dict[str, str]:
     """Every spelling of a module, block 0 for all, without what stands before it -> its name."""
     names = {name: name for name in DIFFUSERS | ORIGINAL} | _XLABS
     names["img_in.proj"] = "img_in"  # OneTrainer
-    for name, source in _SOURCES.items():
-        if source.rows.start is not None:  # OneTrainer numbers the parts of fused matrices
-            part = (source.rows.start or 0) // HEAD_SIZE
-            names[f"{source.name}.{part}"] = name
+    for matrix, parts in PARTS.items():  # OneTrainer numbers the parts of fused matrices
+        names |= {f"{matrix}.{number}": part for number, (part, _, _) in enumerate(parts)}
     return {name.replace(".", "_"): known for name, known in names.items()} | names
 
 
@@ -128,7 +148,33 @@ def flux_module(module: str) -> str | None:
         return _SPELLINGS.get(bare)
     kind, dot, index, leaf = block.groups()
     known = _SPELLINGS.get(f"{kind}{dot}0{dot}{leaf}")
-    return known and known.replace(".0.", f".{index}.", 1)
+    return known and in_block(known, index)
+
+
+def text_module(module: str) -> tuple[str, str] | None:
+    """The encoder, `clip_l` or `t5xxl`, and the dotted name of a module of it in any spelling; None
+    for anything else."""
+    if match := _CLIP.fullmatch(module):
+        layer, *parts = (group for group in match.groups() if group)
+        return "clip_l", f"text_model.encoder.layers.{layer}.{'.'.join(parts)}"
+    if match := _T5.fullmatch(module):
+        block, layer, *parts = match.groups()
+        return "t5xxl", f"encoder.block.{block}.layer.{layer}.{'.'.join(parts)}"
+    return None
+
+
+def block_zero(known: str) -> tuple[str, str]:
+    """A module's name in block 0, and the number of its block; empty for one that is in none."""
+    block = _BLOCK.fullmatch(known)
+    if block is None:
+        return known, ""
+    kind, _, index, leaf = block.groups()
+    return f"{kind}.0.{leaf}", index
+
+
+def in_block(name: str, index: str) -> str:
+    """The other way round."""
+    return name.replace(".0.", f".{index}.", 1) if index else name
 
 
 def is_text_encoder(module: str) -> bool:
@@ -142,28 +188,34 @@ def _prefix_length(module: str) -> int:
 
 
 def _comfy_module(module: str) -> str:
-    for pattern, text in _TEXT:
-        if match := pattern.match(module):
-            return text + module[match.end() :]
+    if text := text_module(module):
+        encoder, name = text
+        read = _comfy_text_spellings(encoder, name)
+        return module if module in read else read[0]
     if is_text_encoder(module) or (known := flux_module(module)) is None:
         return module
-    return module if module in _comfy_spellings(known) else _with_prefix(known)
+    read = _comfy_spellings(known)
+    return module if module in read else read[0]
+
+
+def _comfy_text_spellings(encoder: str, name: str) -> tuple[str, ...]:
+    """What ComfyUI reads for a module of a text encoder; OneTrainer calls T5 te2."""
+    flat, dotted = name.replace(".", "_"), f"text_encoders.{encoder}.transformer.{name}"
+    if encoder == "clip_l":
+        return (dotted, f"lora_te1_{flat}", f"lora_te_{flat}", f"text_encoder.{name}")
+    return (dotted, f"lora_te3_{flat}", f"lora_te2_{flat}")
 
 
 def _comfy_spellings(known: str) -> tuple[str, ...]:
-    """What ComfyUI reads for a module."""
+    """What ComfyUI reads for a module, its own way first."""
     flat = known.replace(".", "_")
     if _is_original(known):
         return (f"diffusion_model.{known}", f"lora_unet_{flat}")
     return (f"transformer.{known}", f"lora_transformer_{flat}", f"lycoris_{flat}")
 
 
-def _with_prefix(known: str) -> str:
-    return f"{'diffusion_model' if _is_original(known) else 'transformer'}.{known}"
-
-
 def _is_original(known: str) -> bool:
-    return re.sub(r"(?<=blocks\.)\d+", "0", known, count=1) in ORIGINAL
+    return block_zero(known)[0] in ORIGINAL
 
 
 def _comfy_ending(ending: str) -> str:

@@ -1,0 +1,277 @@
+"""LoRAs under the names of other programs, in another rank, and several as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapters import save_lora
+from .config import require
+from .flux import FINAL_MODULATION
+from .flux_lora import Adapter, FluxLora, is_of_text, swapped_halves
+from .lora_names import DIFFUSERS_OF, PARTS, block_zero, in_block
+from .low_rank import LowRank, stacked
+
+FORMATS = ("diffusers", "comfyui", "kohya")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+_DIFFUSERS_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight"}
+_OTHER_PARTS = {"down": "lora_down.weight", "up": "lora_up.weight"}
+_TEXT_PREFIXES = {
+    "clip_l": {
+        "diffusers": "text_encoder.",
+        "comfyui": "text_encoders.clip_l.transformer.",
+        "kohya": "lora_te1_",
+    },
+    "t5xxl": {
+        "diffusers": "text_encoder_2.",
+        "comfyui": "text_encoders.t5xxl.transformer.",
+        "kohya": "lora_te3_",
+    },
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PEFT = "lora_adapter_metadata"
+"""diffusers' metadata with alphas: it refuses a file that has them as tensors too."""
+
+
+def exported(lora: FluxLora, format: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors of a file of this format, one of `FORMATS`, with an alpha for each module.
+
+    diffusers: `transformer.` and diffusers' names, `lora_A` / `lora_B`. comfyui:
+    `diffusion_model.` and the original names, `lora_down` / `lora_up`. kohya: `lora_unet_` and the
+    original names with underscores. The last two have fused matrices: the parts of one become a
+    LoRA with a block-diagonal `lora_up`, whose rank is the sum of theirs, and such a one is taken
+    apart again, exactly. Alphas stay float32.
+
+    Raises:
+        ValueError: if the format cannot hold what the LoRA is, or a value is too large for `dtype`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for adapter in (*_modules(lora.adapters, format), *lora.text):
+        tensors |= _spelled(adapter, format)
+    if lora.rest:
+        require(
+            format == "comfyui",
+            f"The format {format} cannot hold what this LoRA changes beside matrices, such as "
+            f"'{next(iter(lora.rest))}'. Choose comfyui.",
+        )
+        tensors |= lora.rest
+    return {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+
+
+def resized(lora: FluxLora, rank: int) -> FluxLora:
+    """Every module as the nearest LoRA of at most this rank (SVD); LoKr and LoHa become LoRAs.
+
+    A fused matrix that was trained as parts is resized by its parts.
+    """
+    return dataclasses.replace(
+        lora,
+        adapters=tuple(_resized(adapter, rank) for adapter in lora.adapters),
+        text=tuple(_resized(adapter, rank) for adapter in lora.text),
+    )
+
+
+def merged(loras: Sequence[tuple[FluxLora, float]], rank: int = 0) -> FluxLora:
+    """The sum of LoRAs with their weights, of the sum of their ranks, or of at most `rank`.
+
+    Raises:
+        ValueError: if one is a DoRA or changes more than matrices, or a LoKr and no rank is given.
+    """
+    require(bool(loras), "There is no LoRA to merge: choose at least one file.")
+    groups: dict[tuple[str, int, int], list[LowRank]] = {}
+    for lora, weight in loras:
+        require(
+            not lora.rest,
+            "A LoRA that also changes biases, norms or whole matrices cannot be merged: it has "
+            f"'{next(iter(lora.rest), '')}'. Leave it out, or export it alone.",
+        )
+        for adapter in (*_modules(lora.adapters, "diffusers"), *lora.text):
+            require(
+                adapter.dora_scale is None,
+                f"A DoRA cannot be merged with others: '{adapter.name}' has magnitudes, which "
+                "depend on the model. Leave it out, or use Apply LoRA for each.",
+            )
+            key = (adapter.name, adapter.start, adapter.shape[0])
+            groups.setdefault(key, []).append(adapter.low_rank(rank).times(weight))
+    sums = []
+    for (name, start, num_rows), pieces in groups.items():
+        product = stacked([(0, piece) for piece in pieces], num_rows)
+        sums.append(_lora(name, start, product.truncated(rank) if rank else product))
+    return FluxLora(
+        adapters=tuple(adapter for adapter in sums if not is_of_text(adapter)),
+        text=tuple(adapter for adapter in sums if is_of_text(adapter)),
+        rest={},
+    )
+
+
+def squared_norm(lora: FluxLora) -> float:
+    """The sum of the squares of all that its LoRAs and LoHas add."""
+    adapters = (a for a in (*lora.adapters, *lora.text) if a.kind != "lokr")
+    return sum(adapter.low_rank().squared_norm() for adapter in adapters)
+
+
+def save_export(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a LoRA file with metadata in the modelspec convention: what `metadata` holds, the date,
+    and the SHA-256 of the tensors' bytes.
+
+    Raises:
+        ValueError: if a value is not finite, or the disk refuses.
+    """
+    from safetensors.torch import save
+
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    body = save(whole)
+    digest = hashlib.sha256(body[8 + int.from_bytes(body[:8], "little") :]).hexdigest()
+    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+    kept = {key: value for key, value in metadata.items() if key not in (*_HASHES, _PEFT, "format")}
+    save_lora(
+        path,
+        whole,
+        {
+            **kept,
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": kept.get("modelspec.architecture", "flux-1-dev/lora"),
+            "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+            "modelspec.title": path.stem,
+            "modelspec.date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "modelspec.hash_sha256": f"0x{digest}",
+        },
+    )
+
+
+def _modules(adapters: Sequence[Adapter], format: str) -> Iterator[Adapter]:
+    """One adapter for each module of FLUX in a file of this format; by its name and its rows one
+    sees which."""
+    matrices: dict[str, list[Adapter]] = {}
+    for adapter in adapters:
+        matrices.setdefault(adapter.name, []).append(adapter)
+    for name, found in matrices.items():
+        parts = PARTS.get(block_zero(name)[0])
+        if parts is None:
+            rows = [found[0].rows]
+        elif format == "comfyui" and not all(_is_plain(adapter) for adapter in found):
+            rows = [adapter.rows for adapter in found]  # ComfyUI reads diffusers' modules too
+        else:
+            width = found[0].shape[1]
+            if format != "diffusers":
+                parts = (("", 0, parts[-1][2]),)
+            rows = [slice(start * width, stop * width) for _, start, stop in parts]
+        yield from (module for part in rows if (module := _on_rows(name, found, part)))
+
+
+def _on_rows(name: str, adapters: Sequence[Adapter], rows: slice) -> Adapter | None:
+    """What several adapters of a matrix do to some rows of it, as one; None for nothing."""
+    hits = [a for a in adapters if a.rows.start < rows.stop and a.rows.stop > rows.start]
+    if len(hits) == 1 and hits[0].rows == rows:
+        return hits[0]
+    pieces, magnitudes = [], []
+    for adapter in hits:
+        first, last = max(adapter.start, rows.start), min(adapter.rows.stop, rows.stop)
+        own = slice(first - adapter.start, last - adapter.start)
+        piece = adapter.low_rank().on_rows(own)
+        if piece is not None:
+            pieces.append((first - rows.start, piece))
+        if adapter.dora_scale is not None and adapter.dora_scale.shape[1] == 1:
+            magnitudes.append(adapter.dora_scale[own])
+    if not pieces:
+        return None
+    dora_scale = None
+    if any(adapter.dora_scale is not None for adapter in hits):
+        dora_scale = torch.cat(magnitudes) if magnitudes else torch.empty(0, 1)
+        require(
+            len(dora_scale) == rows.stop - rows.start == sum(len(p.up) for _, p in pieces),
+            f"The parts of '{name}' cannot become one module: magnitudes of a DoRA are there for "
+            "some of its rows only, or for its columns. Choose another format, such as comfyui.",
+        )
+    product = stacked(pieces, rows.stop - rows.start)
+    return _lora(name, rows.start, product, dora_scale)
+
+
+def _lora(name: str, start: int, product: LowRank, dora_scale: Tensor | None = None) -> Adapter:
+    parts = {
+        "down": product.down,
+        "up": product.up,
+        "alpha": torch.tensor(product.scale * product.rank),
+    }
+    if dora_scale is not None:
+        parts["dora_scale"] = dora_scale
+    return Adapter(name=name, start=start, parts=parts)
+
+
+def _is_plain(adapter: Adapter) -> bool:
+    return adapter.kind == "lora" and adapter.dora_scale is None
+
+
+def _resized(adapter: Adapter, rank: int) -> Adapter:
+    product = adapter.low_rank(rank)
+    return _lora(adapter.name, adapter.start, product, adapter.dora_scale)
+
+
+def _spelled(adapter: Adapter, format: str) -> dict[str, Tensor]:
+    """The tensors of one module."""
+    is_diffusers = format == "diffusers"
+    if adapter.kind == "lora" or is_diffusers:  # which knows no other kind
+        adapter = _lora(adapter.name, adapter.start, adapter.low_rank(), adapter.dora_scale)
+    if adapter.name.startswith("final_layer.") and adapter.kind == "lora":
+        # diffusers' converter of original names does not read the alphas of these two modules.
+        product = adapter.low_rank().folded()
+        adapter = _lora(adapter.name, adapter.start, product, adapter.dora_scale)
+    parts = adapter.parts
+    if is_diffusers and adapter.name == FINAL_MODULATION[1]:
+        parts = swapped_halves(parts)
+    module = _text_module(adapter.name, format) or _flux_module(adapter, format)
+    return dict(_spelled_part(module, part, tensor, format) for part, tensor in parts.items())
+
+
+def _spelled_part(module: str, part: str, tensor: Tensor, format: str) -> tuple[str, Tensor]:
+    if format == "diffusers" and part == "dora_scale":
+        require(
+            tensor.shape[1] == 1,
+            f"diffusers has no DoRA with magnitudes of columns, as '{module}' has. Choose comfyui.",
+        )
+        return f"{module}.lora_magnitude_vector", tensor.flatten()
+    names = _DIFFUSERS_PARTS if format == "diffusers" else _OTHER_PARTS
+    return f"{module}.{names.get(part, part)}", tensor
+
+
+def _flux_module(adapter: Adapter, format: str) -> str:
+    zero, index = block_zero(adapter.name)
+    if format == "diffusers":
+        return f"transformer.{in_block(_diffusers_name(adapter, zero), index)}"
+    if zero in PARTS and adapter.shape[0] != PARTS[zero][-1][2] * adapter.shape[1]:
+        return f"transformer.{in_block(_diffusers_name(adapter, zero), index)}"
+    flat = adapter.name.replace(".", "_")
+    return f"lora_unet_{flat}" if format == "kohya" else f"diffusion_model.{adapter.name}"
+
+
+def _diffusers_name(adapter: Adapter, zero: str) -> str:
+    width = adapter.shape[1]
+    parts = {start * width: name for name, start, _ in PARTS.get(zero, ())}
+    return parts[adapter.start] if parts else DIFFUSERS_OF[zero]
+
+
+def _text_module(name: str, format: str) -> str:
+    """A text encoder's module in a format; empty for one of FLUX."""
+    encoder, _, module = name.partition(".")
+    prefixes = _TEXT_PREFIXES.get(encoder)
+    if prefixes is None:
+        return ""
+    return prefixes[format] + (module.replace(".", "_") if format == "kohya" else module)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if name.endswith(".alpha") or not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    require(
+        bool(torch.isfinite(cast.float()).all()),
+        f"'{name}' holds {tensor.abs().max():.3g}, which is too large for {_DTYPE_NAMES[dtype]}. "
+        "Choose bf16 or fp32.",
+    )
+    return cast
