@@ -205,11 +205,11 @@ def _parts_of_adapter(parts: Mapping[str, Tensor], module: str) -> dict[str, Ten
     if len(kinds) != 1 or is_lokr_of_halves or is_of_convolution:
         return {}
     names = kinds[0] | {"alpha", "dora_scale"}
-    return {
-        part: tensor.float().flatten(1) if part in kinds[0] else tensor.float()
-        for part, tensor in parts.items()
-        if part in names
-    }
+    ours = {part: tensor.float() for part, tensor in parts.items() if part in names}
+    for part, tensor in ours.items():
+        if part != "alpha":  # convolutions of 1x1 are matrices, peft's magnitudes have no columns
+            ours[part] = tensor.reshape(tensor.shape[0], -1)
+    return ours
 
 
 def _adapter(module: str, parts: dict[str, Tensor]) -> Adapter:
