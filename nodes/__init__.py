@@ -11,6 +11,7 @@ from .importers import HubDataset, ImportDataset
 from .inspect import InspectDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
+from .lora_files import ExportLora, ExtractLora, MergeLoras
 from .memory import EstimateMemory
 from .plot import PlotLoss
 from .routes import add_routes
@@ -42,6 +43,9 @@ NODES: list[type[io.ComfyNode]] = [
     PlotLoss,
     SplitDataset,
     DynamicThresholdCfg,
+    ExportLora,
+    MergeLoras,
+    ExtractLora,
 ]
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..trainers import loop
-from ..trainers.adapters import file_tensors
 from ..trainers.config import JobSettings, TrainSettings, to_json
 from ..trainers.control import Control
 from ..trainers.data import TrainingData
@@ -20,6 +19,7 @@ from ..trainers.files import write_json
 from ..trainers.hooks import Hooks, Step, Trained, explain
 from ..trainers.load import LoadedFlux
 from ..trainers.loggers import Logger, LoggerKind, open_logger, require_logger
+from ..trainers.lora_file import read_lora
 from ..trainers.plan import Plan
 from ..trainers.preflight import require_fits
 from ..trainers.run import PROMPT_FILE, Run
@@ -125,9 +125,8 @@ class Session:
             raise ValueError(self._out_of_memory()) from error
         finally:
             self._logger.close()
-        tensors = file_tensors(trained.lora, self._job.lora)
         samples = self._samples.tensor(trained.step) if self._validation.draws else None
-        return Result(tensors, path.name, trained.losses, samples, self._run.name)
+        return Result(read_lora(path), path.name, trained.losses, samples, self._run.name)
 
     def _hooks(self, control: Control) -> Hooks:
         return Hooks(

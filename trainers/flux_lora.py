@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +97,13 @@ class Adapter:
             factors = (LowRank(down=down, up=up) for down, up in pairs)
             product = hadamard_low_rank(*factors, scale=self._scale)
         return product.truncated(rank) if rank else product
+
+    def squared_norm(self) -> float:
+        """The sum of the squares of the delta."""
+        if self.kind == "lokr":
+            norms = (self._kron(which).double().norm() for which in ("lokr_w1", "lokr_w2"))
+            return self._scale**2 * float(math.prod(norms)) ** 2
+        return self.low_rank().squared_norm()
 
     @property
     def _scale(self) -> float:

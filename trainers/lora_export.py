@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from .adapters import save_lora
 from .config import require
 from .flux import FINAL_MODULATION
 from .flux_lora import Adapter, FluxLora, is_of_text, swapped_halves
-from .lora_names import DIFFUSERS_OF, PARTS, block_zero, in_block
+from .lora_file import LoraTensors, lora_facts
+from .lora_names import DIFFUSERS_OF, PARTS, block_zero, in_block, split_name
 from .low_rank import LowRank, stacked
 
 FORMATS = ("diffusers", "comfyui", "kohya")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ARCHITECTURE = "flux-1-dev/lora"
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _DIFFUSERS_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight"}
 _OTHER_PARTS = {"down": "lora_down.weight", "up": "lora_up.weight"}
@@ -78,7 +81,8 @@ def resized(lora: FluxLora, rank: int) -> FluxLora:
 
 
 def merged(loras: Sequence[tuple[FluxLora, float]], rank: int = 0) -> FluxLora:
-    """The sum of LoRAs with their weights, of the sum of their ranks, or of at most `rank`.
+    """The sum of LoRAs with their weights, exactly: its ranks are the sums of theirs. LoKrs, which
+    no LoRA equals, are taken at `rank`.
 
     Raises:
         ValueError: if one is a DoRA or changes more than matrices, or a LoKr and no rank is given.
@@ -91,18 +95,20 @@ def merged(loras: Sequence[tuple[FluxLora, float]], rank: int = 0) -> FluxLora:
             "A LoRA that also changes biases, norms or whole matrices cannot be merged: it has "
             f"'{next(iter(lora.rest), '')}'. Leave it out, or export it alone.",
         )
-        for adapter in (*_modules(lora.adapters, "diffusers"), *lora.text):
+        plain = [_resized(a, rank) if a.kind == "lokr" else a for a in lora.adapters]
+        for adapter in (*_modules(plain, "diffusers"), *lora.text):
             require(
                 adapter.dora_scale is None,
                 f"A DoRA cannot be merged with others: '{adapter.name}' has magnitudes, which "
                 "depend on the model. Leave it out, or use Apply LoRA for each.",
             )
             key = (adapter.name, adapter.start, adapter.shape[0])
-            groups.setdefault(key, []).append(adapter.low_rank(rank).times(weight))
+            groups.setdefault(key, []).append(
+                adapter.low_rank(rank if adapter.kind == "lokr" else 0).times(weight)
+            )
     sums = []
     for (name, start, num_rows), pieces in groups.items():
-        product = stacked([(0, piece) for piece in pieces], num_rows)
-        sums.append(_lora(name, start, product.truncated(rank) if rank else product))
+        sums.append(_lora(name, start, stacked([(0, piece) for piece in pieces], num_rows)))
     return FluxLora(
         adapters=tuple(adapter for adapter in sums if not is_of_text(adapter)),
         text=tuple(adapter for adapter in sums if is_of_text(adapter)),
@@ -110,10 +116,40 @@ def merged(loras: Sequence[tuple[FluxLora, float]], rank: int = 0) -> FluxLora:
     )
 
 
-def squared_norm(lora: FluxLora) -> float:
-    """The sum of the squares of all that its LoRAs and LoHas add."""
-    adapters = (a for a in (*lora.adapters, *lora.text) if a.kind != "lokr")
-    return sum(adapter.low_rank().squared_norm() for adapter in adapters)
+def share_kept(lora: FluxLora, smaller: FluxLora) -> float:
+    """How much of the squared norm of what a LoRA adds is left, 0 to 1: `smaller` has the same
+    modules, each the nearest of a smaller rank."""
+    whole, kept = 0.0, 0.0
+    pairs = zip(_all(lora), _all(smaller), strict=True)
+    for adapter, nearest in pairs:
+        kept += nearest.low_rank().squared_norm()
+        whole += adapter.squared_norm()
+    return kept / whole if whole else 1.0
+
+
+def ranks(tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """How many modules a file has, and the ranks of its LoRAs, such as `4` or `4–32`."""
+    names = {name: split_name(name) for name in tensors}
+    found = sorted({tensors[name].shape[0] for name, split in names.items() if split[2] == "down"})
+    span = "–".join(map(str, dict.fromkeys([*found[:1], *found[-1:]])))
+    return len({module for module, _, _ in names.values()}), span or "?"
+
+
+def merged_metadata(loras: Sequence[tuple[LoraTensors, float]]) -> dict[str, str]:
+    """What is known of the sum of LoRAs with their weights, in the modelspec convention."""
+    facts = [lora_facts(lora) for lora, _ in loras]
+    words = dict.fromkeys(word for fact in facts for word in fact.trigger_words)
+    formats = {fact.base_format for fact in facts}
+    metadata = {
+        "modelspec.merged_from": ", ".join(lora.name for lora, _ in loras),
+        "modelspec.architecture": facts[0].architecture or _ARCHITECTURE,
+        "atelier.merged": json.dumps([[lora.name, weight] for lora, weight in loras]),
+    }
+    if words:
+        metadata["modelspec.trigger_phrase"] = ", ".join(words)
+    if len(formats) == 1 and (format := formats.pop()):
+        metadata["atelier.base_format"] = format
+    return metadata
 
 
 def save_export(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -136,13 +172,17 @@ def save_export(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         {
             **kept,
             "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": kept.get("modelspec.architecture", "flux-1-dev/lora"),
+            "modelspec.architecture": kept.get("modelspec.architecture", _ARCHITECTURE),
             "modelspec.implementation": "https://github.com/black-forest-labs/flux",
             "modelspec.title": path.stem,
             "modelspec.date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "modelspec.hash_sha256": f"0x{digest}",
         },
     )
+
+
+def _all(lora: FluxLora) -> tuple[Adapter, ...]:
+    return (*lora.adapters, *lora.text)
 
 
 def _modules(adapters: Sequence[Adapter], format: str) -> Iterator[Adapter]:
@@ -218,10 +258,6 @@ def _spelled(adapter: Adapter, format: str) -> dict[str, Tensor]:
     is_diffusers = format == "diffusers"
     if adapter.kind == "lora" or is_diffusers:  # which knows no other kind
         adapter = _lora(adapter.name, adapter.start, adapter.low_rank(), adapter.dora_scale)
-    if adapter.name.startswith("final_layer.") and adapter.kind == "lora":
-        # diffusers' converter of original names does not read the alphas of these two modules.
-        product = adapter.low_rank().folded()
-        adapter = _lora(adapter.name, adapter.start, product, adapter.dora_scale)
     parts = adapter.parts
     if is_diffusers and adapter.name == FINAL_MODULATION[1]:
         parts = swapped_halves(parts)

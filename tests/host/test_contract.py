@@ -169,6 +169,24 @@ FROZEN = {
         ],
         ["report STRING", "reserve_gb FLOAT"],
     ),
+    "AtelierExportLoRA": (
+        [
+            *("lora_name COMBO", "format COMBO", "dtype COMBO", "rank INT", "name STRING"),
+            *("lora? LORA_MODEL", "trigger_words? STRING"),
+        ],
+        ["lora_name STRING", "lora LORA_MODEL"],
+    ),
+    "AtelierMergeLoRAs": (
+        [
+            *(slot for n in range(1, 5) for slot in (f"lora_{n} COMBO", f"weight_{n} FLOAT")),
+            "rank INT",
+        ],
+        ["lora LORA_MODEL"],
+    ),
+    "AtelierExtractLoRA": (
+        ["model MODEL", "model_base MODEL", "rank INT", "energy FLOAT"],
+        ["lora LORA_MODEL"],
+    ),
     "AtelierPlotLoss": (
         [
             *("loss LOSS_MAP", "smoothing FLOAT", "log_scale BOOLEAN", "width INT"),

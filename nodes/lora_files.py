@@ -1,0 +1,298 @@
+"""Nodes that make LoRA files: other formats and ranks, several as one, the difference of models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainers.config import require, require_file_name
+from ..trainers.flux_lora import FluxLora, parse_flux_lora
+from ..trainers.lora_export import (
+    DTYPES,
+    FORMATS,
+    exported,
+    merged,
+    merged_metadata,
+    ranks,
+    resized,
+    save_export,
+    share_kept,
+)
+from ..trainers.lora_extract import extract_lora
+from ..trainers.lora_file import LoraTensors
+from . import host
+from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
+from .native import to_training_device
+from .trainable import model_to_train
+
+NUM_MERGED = 4
+
+
+class ExportLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierExportLoRA",
+            display_name="Export LoRA",
+            category="Atelier/lora",
+            description="Writes a LoRA of FLUX.1 as a file for other programs: diffusers, ComfyUI, "
+            "kohya's tools. Reads the files of every trainer, and can make them smaller.",
+            search_aliases=["convert lora", "save lora", "resize lora", "lora rank"],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            inputs=[
+                lora_input("lora_name", FROM_WIRE),
+                io.Combo.Input(
+                    "format",
+                    options=[*FORMATS],
+                    default=FORMATS[0],
+                    tooltip="Whose names: diffusers, which ComfyUI reads too; comfyui, the "
+                    "original names; kohya, for sd-scripts and what reads its files.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=[*DTYPES],
+                    default="fp32",
+                    tooltip="fp32 keeps every digit. bf16 and fp16 take half; fp16 is the finer of "
+                    "the two.",
+                ),
+                _rank(tooltip="Of each module. 0: as it is. A smaller one keeps what matters."),
+                io.String.Input(
+                    "name",
+                    default="exported",
+                    tooltip="Name of the file in output/loras. A file of this name is replaced.",
+                ),
+                io.LoraModel.Input(
+                    "lora", optional=True, tooltip="A LoRA, while lora_name says so."
+                ),
+                io.String.Input(
+                    "trigger_words",
+                    default="",
+                    optional=True,
+                    tooltip="Words that call up what the LoRA learned, with commas between, for "
+                    "the file's metadata. Empty: those that it has.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="lora_name", tooltip="Name of the file."),
+                io.LoraModel.Output(display_name="lora", tooltip="What is in it."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None, name: str | None) -> bool | str:
+        try:
+            if name is not None:  # a linked input is not known yet
+                require_file_name(name)
+        except ValueError as error:
+            return str(error)
+        return checked(lora_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, name: str, **_: Any) -> list[Any]:
+        return versions(lora_name)
+
+    @classmethod
+    def execute(
+        cls,
+        lora_name: str,
+        format: str,
+        dtype: str,
+        rank: int,
+        name: str,
+        lora: Any = None,
+        trigger_words: str = "",
+    ) -> io.NodeOutput:
+        require_file_name(name)
+        path = host.lora_folder() / f"{name}.safetensors"
+        if lora_name != FROM_WIRE:
+            require(
+                path.resolve() != lora_file(lora_name).resolve(),
+                f"'{name}' is the name of the LoRA that is exported. Choose another name.",
+            )
+        given = chosen_lora("Export LoRA", lora_name, lora)
+        parsed = parse_flux_lora(given, given.name or "on the wire")
+        whole = resized(parsed, rank) if rank else parsed
+        metadata = dict(given.metadata)
+        if trigger_words.strip():
+            metadata["modelspec.trigger_phrase"] = trigger_words.strip()
+        tensors = exported(whole, format, DTYPES[dtype])
+        save_export(path, tensors, metadata)
+        size, (modules, span) = path.stat().st_size / 1e6, ranks(tensors)
+        said = f"Written: {path.name}, {size:.1f} MB; modules: {modules}, of rank {span}."
+        return io.NodeOutput(
+            path.name,
+            LoraTensors(tensors, metadata=metadata, name=name),
+            ui=host.report(cls.hidden.unique_id, said, *_warnings(parsed, whole)),
+        )
+
+
+class MergeLoras(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierMergeLoRAs",
+            display_name="Merge LoRAs",
+            category="Atelier/lora",
+            description="Makes one LoRA of several: their weighted sum, exactly, or as near as a "
+            "smaller rank can be.",
+            search_aliases=["combine loras", "lora sum"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                *_slots(),
+                _rank(
+                    tooltip="Of each module of the sum. 0: as high as the sum needs, which is "
+                    "exact. A LoKr needs a rank."
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output(
+                    display_name="lora", tooltip="The sum, for Apply LoRA or Export LoRA."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, lora_1: str | None, lora_2: str | None, lora_3: str | None, lora_4: str | None
+    ) -> bool | str:
+        return checked(lora_1, lora_2, lora_3, lora_4)
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> list[Any]:
+        return versions(*(inputs[f"lora_{number}"] for number in range(1, NUM_MERGED + 1)))
+
+    @classmethod
+    def execute(cls, rank: int, **slots: Any) -> io.NodeOutput:
+        numbers = range(1, NUM_MERGED + 1)
+        names = {n: slots[f"lora_{n}"] for n in numbers if slots[f"lora_{n}"] != NONE}
+        require(bool(names), "There is no LoRA to merge: choose at least one file.")
+        given = [chosen_lora("Merge LoRAs", name, None) for name in names.values()]
+        weights = [slots[f"weight_{number}"] for number in names]
+        parsed = [parse_flux_lora(lora, lora.name) for lora in given]
+        whole = merged([*zip(parsed, weights, strict=True)], rank)
+        smaller = resized(whole, rank) if rank else whole
+        tensors = exported(smaller, "diffusers")
+        repeated = {name for name in names.values() if [*names.values()].count(name) > 1}
+        warnings = [f"'{name}' is there more than once: its weights add up." for name in repeated]
+        modules, span = ranks(tensors)
+        metadata = merged_metadata([*zip(given, weights, strict=True)])
+        return io.NodeOutput(
+            LoraTensors(tensors, metadata=metadata, name="merged"),
+            ui=host.report(
+                cls.hidden.unique_id,
+                f"LoRAs merged: {len(given)}; modules: {modules}, of rank {span}.",
+                *warnings,
+                *(warning for lora in parsed for warning in _left_out(lora)),
+                *_warnings(whole, smaller),
+            ),
+        )
+
+
+class ExtractLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierExtractLoRA",
+            display_name="Extract LoRA",
+            category="Atelier/lora",
+            description="Makes a LoRA of the difference of two FLUX.1 MODELs, such as a fine-tuned "
+            "one and the one it was made from. LoRAs that they carry count.",
+            search_aliases=["lora difference", "svd", "model difference"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="The changed MODEL, of any loader."),
+                io.Model.Input(
+                    "model_base",
+                    tooltip="The one it was made from. Load both in bf16: what packing loses is a "
+                    "difference too.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=32,
+                    min=1,
+                    max=1024,
+                    tooltip="The highest rank of a matrix. The higher, the nearer, and the larger "
+                    "the file.",
+                ),
+                io.Float.Input(
+                    "energy",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The share of each matrix's squared difference that is enough: a "
+                    "matrix that reaches it sooner gets a smaller rank. 1: all get the rank above.",
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output(
+                    display_name="lora", tooltip="The difference, for Apply LoRA or Export LoRA."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, model_base: Any, rank: int, energy: float) -> io.NodeOutput:
+        given = [model_to_train(one) for one in (model_base, model)]
+        for one in given:
+            one.require_memory()
+            to_training_device(one.load(), 0)
+        base, tuned = (one.base for one in given)
+        found = extract_lora(
+            tuned, base, rank=rank, energy=energy, on_progress=host.Progress().update
+        )
+        tensors = exported(found.lora, "comfyui")
+        modules, span = ranks(tensors)
+        variant = "dev" if base.config.guidance else "schnell"
+        metadata = {"modelspec.architecture": f"flux-1-{variant}/lora"}
+        others = (
+            f"Biases and norms that differ too, and that a LoRA cannot hold: {found.num_others}.",
+        )
+        return io.NodeOutput(
+            LoraTensors(tensors, metadata=metadata, name="extracted"),
+            ui=host.report(
+                cls.hidden.unique_id,
+                f"Extracted: {found.kept:.1%} of the squared difference; modules: {modules}, of "
+                f"rank {span}.",
+                *(others if found.num_others else ()),
+            ),
+        )
+
+
+def _rank(*, tooltip: str) -> Any:
+    return io.Int.Input("rank", default=0, min=0, max=4096, tooltip=tooltip)
+
+
+def _slots() -> list[Any]:
+    slots = []
+    for number in range(1, NUM_MERGED + 1):
+        slots += [
+            lora_input(f"lora_{number}", NONE),
+            io.Float.Input(
+                f"weight_{number}",
+                default=1.0,
+                min=-10.0,
+                max=10.0,
+                step=0.05,
+                tooltip="1 is as trained; negative takes the style away.",
+            ),
+        ]
+    return slots
+
+
+def _left_out(lora: FluxLora) -> list[str]:
+    if not lora.unknown:
+        return []
+    some = ", ".join(lora.unknown[:3])
+    return [f"Left out, because FLUX.1 has no such modules: {len(lora.unknown)}, such as {some}."]
+
+
+def _warnings(lora: FluxLora, smaller: FluxLora) -> list[str]:
+    """What is not in the file any more."""
+    warnings = _left_out(lora)
+    if smaller is not lora:
+        kept = share_kept(lora, smaller)
+        warnings.append(f"Of what the LoRA did, its new rank keeps {kept:.1%} (squared).")
+    return warnings

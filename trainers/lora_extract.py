@@ -1,0 +1,89 @@
+"""A LoRA out of two models of one kind: what was changed between them, matrix by matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import require
+from .flux_lora import Adapter, FluxLora
+from .load import BaseFlux
+from .low_rank import low_rank_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """The LoRA, and what it leaves out."""
+
+    lora: FluxLora
+    kept: float
+    """The share of the squared difference of all matrices that the LoRA holds, 0 to 1."""
+    num_others: int
+    """How many biases and norms differ, which no LoRA holds."""
+
+
+def extract_lora(
+    tuned: BaseFlux,
+    base: BaseFlux,
+    *,
+    rank: int,
+    energy: float,
+    on_progress: Callable[[int, int], None],
+) -> Extraction:
+    """The nearest LoRA (SVD) to the difference of two models, LoRAs that they carry among it.
+
+    Each matrix has at most `rank`, and no more than it needs to keep the share `energy` of its
+    squared difference. One matrix is unpacked at a time.
+
+    Raises:
+        ValueError: if they are of different sizes, or do not differ.
+    """
+    require(
+        tuned.config == base.config,
+        "A LoRA is the difference of two MODELs of one kind, and these are of different sizes: "
+        f"{_size(tuned)} and {_size(base)}. Choose the model that the other was made from.",
+    )
+    adapters, total, kept = [], 0.0, 0.0
+    names = [*tuned.store.packed]
+    for done, name in enumerate(names):
+        module = name.removesuffix(".weight")
+        difference = _matrix(tuned, module) - _matrix(base, module).to(tuned.store.device)
+        squares = float((difference.double() ** 2).sum())
+        if squares:
+            product = low_rank_of(difference, rank, energy)
+            total, kept = total + squares, kept + product.squared_norm()
+            parts = {"down": product.down, "up": product.up}
+            adapters.append(
+                Adapter(name=module, parts={**parts, "alpha": torch.tensor(float(product.rank))})
+            )
+        on_progress(done + 1, len(names))
+    require(
+        bool(adapters),
+        "The two MODELs have the same matrices, so there is no LoRA in their difference. Connect "
+        "the changed one to model, and the one it was made from to model_base.",
+    )
+    plain = (tuned.store.plain, base.store.plain)
+    others = [name for name in plain[0] if not torch.equal(*(one[name].cpu() for one in plain))]
+    return Extraction(
+        lora=FluxLora(adapters=tuple(adapters), rest={}),
+        kept=min(kept / total, 1.0),
+        num_others=len(others),
+    )
+
+
+def _size(model: BaseFlux) -> str:
+    config = model.config
+    return f"{config.hidden_size} x ({config.depth} + {config.depth_single}) blocks"
+
+
+def _matrix(model: BaseFlux, module: str) -> Tensor:
+    """In float32, with the LoRAs that the model carries."""
+    matrix = model.store.packed[f"{module}.weight"].dequantize(torch.float32)
+    for lora in model.frozen:
+        if lora.name == module:
+            whole = lora.ready(matrix.device, torch.float32)
+            matrix[lora.start : lora.start + len(lora.up)] += whole.up @ whole.down
+    return matrix
