@@ -1,0 +1,261 @@
+"""Export, Merge and Extract LoRA in ComfyUI's executor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.sd
+import executor
+import folder_paths
+import pytest
+import torch
+from atelier.nodes.lora_choice import FROM_WIRE, NONE
+from atelier.nodes.lora_files import ExportLora, ExtractLora, MergeLoras
+from atelier.nodes.native import build_model
+from atelier.trainers.load import load_flux
+from atelier.trainers.lora_file import LoraTensors, lora_facts, read_lora
+from core_flux import core_model_of
+from dense import stored_tensors
+from executor import Give, Runner
+from flux_files import write_flux
+from lora_keys import written_by
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+NODES = [ExportLora, MergeLoras, ExtractLora]
+
+
+@pytest.fixture
+def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of LoRAs, with three of them in it."""
+    import nodes
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    kinds: dict[str, Any] = {node.GET_SCHEMA().node_id: node for node in NODES}
+    for name, node in (kinds | {"Keep": executor.Keep, "Give": Give}).items():
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
+    monkeypatch.setattr(Give, "values", {})
+    folder = tmp_path / "output" / "loras"
+    folder.mkdir(parents=True)
+    paths = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], paths[1]))
+    metadata = {
+        **{"ss_tag_frequency": json.dumps({"10_x": {"ohwx": 9}}), "ss_steps": "70"},
+        **{"lora_adapter_metadata": "{}", "modelspec.hash_sha256": "0x00"},
+        "modelspec.architecture": "flux-1-schnell/lora",
+    }
+    for trainer in ("kohya", "ai_toolkit", "simpletuner_lycoris"):
+        save_file(written_by(trainer), folder / f"{trainer}.safetensors", metadata=metadata)
+    return folder
+
+
+def graph(node_id: str, output: int = 0, **inputs: Any) -> dict[str, Any]:
+    """One node and a Keep; inputs that are no numbers and texts come over wires."""
+    wired = {k: v for k, v in inputs.items() if not isinstance(v, (str, int, float))}
+    Give.values.update(wired)
+    given = {f"give_{k}": {"class_type": "Give", "inputs": {"name": k}} for k in wired}
+    links = {k: [f"give_{k}", 0] for k in wired}
+    return {
+        **given,
+        "node": {"class_type": node_id, "inputs": {**inputs, **links}},
+        "keep": {"class_type": "Keep", "inputs": {"value": ["node", output]}},
+    }
+
+
+def export(lora_name: str = "kohya.safetensors", **inputs: Any) -> dict[str, Any]:
+    values = {"format": "diffusers", "dtype": "fp32", "rank": 0, "name": "made"}
+    return graph("AtelierExportLoRA", lora_name=lora_name, **{**values, **inputs})
+
+
+def merge(*files: tuple[str, float], rank: int = 0) -> dict[str, Any]:
+    slots: dict[str, Any] = {}
+    for number in range(1, 5):
+        name, weight = files[number - 1] if number <= len(files) else (NONE, 1.0)
+        slots |= {f"lora_{number}": name, f"weight_{number}": weight}
+    return graph("AtelierMergeLoRAs", rank=rank, **slots)
+
+
+def test_an_export_says_what_it_is(loras: Path) -> None:
+    runner = Runner()
+    assert runner.run(export(dtype="bf16", trigger_words="my cat")) == "made.safetensors"
+    path = loras / "made.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        dtypes = {n: file.get_tensor(n).dtype for n in file.keys()}
+    raw = path.read_bytes()
+    body = raw[8 + int.from_bytes(raw[:8], "little") :]
+    assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(body).hexdigest()}"
+    assert metadata["modelspec.architecture"] == "flux-1-schnell/lora"
+    assert metadata["modelspec.title"] == "made"
+    assert "lora_adapter_metadata" not in metadata
+    facts = lora_facts(read_lora(path))
+    assert (facts.trigger_words, facts.steps) == (("my cat",), 70)
+    kinds = {name.endswith(".alpha"): dtype for name, dtype in dtypes.items()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    (said,) = runner.texts["node"]
+    assert said.startswith("Written: made.safetensors, 0.")
+
+
+def test_a_lora_on_the_wire_keeps_its_metadata(loras: Path) -> None:
+    lora = LoraTensors(written_by("ai_toolkit"), metadata={"atelier.base_format": "nf4"})
+    found = Runner().run(export(FROM_WIRE, lora=lora, format="kohya", rank=2, output=1))
+    assert lora_facts(found).base_format == "nf4"
+    assert lora_facts(read_lora(loras / "made.safetensors")).base_format == "nf4"
+    assert {t.shape[0] for n, t in found.items() if n.endswith("_proj.lora_down.weight")} == {2}
+
+
+REFUSED = [
+    ({"lora_name": FROM_WIRE}, "Export LoRA has no LoRA: "),
+    ({"lora_name": "gone.safetensors"}, "is not there any more"),
+    ({"name": "kohya"}, "'kohya' is the name of the LoRA that is exported"),
+    ({"name": "a/b"}, "cannot be a file name"),
+    (
+        {"lora_name": "simpletuner_lycoris.safetensors", "format": "kohya"},
+        "is a LoKr, which no LoRA equals exactly. Set a rank",
+    ),
+]
+
+
+@pytest.mark.parametrize(("inputs", "sentence"), REFUSED)
+def test_what_cannot_be_exported_is_one_sentence(
+    loras: Path, inputs: dict[str, Any], sentence: str
+) -> None:
+    before = {path: path.read_bytes() for path in loras.iterdir()}
+    with pytest.raises(RuntimeError, match=sentence):
+        Runner().run(export(**inputs))
+    assert {path: path.read_bytes() for path in loras.iterdir()} == before
+
+
+def other(name: str, tensor: Tensor) -> LoraTensors:
+    """A LoRA of FLUX with one more tensor, or one in place of another."""
+    return LoraTensors({**written_by("xlabs"), name: tensor})
+
+
+QKV = "double_blocks.0.processor.qkv_lora1"
+BAD_ON_THE_WIRE = [
+    (
+        {"lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(2, 2)},
+        "was not made for FLUX.1: of its 1 modules 1 are unknown, such as lora_unet_input",
+    ),
+    (other(f"{QKV}.up.weight", torch.ones(768, 7)), "do not fit together: 'double_blocks.0"),
+    (other(f"{QKV}.up.weight", torch.ones(512, 4)), "changes 512 rows of 256 .* 768 are needed"),
+    (other(f"{QKV}.up.weight", torch.full((768, 4), torch.nan)), "not finite"),
+    (other(f"{QKV}.up.weight", torch.ones(768, 0)), "rank 0"),
+    (other(f"{QKV}.up.weight", torch.full((768, 4), 1e6)), "too large for fp16. Choose bf16"),
+    (
+        other("diffusion_model.double_blocks.0.img_attn.qkv.diff_b", torch.ones(768)),
+        "diffusers cannot hold .* Choose comfyui",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tensors", "sentence"), BAD_ON_THE_WIRE)
+def test_a_lora_that_is_wrong_is_one_sentence(
+    loras: Path, tensors: dict[str, Tensor], sentence: str
+) -> None:
+    if "down" not in str([*tensors]):
+        tensors = {**tensors, **{n.replace("up", "down"): t for n, t in tensors.items()}}
+    with pytest.raises(RuntimeError, match=sentence):
+        Runner().run(export(FROM_WIRE, lora=dict(tensors), dtype="fp16"))
+    assert not (loras / "made.safetensors").exists()
+
+
+def test_unknown_modules_are_left_out_and_told(loras: Path) -> None:
+    runner, tensors = Runner(), written_by("kohya")
+    tensors["lora_unet_double_blocks_0_img_new.alpha"] = torch.tensor(1.0)
+    runner.run(export(FROM_WIRE, lora=tensors))
+    assert runner.texts["node"][1:] == [
+        "Left out, because FLUX.1 has no such modules: 1, such as "
+        "lora_unet_double_blocks_0_img_new."
+    ]
+
+
+def test_a_merge_says_what_it_is(loras: Path) -> None:
+    runner = Runner()
+    files = [("kohya.safetensors", 0.5), ("ai_toolkit.safetensors", -1.0)]
+    found = runner.run(merge(*files, ("simpletuner_lycoris.safetensors", 1.0), rank=8))
+    assert {t.shape[0] for n, t in found.items() if "lora_A" in n} <= {4, 8}
+    assert lora_facts(found).trigger_words == ("ohwx",)
+    assert json.loads(found.metadata["atelier.merged"])[1] == ["ai_toolkit", -1.0]
+    said, kept = runner.texts["node"]
+    assert said.startswith("LoRAs merged: 3; modules: ")
+    assert kept.startswith("Of what the LoRA did, its new rank keeps ")
+
+
+def test_the_same_file_twice_is_told_and_no_file_refused(loras: Path) -> None:
+    runner = Runner()
+    runner.run(merge(("kohya.safetensors", 0.5), ("kohya.safetensors", 0.5)))
+    assert "'kohya.safetensors' is there more than once" in runner.texts["node"][1]
+    with pytest.raises(RuntimeError, match="There is no LoRA to merge"):
+        runner.run(merge())
+    save_file(written_by("onetrainer_dora"), loras / "dora.safetensors")
+    with pytest.raises(RuntimeError, match="A DoRA cannot be merged with others"):
+        runner.run(merge(("dora.safetensors", 1.0)))
+
+
+def extract(model: Any, model_base: Any, **inputs: Any) -> dict[str, Any]:
+    values = {"rank": 12, "energy": 1.0, **inputs}
+    return graph("AtelierExtractLoRA", model=model, model_base=model_base, **values)
+
+
+def changes(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What ComfyUI adds to each matrix of a core MODEL."""
+    patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+    return {
+        key: comfy.lora.calculate_weight(
+            patches, torch.zeros_like(model.model.get_parameter(key)), key
+        )
+        for key, patches in patched.patches.items()
+    }
+
+
+def test_a_lora_on_a_quantized_model_is_extracted_again(loras: Path, tmp_path: Path) -> None:
+    model = build_model(
+        load_flux(write_flux(tmp_path / "flux.safetensors"), format="nf4"), torch.float32
+    )
+    tensors = written_by("simpletuner_comfyui")
+    patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, 0.5, 0.0)
+    runner = Runner()
+    found = runner.run(extract(patched, model))
+    core = core_model_of(stored_tensors("bf16"))
+    expected = {key: 0.5 * delta for key, delta in changes(core, tensors).items()}
+    extracted = changes(core, dict(found))
+    assert extracted.keys() == expected.keys()
+    for key, delta in expected.items():
+        assert torch.max(torch.abs(extracted[key] - delta)) <= 1e-4, key
+    assert runner.texts["node"][0].startswith("Extracted: 100.0% of the squared difference; ")
+
+
+def test_two_models_of_comfyui_give_the_lora_between_them(loras: Path) -> None:
+    plain, name = stored_tensors("bf16"), "double_blocks.0.img_attn.proj"
+    generator = torch.Generator().manual_seed(1)
+    up, down = (torch.randn(256, 3, generator=generator) for _ in range(2))
+    tuned = {n: t.clone() for n, t in plain.items()}
+    tuned[f"{name}.weight"] += 0.1 * up @ down.T
+    tuned[f"{name}.bias"] += 1
+    runner = Runner()
+    found = runner.run(extract(core_model_of(tuned), core_model_of(plain), energy=0.9999))
+    module = f"diffusion_model.{name}"
+    assert {n.removeprefix(module) for n in found} == {
+        *(".lora_up.weight", ".lora_down.weight", ".alpha")
+    }
+    assert found[f"{module}.lora_down.weight"].shape == (3, 256)
+    product = found[f"{module}.lora_up.weight"] @ found[f"{module}.lora_down.weight"]
+    assert torch.max(torch.abs(product - 0.1 * up @ down.T)) <= 1e-4
+    assert runner.texts["node"][1] == (
+        "Biases and norms that differ too, and that a LoRA cannot hold: 1."
+    )
+
+
+def test_models_without_a_difference_or_of_different_sizes_are_refused(loras: Path) -> None:
+    plain = stored_tensors("bf16")
+    with pytest.raises(RuntimeError, match="The two MODELs have the same matrices"):
+        Runner().run(extract(core_model_of(plain), core_model_of(plain)))
+    deeper = core_model_of(stored_tensors("bf16", depth=2))
+    with pytest.raises(RuntimeError, match=r"256 x \(2 \+ 1\) blocks and 256 x \(1 \+ 1\)"):
+        Runner().run(extract(deeper, core_model_of(plain)))
