@@ -60,14 +60,14 @@ def checked(*lora_names: str | None) -> bool | str:
     """For `validate_inputs`: whether the files are there; a linked input, None, is not known."""
     try:
         for name in lora_names:
-            if name not in (None, FROM_WIRE, NONE):
+            if name and name not in (FROM_WIRE, NONE):
                 lora_file(name)
     except ValueError as error:
         return str(error)
     return True
 
 
-def versions(*lora_names: str) -> list[tuple[str, int, int]]:
+def versions(*lora_names: str | None) -> list[tuple[str, int, int]]:
     """For `fingerprint_inputs`: what changes with the files."""
     return host.fingerprints(
         lora_file(name) for name in lora_names if name not in (FROM_WIRE, NONE)

@@ -90,7 +90,7 @@ class ExportLora(io.ComfyNode):
         return checked(lora_name)
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, name: str, **_: Any) -> list[Any]:
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> list[Any]:
         return versions(lora_name)
 
     @classmethod
@@ -161,7 +161,7 @@ class MergeLoras(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> list[Any]:
-        return versions(*(inputs[f"lora_{number}"] for number in range(1, NUM_MERGED + 1)))
+        return versions(*(inputs.get(f"lora_{number}") for number in range(1, NUM_MERGED + 1)))
 
     @classmethod
     def execute(cls, rank: int, **slots: Any) -> io.NodeOutput:

@@ -208,6 +208,7 @@ def _modules(adapters: Sequence[Adapter], format: str) -> Iterator[Adapter]:
 def _on_rows(name: str, adapters: Sequence[Adapter], rows: slice) -> Adapter | None:
     """What several adapters of a matrix do to some rows of it, as one; None for nothing."""
     hits = [a for a in adapters if a.rows.start < rows.stop and a.rows.stop > rows.start]
+    hits.sort(key=lambda adapter: adapter.start)  # a file's order is that of its names
     if len(hits) == 1 and hits[0].rows == rows:
         return hits[0]
     pieces, magnitudes = [], []

@@ -20,11 +20,11 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 def written_by(trainer: str) -> dict[str, Tensor]:
-    """The tensors of such a file; every alpha is `ALPHA`, magnitudes are near those of the base."""
+    """The tensors of such a file in its order, that of their names; every alpha is `ALPHA`,
+    magnitudes are near those of the base."""
     generator = torch.Generator().manual_seed([*LISTS].index(trainer))
-    return {
-        name: _draw(generator, name, shape) for name, shape in LISTS[trainer]["tensors"].items()
-    }
+    shapes = sorted(LISTS[trainer]["tensors"].items())
+    return {name: _draw(generator, name, shape) for name, shape in shapes}
 
 
 def _draw(generator: torch.Generator, name: str, shape: list[int]) -> Tensor:
