@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import require
 from .flux_lora import Adapter, FluxLora
 from .load import BaseFlux
-from .low_rank import low_rank_of
+from .low_rank import low_rank_of, squared_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def extract_lora(
     for done, name in enumerate(names):
         module = name.removesuffix(".weight")
         difference = _matrix(tuned, module) - _matrix(base, module).to(tuned.store.device)
-        squares = float((difference.double() ** 2).sum())
+        squares = squared_norm(difference)
         if squares:
             product = low_rank_of(difference, rank, energy)
             total, kept = total + squares, kept + product.squared_norm()

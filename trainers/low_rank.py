@@ -90,10 +90,15 @@ def low_rank_of(matrix: Tensor, rank: int, energy: float = 1.0) -> LowRank:
     """The nearest product of a dense matrix [out, in], of at most `rank`, and of the smallest rank
     that keeps this share of its squared norm if one does. On the CPU."""
     u, s, v = truncated_svd(matrix, rank)
-    needed = energy * float((matrix.double() ** 2).sum())
-    kept = torch.cumsum(s.double() ** 2, 0)
+    needed = energy * squared_norm(matrix)
+    kept = torch.cumsum(s.cpu().double() ** 2, 0)
     size = min(int((kept < needed).sum()) + 1, len(s)) if energy < 1.0 else len(s)
     return _from_svd(u[:, :size], s[:size], v[:size])
+
+
+def squared_norm(matrix: Tensor) -> float:
+    """The sum of the squares of its numbers; Apple's GPUs have no float64."""
+    return float(torch.linalg.vector_norm(matrix)) ** 2
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -162,6 +162,7 @@ def test_the_picture_is_the_same_with_every_export(format: str, tmp_path: Path) 
     [
         *(("kohya", "kohya"), ("diffsynth_opensource", "kohya"), ("comfyui", "comfyui")),
         *(("simpletuner_comfyui", "diffusers"), ("peft_dora", "diffusers")),
+        *((trainer, "diffusers") for trainer in ("diffusers", "ai_toolkit", "simpletuner")),
     ],
 )
 def test_an_export_has_the_names_and_shapes_that_trainers_write(trainer: str, format: str) -> None:
