@@ -10,7 +10,7 @@ from .images import ImagesToDataset
 from .importers import HubDataset, ImportDataset
 from .inspect import InspectDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
-from .lora import ApplyLora
+from .lora import ApplyLora, LoraMixer
 from .memory import EstimateMemory
 from .plot import PlotLoss
 from .routes import add_routes
@@ -42,6 +42,7 @@ NODES: list[type[io.ComfyNode]] = [
     PlotLoss,
     SplitDataset,
     DynamicThresholdCfg,
+    LoraMixer,
 ]
 
 

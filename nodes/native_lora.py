@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,15 +22,9 @@ from torch import Tensor
 
 from ..trainers.block_weights import BlockWeights
 from ..trainers.config import require
-from ..trainers.lora_names import comfy_names
+from ..trainers.lora_names import comfy_names, is_text_encoder, split_name
 from .native import StorePatcher
 
-_ENDING = re.compile(
-    r"([._]lora(_linear_layer)?\.|\.(lora|hada|lokr|oft)_|\.(alpha|dora_scale|reshape_weight|"
-    r"rescale|diff|diff_b|w_norm|b_norm|set_weight|[ab][12]\.weight)$).*"
-)
-"""What follows the name of a layer in the names of its tensors, in all that ComfyUI reads."""
-_OF_TEXT_ENCODERS = re.compile(r"(lycoris_|lora_|lora_prior_)?(te\d?[._]|text_|clip_[lgh]\.|t5)")
 _FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _TOLERANCE = 1e-4
 """A step at the border of a range belongs to what begins there, also where the float32 of the
@@ -123,10 +116,10 @@ def apply_lora(
     patches = comfy.lora.load_lora(tensors, names, log_missing=False)
     text_patches = comfy.lora.load_lora(tensors, text_names, log_missing=False)
 
-    layers = [*dict.fromkeys(_ENDING.sub("", name) for name in tensors)]
+    layers = [*dict.fromkeys(split_name(name)[0] for name in tensors)]
     of_model = [layer for layer in layers if _is_read(layer, names, patches)]
     of_clip = [layer for layer in layers if _is_read(layer, text_names, text_patches)]
-    left = [layer for layer in layers if clip is None and _OF_TEXT_ENCODERS.match(layer)]
+    left = [layer for layer in layers if clip is None and is_text_encoder(layer)]
     unknown = [layer for layer in layers if layer not in {*of_model, *of_clip, *left}]
     _require_most(layers, unknown, left)
     _require_widths(model.model, patches)
@@ -157,11 +150,6 @@ def base_format(model: Any) -> str:
     if isinstance(model, StorePatcher):
         return model.model.atelier.format
     return _FORMATS.get(model.model_dtype(), "fp8")
-
-
-def has_ranges(model: Any) -> bool:
-    """Whether something acts on the weights of a MODEL in a part of its sampling only."""
-    return bool(model.hook_patches)
 
 
 def _is_read(layer: str, names: dict[str, Any], patches: Patches) -> bool:
