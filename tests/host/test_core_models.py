@@ -775,7 +775,7 @@ def test_a_lora_of_another_flux_is_refused(models: Path) -> None:
     tensors = {f"{QKV}.lora_A.weight": torch.ones(2, 384), f"{QKV}.lora_B.weight": torch.ones(9, 2)}
     for loader in (ours, lambda models, name: given(load(models, name))):
         loader(models, "tiny")
-        patched = add_lora(Give.values["model"], tensors, 1.0)
+        patched, _ = comfy.sd.load_lora_for_models(Give.values["model"], None, tensors, 1.0, 0.0)
         assert "its 'double_blocks.0.img_attn.qkv' has other widths" in refusal(patched)
 
 
