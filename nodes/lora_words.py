@@ -12,18 +12,21 @@ def said_of(
     name: str, applied: AppliedLora, facts: LoraFacts, strength: float, strength_clip: float
 ) -> list[str]:
     """Sentences on what was put on, and how the LoRA was trained, as far as its file says."""
-    said = [f"{name} acts on {applied.num_layers} layers of the MODEL, strength {strength:g}."]
+    said = []
+    if applied.num_layers:
+        said.append(f"{name} is on the MODEL: strength {strength:g}, layers: {applied.num_layers}.")
     if applied.num_text_layers:
         said.append(
-            f"{name} acts on {applied.num_text_layers} layers of the CLIP, strength "
-            f"{strength_clip:g}."
+            f"{name} is on the CLIP: strength {strength_clip:g}, layers: {applied.num_text_layers}."
         )
     if facts.trigger_words:
-        said.append(f"Trigger words: {', '.join(facts.trigger_words)}.")
+        said.append(f"Trigger words of {name}: {', '.join(facts.trigger_words)}.")
     if facts.rank is not None and facts.alpha is not None:
-        said.append(f"Rank {facts.rank:g}, alpha {facts.alpha:g}.")
+        said.append(f"{name} has rank {facts.rank} and alpha {facts.alpha:g}.")
     if facts.steps is not None:
-        said.append(f"Trained for {facts.steps} steps.")
+        said.append(f"{name} was trained for {facts.steps} steps.")
+    if facts.base_name:
+        said.append(f"{name} was trained on {facts.base_name}.")
     return said
 
 
@@ -36,12 +39,12 @@ def warned_of(
         warnings.append(f"{name} has a strength of 0, so the MODEL stays as it is.")
     if applied.unknown:
         warnings.append(
-            f"{len(applied.unknown)} layers of {name} are not in this MODEL and were left out: "
-            f"{some_of(applied.unknown)}."
+            f"Layers of {name} that are not in this MODEL, and were left out: "
+            f"{len(applied.unknown)} ({some_of(applied.unknown)})."
         )
     if applied.num_left:
         warnings.append(
-            f"{applied.num_left} layers of {name} are for text encoders and were left out: connect "
+            f"Layers of {name} for text encoders, which were left out: {applied.num_left}. Connect "
             "the CLIP to the clip input."
         )
     warnings += [

@@ -372,16 +372,16 @@ def test_apply_lora_says_what_the_file_says_and_what_is_odd(
     said["modelspec.trigger_phrase"] = "ohwx cat"
     save_lora(loras / "cats.safetensors", {**lora_tensors("plain"), **text_lora()}, said)
     apply(models["ours"], lora_name="cats.safetensors", strength=0.0)
-    assert apply.shown[0] == "'cats' acts on 3 layers of the MODEL, strength 0."
+    assert apply.shown[0] == "'cats' is on the MODEL: strength 0, layers: 3."
     assert apply.shown[1:4] == [
-        "Trigger words: ohwx cat.",
-        "Rank 4, alpha 2.",
-        "Trained for 250 steps.",
+        "Trigger words of 'cats': ohwx cat.",
+        "'cats' has rank 4 and alpha 2.",
+        "'cats' was trained for 250 steps.",
     ]
     odd = "\n".join(apply.shown[4:])
     for part in (
         "'cats' has a strength of 0",
-        "1 layers of 'cats' are for text encoders",
+        "Layers of 'cats' for text encoders, which were left out: 1.",
         "on a base in int8, and this MODEL is in nf4",
         "trained with a guidance of 3.5",
     ):
@@ -393,7 +393,7 @@ def test_a_lora_without_metadata_has_nothing_odd(
     models: dict[str, Any], apply: Called, loras: Path
 ) -> None:
     apply(models["core"], lora=lora_tensors("without_alpha"))
-    assert apply.shown == ["The LoRA acts on 1 layers of the MODEL, strength 1."]
+    assert apply.shown == ["The LoRA is on the MODEL: strength 1, layers: 1."]
 
 
 def test_two_loras_or_none_are_one_sentence(
