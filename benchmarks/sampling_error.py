@@ -52,7 +52,8 @@ from pack import load_pack  # noqa: E402
 load_pack()
 make_comfy_importable(COMFYUI, HOME.name)
 
-from atelier.nodes.native import add_lora, build_model  # noqa: E402
+from atelier.nodes.native import build_model  # noqa: E402
+from atelier.nodes.native_lora import add_lora  # noqa: E402
 from atelier.trainers.adapters import attach_lora, file_tensors  # noqa: E402
 from atelier.trainers.config import LoraSettings  # noqa: E402
 from atelier.trainers.evaluate import EVAL_SIGMAS  # noqa: E402

@@ -10,7 +10,7 @@ from .images import ImagesToDataset
 from .importers import HubDataset, ImportDataset
 from .inspect import InspectDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
-from .lora import ApplyLora
+from .lora import ApplyLora, LoraMixer
 from .lora_files import ExportLora, ExtractLora, MergeLoras
 from .memory import EstimateMemory
 from .plot import PlotLoss
@@ -46,6 +46,7 @@ NODES: list[type[io.ComfyNode]] = [
     ExportLora,
     MergeLoras,
     ExtractLora,
+    LoraMixer,
 ]
 
 

@@ -7,11 +7,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.files import read_safetensors
+from ..trainers.block_weights import parse_block_weights
+from ..trainers.lora_file import lora_facts, read_lora
 from . import host
-from .native import add_lora
+from .lora_words import said_of, warned_of
+from .native_lora import SamplingRange, apply_lora, base_format
 
 FROM_WIRE = "from the lora input"
+NONE = "none"
+NUM_SLOTS = 5
 
 
 class ApplyLora(io.ComfyNode):
@@ -23,7 +27,7 @@ class ApplyLora(io.ComfyNode):
             category="Atelier/lora",
             description="Puts a LoRA on a MODEL: one just trained, or a file. On a quantized model "
             "nothing is merged, so a changed strength costs no time and no precision.",
-            search_aliases=["lora loader", "load lora"],
+            search_aliases=["lora loader", "load lora", "lora block weight"],
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL."),
                 io.Combo.Input(
@@ -32,48 +36,185 @@ class ApplyLora(io.ComfyNode):
                     default=FROM_WIRE,
                     tooltip="A LoRA file, or the one connected to the lora input.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="1 is as trained, 0 is off, negative takes the style away.",
+                _strength(
+                    "strength", tooltip="1 is as trained, 0 is off, negative takes the style away."
                 ),
                 io.LoraModel.Input(
                     "lora",
                     optional=True,
                     tooltip="The LoRA of Train LoRA, while lora_name says so.",
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="For LoRAs that change the text encoders too; the node says when one "
+                    "does.",
+                ),
+                _strength(
+                    "strength_clip",
+                    optional=True,
+                    tooltip="The strength in the CLIP, where one is connected.",
+                ),
+                io.String.Input(
+                    "block_weights",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Factors of the strength in parts of the MODEL, one in a line, such as "
+                    "double_blocks.0-9: 0.5, or single_blocks: 0. The last line that fits a layer "
+                    "holds; without one the factor is 1.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Part of the sampling before which the MODEL has no LoRA.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Part of the sampling after which the MODEL has no LoRA.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The MODEL with the LoRA.")],
+            outputs=[
+                io.Model.Output(tooltip="The MODEL with the LoRA."),
+                io.Clip.Output(tooltip="The CLIP with the LoRA, if one is connected."),
+            ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None) -> bool | str:
-        if lora_name is None:  # a linked input is not known yet
-            return True
-        try:
-            _file(lora_name)
-        except ValueError as error:
-            return str(error)
-        return True
+        return _validated(lora_name)
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> tuple[int, int] | None:
-        file = _file(lora_name)
-        return (file.stat().st_size, file.stat().st_mtime_ns) if file else None
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> list[tuple[str, int, int]]:
+        return _fingerprints([lora_name])
 
     @classmethod
     def execute(
-        cls, model: Any, lora_name: str, strength: float, lora: Any = None
+        cls,
+        model: Any,
+        lora_name: str,
+        strength: float,
+        lora: Any = None,
+        clip: Any = None,
+        strength_clip: float = 1.0,
+        block_weights: str = "",
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
     ) -> io.NodeOutput:
-        return io.NodeOutput(add_lora(model, _tensors(lora_name, lora), strength))
+        tensors = _tensors(lora_name, lora)
+        applied = apply_lora(
+            model,
+            tensors,
+            strength,
+            clip=clip,
+            strength_clip=strength_clip,
+            block_weights=parse_block_weights(block_weights),
+            span=SamplingRange(start_percent=start_percent, end_percent=end_percent),
+        )
+        name, facts = _shown_name(lora_name), lora_facts(tensors)
+        said = said_of(name, applied, facts, strength, strength_clip)
+        warned = warned_of(name, applied, facts, strength, base_format(model))
+        shown = host.report(cls.hidden.unique_id, "\n".join(said), *warned)
+        return io.NodeOutput(applied.model, applied.clip, ui=shown)
+
+
+class LoraMixer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="AtelierLoRAMixer",
+            display_name="LoRA Mixer",
+            category="Atelier/lora",
+            description="Puts several LoRA files on a MODEL, each with a weight. On a quantized "
+            "model nothing is merged, so another mix costs no time and no precision.",
+            search_aliases=["lora stack", "multiple loras", "set adapters", "style mix"],
+            inputs=[
+                io.Model.Input("model", tooltip="Any MODEL."),
+                *_slots(),
+                _strength("scale", tooltip="Times all weights."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="For LoRAs that change the text encoders too, with the same weights.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The MODEL with the LoRAs."),
+                io.Clip.Output(tooltip="The CLIP with the LoRAs, if one is connected."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        lora_1: str | None,
+        lora_2: str | None,
+        lora_3: str | None,
+        lora_4: str | None,
+        lora_5: str | None,
+    ) -> bool | str:
+        checks = map(_validated, (lora_1, lora_2, lora_3, lora_4, lora_5))
+        return next((check for check in checks if check is not True), True)
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> list[tuple[str, int, int]]:
+        return _fingerprints([inputs[f"lora_{number}"] for number in range(1, NUM_SLOTS + 1)])
+
+    @classmethod
+    def execute(cls, model: Any, scale: float, clip: Any = None, **slots: Any) -> io.NodeOutput:
+        numbers = range(1, NUM_SLOTS + 1)
+        mix = [(slots[f"lora_{n}"], slots[f"weight_{n}"]) for n in numbers]
+        mix = [(name, weight * scale) for name, weight in mix if name != NONE]
+        if not mix:
+            raise ValueError(
+                "The LoRA Mixer has no LoRA: choose at least one file, or take the node away."
+            )
+        format, said, warned = base_format(model), [], _repeated([name for name, _ in mix])
+        for file, strength in mix:
+            tensors, name = read_lora(_file(file)), _shown_name(file)
+            applied = apply_lora(model, tensors, strength, clip=clip, strength_clip=strength)
+            model, clip, facts = applied.model, applied.clip, lora_facts(tensors)
+            said += said_of(name, applied, facts, strength, strength)
+            warned += warned_of(name, applied, facts, strength, format)
+        shown = host.report(cls.hidden.unique_id, "\n".join(said), *warned)
+        return io.NodeOutput(model, clip, ui=shown)
+
+
+def _slots() -> list[Any]:
+    options = [NONE, *host.model_names("loras")]
+    inputs = []
+    for number in range(1, NUM_SLOTS + 1):
+        inputs += [
+            io.Combo.Input(
+                f"lora_{number}",
+                options=options,
+                default=NONE,
+                tooltip="A LoRA file, or none.",
+            ),
+            _strength(f"weight_{number}", tooltip="1 is as trained, 0 is off."),
+        ]
+    return inputs
+
+
+def _strength(name: str, *, tooltip: str, optional: bool = False) -> Any:
+    return io.Float.Input(
+        name, default=1.0, min=-10.0, max=10.0, step=0.05, optional=optional, tooltip=tooltip
+    )
 
 
 def _tensors(lora_name: str, lora: Any) -> Any:
-    file = _file(lora_name)
-    if file is None:
+    if lora_name == FROM_WIRE:
         if lora is None:
             raise ValueError(
                 "Apply LoRA has no LoRA: connect one to its lora input, or choose a file."
@@ -84,13 +225,36 @@ def _tensors(lora_name: str, lora: Any) -> Any:
             f"Apply LoRA has two LoRAs: the file {lora_name} and the one on its lora input. "
             f"Disconnect the input, or set lora_name to '{FROM_WIRE}'."
         )
-    return read_safetensors(file)[0]
+    return read_lora(_file(lora_name))
 
 
-def _file(lora_name: str) -> Path | None:
-    """The chosen file, or None for the LoRA on the wire."""
-    if lora_name == FROM_WIRE:
-        return None
+def _shown_name(lora_name: str) -> str:
+    return "The LoRA" if lora_name == FROM_WIRE else f"'{Path(lora_name).stem}'"
+
+
+def _repeated(names: list[str]) -> list[str]:
+    return [
+        f"'{name}' is in the mix {names.count(name)} times: its weights add up."
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+
+
+def _validated(lora_name: str | None) -> bool | str:
+    if lora_name in (None, FROM_WIRE, NONE):  # None: a linked input is not known yet
+        return True
+    try:
+        _file(lora_name)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def _fingerprints(lora_names: list[str]) -> list[tuple[str, int, int]]:
+    return host.fingerprints(_file(name) for name in lora_names if name not in (FROM_WIRE, NONE))
+
+
+def _file(lora_name: str) -> Path:
     path = host.model_file("loras", lora_name)
     if path is None:
         raise ValueError(f"The LoRA '{lora_name}' is not there any more. Press R and choose again.")

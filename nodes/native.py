@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
-import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import torch
@@ -285,25 +284,6 @@ def _unet_config(config: FluxConfig) -> dict[str, Any]:
 def _norm_scales(loaded: LoadedFlux) -> dict[str, Tensor]:
     names = [f"{name}.scale" for name in norm_sources(loaded.config).values()]
     return {name: loaded.store.plain[name].clone() for name in names}
-
-
-def add_lora(model: Any, tensors: dict[str, Tensor], strength: float) -> Any:
-    """A clone of any MODEL with the LoRA file's tensors as patches, as the core LoraLoader does.
-
-    Raises:
-        ValueError: if no tensor belongs to this kind of model.
-    """
-    patched, _ = comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0.0)
-    if _num_patches(patched) == _num_patches(model):
-        raise ValueError(
-            "This LoRA changes nothing in this MODEL: it was made for another kind of model. "
-            "Choose a LoRA of the same kind."
-        )
-    return patched
-
-
-def _num_patches(model: Any) -> int:
-    return sum(len(patches) for patches in model.patches.values())
 
 
 def to_training_device(model: Any, memory_required: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..trainers.adapters import file_tensors
 from ..trainers.config import LoraSettings
 from ..trainers.files import write_atomically, write_json
-from .native import add_lora
+from .native_lora import add_lora
 from .sampling import draw_latents
 from .validation import Picture, Validation
 

@@ -13,7 +13,7 @@ from ..trainers.rhythm import NEVER, Rhythm
 from ..trainers.status import STATUS_FILE
 from . import host
 from .inputs import shared_input
-from .native import add_lora
+from .native_lora import add_lora
 from .session import Asker, Session
 from .validation import EncodedPrompt, Sampler, Validation
 from .wires import AtelierLatentCache, AtelierPromptCache, AtelierValidation

@@ -198,6 +198,11 @@ def _frozen_loras(model: Any, store: Weights) -> tuple[FrozenLora, ...]:
             "This MODEL carries a LoRA in bypass mode, which training cannot see. Put it on with "
             "Apply LoRA or Load LoRA instead."
         )
+    if model.hook_patches:  # ranges of Apply LoRA, and other packs' hooks on a MODEL
+        raise ValueError(
+            "This MODEL carries a LoRA that acts in a part of the sampling only, which a training "
+            "has not. Set its start_percent to 0 and its end_percent to 1, or take it off."
+        )
     return tuple(
         _frozen_lora(key, patch, store)
         for key, patches in sorted(model.patches.items())

@@ -147,8 +147,20 @@ FROZEN = {
         ["validation ATELIER_VALIDATION"],
     ),
     "AtelierApplyLoRA": (
-        ["model MODEL", "lora_name COMBO", "strength FLOAT", "lora? LORA_MODEL"],
-        ["MODEL MODEL"],
+        [
+            *("model MODEL", "lora_name COMBO", "strength FLOAT", "lora? LORA_MODEL"),
+            *("clip? CLIP", "strength_clip? FLOAT", "block_weights? STRING"),
+            *("start_percent? FLOAT", "end_percent? FLOAT"),
+        ],
+        ["MODEL MODEL", "CLIP CLIP"],
+    ),
+    "AtelierLoRAMixer": (
+        [
+            *("model MODEL", "lora_1 COMBO", "weight_1 FLOAT", "lora_2 COMBO", "weight_2 FLOAT"),
+            *("lora_3 COMBO", "weight_3 FLOAT", "lora_4 COMBO", "weight_4 FLOAT"),
+            *("lora_5 COMBO", "weight_5 FLOAT", "scale FLOAT", "clip? CLIP"),
+        ],
+        ["MODEL MODEL", "CLIP CLIP"],
     ),
     "AtelierDynamicThresholdCFG": (
         [

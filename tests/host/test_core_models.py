@@ -21,7 +21,8 @@ import pytest
 import torch
 from atelier.nodes import host
 from atelier.nodes.lora import ApplyLora
-from atelier.nodes.native import add_lora, build_model
+from atelier.nodes.native import build_model
+from atelier.nodes.native_lora import add_lora
 from atelier.nodes.parameters import flux_of_parameters
 from atelier.nodes.train import TrainLora
 from atelier.nodes.trainable import base_flux, model_to_train, without_patches
@@ -774,7 +775,7 @@ def test_a_lora_of_another_flux_is_refused(models: Path) -> None:
     tensors = {f"{QKV}.lora_A.weight": torch.ones(2, 384), f"{QKV}.lora_B.weight": torch.ones(9, 2)}
     for loader in (ours, lambda models, name: given(load(models, name))):
         loader(models, "tiny")
-        patched = add_lora(Give.values["model"], tensors, 1.0)
+        patched, _ = comfy.sd.load_lora_for_models(Give.values["model"], None, tensors, 1.0, 0.0)
         assert "its 'double_blocks.0.img_attn.qkv' has other widths" in refusal(patched)
 
 

@@ -13,7 +13,8 @@ import comfy.sample
 import pytest
 import torch
 from allocated import AllocatedBytes
-from atelier.nodes.native import StorePatcher, add_lora, build_model
+from atelier.nodes.native import StorePatcher, build_model
+from atelier.nodes.native_lora import add_lora
 from atelier.trainers.load import load_flux
 from comfy.patcher_extension import CallbacksMP
 from flux_files import write_flux

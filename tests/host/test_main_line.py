@@ -239,7 +239,7 @@ def one_lora(module: str, width: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("module", "width", "message"),
     [
-        ("transformer.transformer_blocks.0.attn.to_q", 384, "was made for another one"),
+        ("transformer.transformer_blocks.0.attn.to_q", 384, "was made for another model"),
         ("lora_unet_input_blocks_1_1_proj_in", 256, "changes nothing in this MODEL"),
     ],
 )

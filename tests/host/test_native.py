@@ -10,7 +10,8 @@ import pytest
 import torch
 from atelier.nodes import host
 from atelier.nodes.loaders import LoadQuantizedFlux
-from atelier.nodes.native import add_lora, build_model
+from atelier.nodes.native import build_model
+from atelier.nodes.native_lora import add_lora
 from atelier.nodes.trainable import base_flux
 from atelier.trainers.adapters import attach_lora, file_tensors
 from atelier.trainers.config import LoraSettings

@@ -13,7 +13,8 @@ import comfy.sd
 import drawing
 import pytest
 import torch
-from atelier.nodes.native import add_lora, build_model
+from atelier.nodes.native import build_model
+from atelier.nodes.native_lora import add_lora
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
 from core_flux import core_model_of

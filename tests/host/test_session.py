@@ -15,7 +15,8 @@ import folder_paths
 import pytest
 import torch
 from atelier.nodes import host, live
-from atelier.nodes.native import add_lora, build_model
+from atelier.nodes.native import build_model
+from atelier.nodes.native_lora import add_lora
 from atelier.nodes.sampling import draw_latents, encode_prompt
 from atelier.nodes.session import Asker, Session
 from atelier.nodes.train import TrainLora

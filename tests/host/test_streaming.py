@@ -15,10 +15,10 @@ import pytest
 import torch
 from atelier.nodes.native import (
     StorePatcher,
-    add_lora,
     build_model,
     to_training_device,
 )
+from atelier.nodes.native_lora import add_lora
 from atelier.trainers.adapters import attach_lora, file_tensors
 from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
