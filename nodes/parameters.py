@@ -135,8 +135,8 @@ def flux_of_parameters(patcher: Any) -> BaseFlux:
         missing = first_missing(needed_names(config), shapes)
     if missing is not None:
         raise ValueError(
-            f"This MODEL is not a FLUX.1: it has no '{missing}'. LoRAs are trained on FLUX.1-dev, "
-            "schnell, Krea or Kontext: connect one of them to Train LoRA."
+            f"This MODEL is not a FLUX.1: it has no '{missing}'. Connect FLUX.1-dev, schnell, Krea "
+            "or Kontext."
         )
     store = ParameterStore(patcher, {name: theirs[name] for name in needed_names(config)})
     num_weights = sum(math.prod(shape) for shape in shapes.values())
