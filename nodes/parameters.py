@@ -45,6 +45,16 @@ class ParameterMatrix(Matrix):
                 "FLUX."
             )
 
+    @property
+    def format(self) -> str | None:
+        return "fp8" if self._is_dense and self._module.weight.itemsize == 1 else None
+
+    def fetch(self) -> tuple[Tensor, Tensor]:
+        weight = self._module.weight.data.to(self._device)
+        scale = getattr(self._module, "scale_weight", None)
+        scale = torch.ones(1) if scale is None else scale.data
+        return weight, scale.to(self._device).expand(len(weight), 1)
+
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         module = self._module
         if not self._is_dense:

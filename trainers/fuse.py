@@ -19,7 +19,6 @@ from .changes import Change, ChangedTensors, Tensors
 from .flux import FluxConfig
 from .load import FluxSource, LoadedFlux, open_flux, pack_all, tensor_formats
 from .memory import store_bytes
-from .packed_weight import PackedWeight
 from .store import Weights
 
 _COPIES = 4
@@ -55,14 +54,10 @@ class WeightTensors:
         return tensor.to(device, copy=True)
 
     def packed_format(self, name: str) -> str | None:
-        matrix = self._weights.packed[name]
-        return matrix.format if isinstance(matrix, PackedWeight) else None
+        return self._weights.packed[name].format
 
     def read_packed(self, name: str) -> tuple[Tensor, Tensor | None]:
-        matrix = self._weights.packed[name]
-        assert isinstance(matrix, PackedWeight)
-        data, scale = matrix.fetch()
-        # Copies: what is streamed lies here only until another block is asked for.
+        data, scale = self._weights.packed[name].fetch()
         return data.to("cpu", copy=True), scale.to("cpu", copy=True) if scale is not None else None
 
 
