@@ -49,7 +49,7 @@ from atelier.trainers.fuse import Origin, WeightTensors, pack_flux  # noqa: E402
 from atelier.trainers.load import load_flux  # noqa: E402
 from atelier.trainers.packed_weight import PackedWeight  # noqa: E402
 
-NUM_PICTURES = 3
+NUM_PICTURES = 2
 STRENGTH = 0.5
 WIDTH, RANK, SHARE = 3072, 16, 0.03
 

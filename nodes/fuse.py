@@ -120,7 +120,7 @@ class SaveFusedModel(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.String.Output("file", tooltip="The path of the file.")],
+            outputs=[io.String.Output(display_name="file", tooltip="Path of the file.")],
         )
 
     @classmethod

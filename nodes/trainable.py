@@ -217,8 +217,8 @@ def _frozen_lora(key: str, patch: tuple, store: Weights) -> FrozenLora:
     if lora is None or matrix is None:
         raise ValueError(
             f"This MODEL carries a patch of the kind '{kind_of_patch(patch)}' on '{key}', and only "
-            "plain LoRAs can be trained on top of. Take it off, or save the MODEL with it by "
-            "ModelSave, load that file with Load Quantized FLUX and train on it."
+            "plain LoRAs can be trained on top of. Take it off, or make it a part of the weights "
+            "with Fuse LoRA and train on that."
         )
     name = original_name(key).removesuffix(".weight")
     lora.check_shape(name, *matrix.shape)

@@ -150,6 +150,14 @@ FROZEN = {
         ["model MODEL", "lora_name COMBO", "strength FLOAT", "lora? LORA_MODEL"],
         ["MODEL MODEL"],
     ),
+    "AtelierFuseLoRA": (
+        ["model MODEL", "scale FLOAT", "format COMBO", "quantize_on? COMBO"],
+        ["MODEL MODEL"],
+    ),
+    "AtelierSaveFusedModel": (
+        ["model MODEL", "filename_prefix STRING", "dtype COMBO"],
+        ["file STRING"],
+    ),
     "AtelierDynamicThresholdCFG": (
         [
             *("model MODEL", "mimic_scale FLOAT", "threshold_percentile FLOAT"),

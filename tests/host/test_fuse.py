@@ -236,6 +236,22 @@ def test_an_fp8_model_of_the_core_keeps_the_bytes_that_no_lora_touches(tmp_path:
             assert relative(tensor - packed, packed) < 2e-3
 
 
+def test_a_model_whose_weights_are_paged_is_fused_from_its_file(
+    flux_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As newer ComfyUIs load it for NVIDIA cards, of which a CPU has none."""
+    patcher = comfy.model_patcher
+    if not hasattr(patcher, "ModelPatcherDynamic"):
+        pytest.skip("this ComfyUI pages no weights")
+    with monkeypatch.context() as patched:
+        patched.setattr(patcher, "CoreModelPatcher", patcher.ModelPatcherDynamic)
+        model = core_model(flux_file, load_device=torch.device("meta"), dtype=torch.bfloat16)
+    assert model.is_dynamic()
+    fused = fuse(put_on(model, "plain"), format="nf4")
+    expected = fuse(put_on(ours(flux_file), "plain"), format="nf4")
+    assert store_of(fused).content_hash() == store_of(expected).content_hash()
+
+
 def test_a_model_fused_of_parameters_is_fused_again_of_what_it_holds(flux_file: Path) -> None:
     model = put_on(core_model(flux_file, dtype=torch.bfloat16), "plain")
     again = fuse(put_on(fuse(model), "lokr"))
