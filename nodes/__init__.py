@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset, SplitDataset
 from .embeddings import ExportEmbeddings, ImportEmbeddings
+from .fuse import FuseLora, SaveFusedModel
 from .guidance import DynamicThresholdCfg
 from .images import ImagesToDataset
 from .importers import HubDataset, ImportDataset
@@ -47,6 +48,8 @@ NODES: list[type[io.ComfyNode]] = [
     MergeLoras,
     ExtractLora,
     LoraMixer,
+    FuseLora,
+    SaveFusedModel,
 ]
 
 

@@ -326,6 +326,24 @@ def lora_folder() -> Path:
     return folder
 
 
+def numbered_file(prefix: str, extension: str) -> Path:
+    """A new file of the output folder, named as ComfyUI's saving nodes do: the prefix and the next
+    number.
+
+    Raises:
+        ValueError: if the prefix leads out of the output folder.
+    """
+    if _path_below(prefix) is None:
+        raise ValueError(
+            f"The file name must lie below the output folder, got {prefix!r}. Use a name such as "
+            "'diffusion_models/my_model'."
+        )
+    folder, name, number, *_ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory()
+    )
+    return Path(folder) / f"{name}_{number:05}_{extension}"
+
+
 @contextmanager
 def ended_before_exit(seconds: float = 30.0) -> Iterator[None]:
     """While this runs, a server that exits asks the work inside to stop, and waits for it.

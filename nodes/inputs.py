@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..trainers.buckets import MODES, STEP, Mode, Resolution
@@ -203,3 +204,18 @@ _INPUTS: dict[str, Callable[..., Any]] = {
 def shared_input(name: str, **options: Any) -> Any:
     """The input of this name; `options` are what the node adds, such as `advanced`."""
     return _INPUTS[name](name, **options)
+
+
+def quantize_device(choice: str) -> torch.device:
+    """The device behind a value of the input quantize_on.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    device = host.compute_device()
+    if choice == "gpu" and device.type == "cpu":
+        raise ValueError(
+            "There is no GPU to quantize on: this ComfyUI computes on the CPU. Set quantize_on to "
+            "auto or cpu."
+        )
+    return torch.device("cpu") if choice == "cpu" else device

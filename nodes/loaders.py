@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
 from ..trainers.config import COMPUTE_DTYPES, STREAMING
@@ -20,7 +19,7 @@ from ..trainers.tensor_files import model_files
 from ..trainers.text_encoders import load_text_encoders
 from . import host
 from .encoders import build_clip, build_vae, checkpoint_parts
-from .inputs import QUANTIZE_ON, shared_input
+from .inputs import QUANTIZE_ON, quantize_device, shared_input
 from .native import build_model
 from .native_clip import build_text_encoders
 
@@ -177,7 +176,7 @@ def _load(
         path,
         format=format,
         device=host.offload_device(),
-        quantize_on=_quantize_device(quantize_on),
+        quantize_on=quantize_device(quantize_on),
         copies=_copies(keep_copy, block_streaming),
         streaming=block_streaming,
         on_progress=progress.update,
@@ -287,7 +286,7 @@ class LoadQuantizedTextEncoders(io.ComfyNode):
             _text_encoder_path(clip_l),
             _text_encoder_path(t5xxl),
             format=format,
-            quantize_on=_quantize_device(quantize_on),
+            quantize_on=quantize_device(quantize_on),
             copies=_copies(keep_copy),
             on_progress=host.Progress().update,
         )
@@ -306,16 +305,6 @@ def _text_encoder_path(name: str) -> Path:
 def _file_states(files: list[Path]) -> list[_FileState]:
     stats = [(str(file), file.stat()) for file in files]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def _quantize_device(choice: str) -> torch.device:
-    device = host.compute_device()
-    if choice == "gpu" and device.type == "cpu":
-        raise ValueError(
-            "There is no GPU to quantize on: this ComfyUI computes on the CPU. Set quantize_on to "
-            "auto or cpu."
-        )
-    return torch.device("cpu") if choice == "cpu" else device
 
 
 def _copies(keep_copy: bool, block_streaming: str = "off") -> PackedCopies | None:

@@ -45,6 +45,16 @@ class ParameterMatrix(Matrix):
                 "FLUX."
             )
 
+    @property
+    def format(self) -> str | None:
+        return "fp8" if self._is_dense and self._module.weight.itemsize == 1 else None
+
+    def fetch(self) -> tuple[Tensor, Tensor]:
+        weight = self._module.weight.data.to(self._device)
+        scale = getattr(self._module, "scale_weight", None)
+        scale = torch.ones(1) if scale is None else scale.data
+        return weight, scale.to(self._device).expand(len(weight), 1)
+
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         module = self._module
         if not self._is_dense:
@@ -135,8 +145,8 @@ def flux_of_parameters(patcher: Any) -> BaseFlux:
         missing = first_missing(needed_names(config), shapes)
     if missing is not None:
         raise ValueError(
-            f"This MODEL is not a FLUX.1: it has no '{missing}'. LoRAs are trained on FLUX.1-dev, "
-            "schnell, Krea or Kontext: connect one of them to Train LoRA."
+            f"This MODEL is not a FLUX.1: it has no '{missing}'. Connect FLUX.1-dev, schnell, Krea "
+            "or Kontext."
         )
     store = ParameterStore(patcher, {name: theirs[name] for name in needed_names(config)})
     num_weights = sum(math.prod(shape) for shape in shapes.values())

@@ -138,21 +138,26 @@ def model_to_train(model: Any) -> GivenModel | ModelOfFile:
         ValueError: if it is no FLUX.1, or carries patches that are no plain LoRAs, or its weights
             do not stay and its file is not known.
     """
-    if not _is_paged(model):
-        return GivenModel(model)
+    path = file_of_paged(model)
+    return GivenModel(model) if path is None else ModelOfFile(model, path)
+
+
+def file_of_paged(model: Any) -> Path | None:
+    """The file of a MODEL whose weights have no place that stays; None for all others.
+
+    Raises:
+        ValueError: if that file is not known.
+    """
+    if not (hasattr(model, "is_dynamic") and model.is_dynamic()):
+        return None
     path = _source(model)
     if path is None:
         raise ValueError(
             "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), and the file they "
-            "came from is not known, so it cannot be trained. Load it by Load Quantized FLUX, or "
+            "came from is not known, so they cannot be read. Load it by Load Quantized FLUX, or "
             "start ComfyUI with --disable-dynamic-vram."
         )
-    return ModelOfFile(model, path)
-
-
-def _is_paged(model: Any) -> bool:
-    """Whether the weights of a MODEL have no place that stays."""
-    return hasattr(model, "is_dynamic") and model.is_dynamic()
+    return path
 
 
 def _source(model: Any) -> Path | None:
@@ -217,8 +222,8 @@ def _frozen_lora(key: str, patch: tuple, store: Weights) -> FrozenLora:
     if lora is None or matrix is None:
         raise ValueError(
             f"This MODEL carries a patch of the kind '{kind_of_patch(patch)}' on '{key}', and only "
-            "plain LoRAs can be trained on top of. Take it off, or save the MODEL with it by "
-            "ModelSave, load that file with Load Quantized FLUX and train on it."
+            "plain LoRAs can be trained on top of. Take it off, or make it a part of the weights "
+            "with Fuse LoRA and train on that."
         )
     name = original_name(key).removesuffix(".weight")
     lora.check_shape(name, *matrix.shape)

@@ -68,8 +68,9 @@ def read_job(path: Path) -> Job:
         ) from None
     if not job.model:
         raise ValueError(
-            f"The run of '{path}' was trained on a MODEL of ComfyUI's own loader, whose file is "
-            'not known here. Write the path of that file behind "model" in the job file.'
+            f"The run of '{path}' was trained on a MODEL of ComfyUI's own loader or of Fuse LoRA, "
+            'whose file is not known here. Write the path of a file of that model behind "model" '
+            "in the job file."
         )
     return job
 

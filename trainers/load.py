@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .changes import Change, Tensors
 from .config import STREAMING, require
 from .devices import give_back_memory, require_format_on
 from .flux import (
@@ -47,10 +48,23 @@ class BaseFlux:
 
 
 @dataclass(frozen=True)
+class FluxSource:
+    """What a model in a store was packed from."""
+
+    path: str
+    identity: str
+    """Of the file or folder at `path`."""
+    changes: tuple[Change, ...] = ()
+    """What was made of its tensors."""
+
+
+@dataclass(frozen=True)
 class LoadedFlux(BaseFlux):
     """A FLUX in a store of its own."""
 
     store: WeightStore
+    source: FluxSource | None = None
+    """Where its numbers can be read again as they were before they were packed."""
 
 
 def load_flux(
@@ -82,11 +96,11 @@ def load_flux(
     )
     path = Path(path)
     names, files, config = _open(path)
-    formats = _tensor_formats(names, config, format)
+    formats = tensor_formats(names.shapes, config, format)
     key = CopyKey(path, files.identity(), format)
     if streaming == "disk":
         devices = (torch.device(quantize_on), torch.device("cpu"))
-        pack = partial(_pack_all, names, formats, devices, on_progress)
+        pack = partial(pack_all, names, formats, devices, on_progress)
         store = _open_copy(copies, key, pack, on_progress)
     else:
         store = load_store(
@@ -100,7 +114,8 @@ def load_flux(
             on_progress=on_progress,
         )
     store.streaming = streaming
-    return LoadedFlux(store, config, key.identity, str(path), format)
+    source = FluxSource(str(path), key.identity)
+    return LoadedFlux(store, config, key.identity, str(path), format, source=source)
 
 
 def _open_copy(
@@ -145,6 +160,16 @@ def inspect_flux(path: str | Path) -> FluxFile:
     """
     names, _, config = _open(Path(path))
     return FluxFile(config, names.packed_format("double_blocks.0.img_mlp.0.weight"))
+
+
+def open_flux(path: Path) -> tuple[Tensors, str, FluxConfig]:
+    """The tensors of a FLUX file or diffusers folder, what tells it from others, and its sizes.
+
+    Raises:
+        ValueError: if a file is damaged, is not a FLUX.1, or lacks tensors.
+    """
+    names, files, config = _open(path)
+    return names, files.identity(), config
 
 
 def _open(path: Path) -> tuple[_Names, TensorFiles, FluxConfig]:
@@ -256,11 +281,13 @@ def needed_names(config: FluxConfig) -> list[str]:
     return weights + [f"{name}.scale" for name in norm_sources(config).values()]
 
 
-def _tensor_formats(names: _Names, config: FluxConfig, format: str) -> dict[str, str | None]:
+def tensor_formats(
+    shapes: Mapping[str, tuple[int, ...]], config: FluxConfig, format: str
+) -> dict[str, str | None]:
     """What each tensor is kept in: the block matrices in `format`, other matrices in bf16."""
     formats: dict[str, str | None] = {}
     for name in needed_names(config):
-        shape = names.shapes[name]
+        shape = shapes[name]
         formats[name] = format if is_block_matrix(name, shape) else "bf16"
         if len(shape) != 2:
             formats[name] = None
@@ -294,7 +321,7 @@ def load_store(
     store = copies.read(key, torch.device(device), on_progress) if copies else None
     if store is None:
         devices = (torch.device(quantize_on), torch.device(device))
-        store = _pack_all(names, formats, devices, on_progress)
+        store = pack_all(names, formats, devices, on_progress)
         if copies and copies.writes:
             copies.write(key, store, on_progress)
     return store
@@ -308,12 +335,14 @@ def _quantizes(names: _Names, formats: dict[str, str | None]) -> bool:
     )
 
 
-def _pack_all(
-    names: _Names,
+def pack_all(
+    names: Tensors,
     formats: dict[str, str | None],
     devices: tuple[torch.device, torch.device],
     on_progress: Callable[[int, int], None],
 ) -> WeightStore:
+    """Pack one tensor after the other, on the first device, and keep it on the second; `formats`
+    names those that are read, None for what stays plain."""
     quantize_on, device = devices
     packed: dict[str, PackedWeight] = {}
     plain: dict[str, Tensor] = {}
@@ -321,7 +350,7 @@ def _pack_all(
     with torch.inference_mode(False), torch.no_grad():
         for done, (name, format) in enumerate(formats.items()):
             if format is None:
-                plain[name] = names.read(name, quantize_on).to(device)
+                plain[name] = names.read(name, quantize_on).to(device, torch.bfloat16)
             else:
                 packed[name] = _pack(names, name, format, quantize_on)
                 packed[name].to(device)
@@ -330,7 +359,7 @@ def _pack_all(
     return WeightStore(packed, plain)
 
 
-def _pack(names: _Names, name: str, format: str, quantize_on: torch.device) -> PackedWeight:
+def _pack(names: Tensors, name: str, format: str, quantize_on: torch.device) -> PackedWeight:
     if names.packed_format(name) == format:
         return PackedWeight(format, *names.read_packed(name), names.shapes[name][1])
     return PackedWeight.pack(names.read(name, quantize_on), format)

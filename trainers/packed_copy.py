@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,7 +25,15 @@ from .files import write_atomically
 from .offload import Layout, blocks_of
 from .packed_weight import PackedWeight
 from .store import WeightStore
-from .tensor_files import DTYPES, Entry, checksum, read_bytes, read_header
+from .tensor_files import (
+    DTYPES,
+    Entry,
+    checksum,
+    data_layout,
+    read_bytes,
+    read_header,
+    write_header,
+)
 
 LAYOUT_VERSION = 2
 """Raise it when the bytes of a format change, so that no older copy is read."""
@@ -37,7 +44,6 @@ _DISK_RESERVE = 1 << 30
 _READERS = 2
 """Threads that read a copy: what the system does for new memory takes longer than a fast disk."""
 _MARK = "atelier"
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 logger = logging.getLogger("atelier")
 
@@ -229,11 +235,11 @@ def _tensor_names(weights: dict[str, Any], entries: dict[str, Entry]) -> list[st
 def _write(file: BufferedWriter, key: CopyKey, store: WeightStore, on_progress: OnProgress) -> None:
     """One pass over the store, one tensor in host memory at a time."""
     tensors = _tensors(store)
-    header = _data_layout(tensors)
+    header = data_layout([(name, tensor.dtype, tensor.shape) for name, tensor in tensors])
     weights = {name: [weight.format, weight.shape[1]] for name, weight in store.packed.items()}
     record = {**key.to_json(), "weights": weights, "header": _header_hash(header, weights)}
     digest = hashlib.sha256()
-    _write_header(file, header, {**record, "content": digest.hexdigest()})
+    write_header(file, header, _marked(record, digest.hexdigest()))
     for done, (_, tensor) in enumerate(tensors):
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(checksum(data))
@@ -241,7 +247,11 @@ def _write(file: BufferedWriter, key: CopyKey, store: WeightStore, on_progress: 
         on_progress(done + 1, len(tensors))
     # The hash of the content is known now, and as long as the one that held its place.
     file.seek(0)
-    _write_header(file, header, {**record, "content": digest.hexdigest()})
+    write_header(file, header, _marked(record, digest.hexdigest()))
+
+
+def _marked(record: dict[str, Any], content: str) -> dict[str, str]:
+    return {_MARK: json.dumps({**record, "content": content})}
 
 
 def _tensors(store: WeightStore) -> list[tuple[str, Tensor]]:
@@ -252,24 +262,6 @@ def _tensors(store: WeightStore) -> list[tuple[str, Tensor]]:
         if weight.scale is not None:
             found.append((f"{name}.scale", weight.scale))
     return sorted(found, key=lambda item: -item[1].element_size())
-
-
-def _data_layout(tensors: list[tuple[str, Tensor]]) -> dict[str, Any]:
-    header, end = {}, 0
-    for name, tensor in tensors:
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    return header
-
-
-def _write_header(file: BufferedWriter, header: dict[str, Any], record: dict[str, Any]) -> None:
-    text = json.dumps({"__metadata__": {_MARK: json.dumps(record)}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
 
 
 def _header_hash(header: dict[str, Any], weights: dict[str, Any]) -> str:

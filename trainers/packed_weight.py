@@ -21,6 +21,16 @@ class Matrix(ABC):
 
     shape: torch.Size
 
+    @property
+    @abstractmethod
+    def format(self) -> str | None:
+        """The format of `formats.FORMATS` that it is packed in, if it is one of them."""
+
+    @abstractmethod
+    def fetch(self) -> tuple[Tensor, Tensor | None]:
+        """The bytes and scales of that format, on the device that computes; of a streamed block
+        valid until another one is asked for."""
+
     @abstractmethod
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Rows of the matrix [rows, in] in `dtype`, on the device that computes."""
@@ -43,7 +53,7 @@ class PackedWeight(Matrix):
 
     def __init__(self, format: str, data: Tensor, scale: Tensor | None, columns: int) -> None:
         self.streamed: Streamed | None = None
-        self.format = format
+        self._format = format
         self.data = data
         self.scale = scale
         self.shape = torch.Size((data.shape[0], columns))
@@ -67,6 +77,10 @@ class PackedWeight(Matrix):
         return cls(format, data, scale, columns)
 
     @property
+    def format(self) -> str:
+        return self._format
+
+    @property
     def device(self) -> torch.device:
         return self.data.device
 
@@ -88,7 +102,6 @@ class PackedWeight(Matrix):
         return FORMATS[self.format].unpack(data, scale, dtype)
 
     def fetch(self) -> tuple[Tensor, Tensor | None]:
-        """The bytes and scales that compute, on the store's device."""
         return self.streamed.fetch() if self.streamed else (self.data, self.scale)
 
     def slices(self, dtype: torch.dtype, rows: slice = slice(None)) -> list[slice]:

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
 }
 """What safetensors calls the types."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _RENAMED_NORMS = (".norm.query_norm.weight", ".norm.key_norm.weight")
 """How newer versions of ComfyUI (0.33 is one) call the QK-norms' `scale`, also in saved files."""
@@ -254,6 +256,26 @@ def read_header(path: Path, *, whole: bool = True) -> tuple[dict[str, Entry], di
     if whole and size < max(ends, default=data_start):
         raise _cut_short(path)
     return entries, header
+
+
+def data_layout(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> dict[str, Any]:
+    """The header of a file in which tensors of these names, types and shapes follow each other."""
+    header, end = {}, 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    return header
+
+
+def write_header(file: BufferedWriter, header: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Write the beginning of a safetensors file, up to the bytes of its first tensor."""
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
 
 
 def read_bytes(file: BufferedReader, entry: Entry) -> Tensor:

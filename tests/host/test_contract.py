@@ -162,6 +162,14 @@ FROZEN = {
         ],
         ["MODEL MODEL", "CLIP CLIP"],
     ),
+    "AtelierFuseLoRA": (
+        ["model MODEL", "scale FLOAT", "format COMBO", "quantize_on? COMBO"],
+        ["MODEL MODEL"],
+    ),
+    "AtelierSaveFusedModel": (
+        ["model MODEL", "filename_prefix STRING", "dtype COMBO"],
+        ["file STRING"],
+    ),
     "AtelierDynamicThresholdCFG": (
         [
             *("model MODEL", "mimic_scale FLOAT", "threshold_percentile FLOAT"),
