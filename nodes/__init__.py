@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .adaptive_guider import AdaptiveGuider
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset, SplitDataset
 from .embeddings import ExportEmbeddings, ImportEmbeddings
@@ -42,6 +43,7 @@ NODES: list[type[io.ComfyNode]] = [
     PlotLoss,
     SplitDataset,
     DynamicThresholdCfg,
+    AdaptiveGuider,
 ]
 
 

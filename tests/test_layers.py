@@ -21,7 +21,10 @@ HOST_MODULES = {
 }
 HOST_BORDER = {
     f"nodes/{name}.py"
-    for name in ("host", "native", "native_clip", "encoders", "linear", "sampling", "graph_queue")
+    for name in (
+        *("host", "native", "native_clip", "encoders", "linear", "sampling", "graph_queue"),
+        "adaptive_guider",
+    )
 }
 SCHEMA_MODULE = "comfy_api"
 """The V3 schema may be imported anywhere in nodes/."""

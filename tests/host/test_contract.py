@@ -160,6 +160,13 @@ FROZEN = {
         ],
         ["MODEL MODEL"],
     ),
+    "AtelierAdaptiveGuider": (
+        [
+            *("model MODEL", "positive CONDITIONING", "negative CONDITIONING", "cfg FLOAT"),
+            *("threshold FLOAT", "start_percent FLOAT", "end_percent? FLOAT"),
+        ],
+        ["GUIDER GUIDER"],
+    ),
     "AtelierEstimateMemory": (
         [
             *("model COMBO", "format COMBO", "width INT", "height INT", "prompt_length INT"),
