@@ -74,9 +74,7 @@ class NegativeRun:
         lines = [f"The negative prompt was computed {self.passes} of {self.calls} times."]
         last, most = float(self._alike_at.min()), float(self._most_alike.min())
         if last > 0:
-            lines.append(
-                f"It was left out below sigma {last:.3f}, where it changed almost nothing."
-            )
+            lines.append(f"Below sigma {last:.3f} it changed almost nothing and was left out.")
         elif most > -1:
             lines.append(f"The similarity of the two predictions came to {most:.4f}.")
         return "\n".join(lines)
