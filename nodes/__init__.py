@@ -6,6 +6,7 @@ from .adaptive_guider import AdaptiveGuider
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset, SplitDataset
 from .embeddings import ExportEmbeddings, ImportEmbeddings
+from .grid import CompareGrid
 from .guidance import DynamicThresholdCfg
 from .images import ImagesToDataset
 from .importers import HubDataset, ImportDataset
@@ -44,6 +45,7 @@ NODES: list[type[io.ComfyNode]] = [
     SplitDataset,
     DynamicThresholdCfg,
     AdaptiveGuider,
+    CompareGrid,
 ]
 
 
