@@ -33,6 +33,7 @@ def test_all_workflows_are_there() -> None:
         *("atelier_multi_resolution", "atelier_masks_and_regularization"),
         *("atelier_images_from_a_graph", "atelier_watched_training"),
         "atelier_dynamic_threshold",
+        "atelier_compare_grid",
     }
 
 

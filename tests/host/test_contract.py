@@ -167,6 +167,15 @@ FROZEN = {
         ],
         ["GUIDER GUIDER"],
     ),
+    "AtelierCompareGrid": (
+        [
+            *("model MODEL", "clip CLIP", "vae VAE", "prompts STRING", "negative STRING"),
+            *("loras STRING", "run COMBO", "strengths STRING", "guidances STRING", "cfgs STRING"),
+            *("seed INT", "steps INT", "sampler_name COMBO", "scheduler COMBO", "width INT"),
+            *("height INT", "name STRING", "checkpoints? STRING", "trained? STRING"),
+        ],
+        ["grid IMAGE", "table STRING"],
+    ),
     "AtelierEstimateMemory": (
         [
             *("model COMBO", "format COMBO", "width INT", "height INT", "prompt_length INT"),
