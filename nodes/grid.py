@@ -100,7 +100,7 @@ class CompareGrid(io.ComfyNode):
         text = table(cells.rows())
         write_atomically(folder / "grid.csv", lambda file: _write(file, text))
         pixels = torch.from_numpy(np.array(image)).float()[None] / 255
-        message = f"{len(cells)} pictures, {num_drawn} of them new, in {folder}."
+        message = f"Pictures: {len(cells)}, new: {num_drawn}, in {folder}."
         return io.NodeOutput(pixels, text, ui=host.report(node_id, message))
 
 

@@ -164,7 +164,7 @@ class Cells:
         for lora in dict.fromkeys(self._cells[key].lora for key in missing):
             if lora:  # one of another kind is told before it starts
                 add_lora(model, lora.tensors(), 1.0)
-        show(f"{len(self)} pictures, {len(missing)} of them to draw.")
+        show(f"Pictures: {len(self)}, to draw: {len(missing)}.")
         sampler = self._comparison.sampler
         bar = _Bar(len(missing) * sampler.steps)
         with torch.inference_mode():

@@ -161,14 +161,14 @@ def test_the_checkpoints_of_a_training_in_the_same_graph(server: ComfyServer, ru
 def test_a_grid_that_grows_draws_only_what_is_new(server: ComfyServer, run: str) -> None:
     """What has no LoRA is the same at every strength."""
     first = server.run(grid_graph(loras="none", name="grows"))
-    assert message(first).startswith("2 pictures, 2 of them new, in ")
+    assert message(first).startswith("Pictures: 2, new: 2, in ")
     grown = grid_graph(loras="none\nplain", strengths="0.5, 1", name="grows")
     second = server.run(grown)
-    assert message(second).startswith("6 pictures, 4 of them new, in ")
+    assert message(second).startswith("Pictures: 6, new: 4, in ")
     assert folder_of(second) == folder_of(first)
     grown["grid"]["inputs"]["prompts"] = "a blue circle\na red circle"
     third = server.run(grown)
-    assert message(third).startswith("6 pictures, 0 of them new, in ")
+    assert message(third).startswith("Pictures: 6, new: 0, in ")
     files = [{(row["prompt"], row["lora"], row["strength"]): row["file"]} for row in rows_of(third)]
     assert all(one in files for one in files)
     order = [row["prompt"] for row in rows_of(third)]
@@ -206,7 +206,7 @@ def test_cancel_keeps_what_is_drawn_and_the_next_time_goes_on(
     kept = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert 1 <= len(kept) < 8
     entry = server.run(graph)
-    assert message(entry).startswith(f"8 pictures, {8 - len(kept)} of them new, in ")
+    assert message(entry).startswith(f"Pictures: 8, new: {8 - len(kept)}, in ")
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
     whole = {row["file"] for row in rows_of(entry)}
     assert {path.name for path in folder.iterdir()} == {*whole, "grid.png", "grid.csv"}
@@ -265,7 +265,7 @@ def test_one_loaded_model_draws_all(tmp_path: Path) -> None:
         lambda text: shown.append((text, model.store.bytes_moved)),
     )
     assert [text.partition(",")[0] for text, _ in shown] == [
-        "3 pictures",
+        "Pictures: 3",
         *(f"{number} of 3 pictures are drawn" for number in (1, 2, 3)),
     ]
     moved = [number for _, number in shown]
