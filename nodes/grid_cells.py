@@ -19,6 +19,7 @@ from ..trainers.files import clear_leftovers
 from ..trainers.grid import Axis, Place, places
 from . import host
 from .encoders import patches_identity, require_flux_vae
+from .graph_queue import nodes_before
 from .looks import Look, content_digests
 from .native import add_lora
 from .samples import save_png
@@ -229,9 +230,8 @@ def networks_identity(graph: Any, node_id: str, model: Any) -> str:
     Args:
         graph: ComfyUI's DynamicPrompt.
     """
-    nodes = host.nodes_before(graph, node_id, ("model", "clip", "vae"))
-    text = json.dumps([nodes, patches_identity(model)], sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()
+    nodes = nodes_before(graph, node_id, ("model", "clip", "vae"))
+    return hashlib.sha256(repr([*nodes, patches_identity(model)]).encode()).hexdigest()
 
 
 def _guided(conditioning: list, guidance: float) -> list:

@@ -21,7 +21,7 @@ import comfyui_version
 import folder_paths
 import torch
 from comfy_api.latest import io
-from comfy_execution.graph_utils import ExecutionBlocker, is_link
+from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 
 from ..trainers.run import run_name
@@ -170,28 +170,6 @@ def files_called(name: str) -> list[Path]:
     """The files of any kind of model that ComfyUI's loaders would open for `name`."""
     found = (model_file(kind, name) for kind in folder_paths.folder_names_and_paths)
     return sorted({path for path in found if path})
-
-
-def nodes_before(graph: Any, node_id: str, names: Iterable[str]) -> Any:
-    """What ComfyUI's graph has before some inputs of a node: JSON values, equal wherever the nodes
-    lie in it, with the sizes and times of the model files that they name.
-
-    Args:
-        graph: the DynamicPrompt of `io.Hidden.dynprompt`.
-    """
-    inputs = graph.get_node(node_id)["inputs"]
-
-    def described(value: Any) -> Any:
-        if is_link(value):
-            node = graph.get_node(value[0])
-            return [node["class_type"], value[1], all_of(node["inputs"])]
-        files = fingerprints(files_called(value)) if isinstance(value, str) else []
-        return [value, files] if files else value
-
-    def all_of(inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: described(value) for name, value in inputs.items()}
-
-    return [described(inputs[name]) for name in names]
 
 
 def embedding_folders() -> list[str]:
