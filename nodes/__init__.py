@@ -2,10 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .adaptive_guider import AdaptiveGuider
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset, SplitDataset
 from .embeddings import ExportEmbeddings, ImportEmbeddings
 from .fuse import FuseLora, SaveFusedModel
+from .grid import CompareGrid
 from .guidance import DynamicThresholdCfg
 from .images import ImagesToDataset
 from .importers import HubDataset, ImportDataset
@@ -50,6 +52,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoraMixer,
     FuseLora,
     SaveFusedModel,
+    AdaptiveGuider,
+    CompareGrid,
 ]
 
 

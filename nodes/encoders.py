@@ -153,6 +153,16 @@ def patcher_identity(patcher: Any) -> str:
     return _identity(patcher, (), lambda name: not name.endswith(_UNUSED_CLIP_PARTS))
 
 
+def patches_identity(patcher: Any) -> str:
+    """SHA-256 over the LoRAs and other patches on a MODEL."""
+    digest = hashlib.sha256()
+    for name, patches in sorted(patcher.patches.items()):
+        digest.update(name.encode())
+        for part in _parts(patches):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def require_flux_vae(vae: Any) -> None:
     """Raises ValueError if a VAE is not one of FLUX's kind."""
     network = getattr(vae, "first_stage_model", None)

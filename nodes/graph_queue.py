@@ -1,7 +1,10 @@
-"""ComfyUI's queue: a graph in API form into it, and in a sentence why it is refused."""
+"""ComfyUI's graphs: one in API form into its queue, or in a sentence why it is refused; and what a
+node has before it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 import uuid
 from collections.abc import Iterable
@@ -104,3 +107,30 @@ def sentence(graph: dict[str, Any], refused: GraphRefused) -> str:
     if name is None:
         return f"The run cannot go on: ComfyUI refuses its node {where}: {text}."
     return f"The run cannot go on: ComfyUI refuses {name} of its node {where}: {text}."
+
+
+def nodes_before(graph: Any, node_id: str, names: Iterable[str]) -> list[str]:
+    """Hashes of what ComfyUI's graph has before some inputs of a node: all nodes with their
+    settings, wherever they lie in it, and the sizes and times of the model files that they name.
+
+    Args:
+        graph: the DynamicPrompt of `io.Hidden.dynprompt`.
+    """
+    known: dict[str, str] = {}
+
+    def node_hash(name: str) -> str:
+        if name not in known:
+            node = graph.get_node(name)
+            inputs = {key: described(value) for key, value in node["inputs"].items()}
+            text = json.dumps([node["class_type"], inputs], sort_keys=True, default=repr)
+            known[name] = hashlib.sha256(text.encode()).hexdigest()
+        return known[name]
+
+    def described(value: Any) -> Any:
+        if is_link(value):
+            return [node_hash(value[0]), value[1]]
+        files = host.fingerprints(host.files_called(value)) if isinstance(value, str) else []
+        return [value, files]
+
+    inputs = graph.get_node(node_id)["inputs"]
+    return [repr(described(inputs[name])) for name in names]

@@ -22,6 +22,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image
 
 from ..trainers.run import run_name
 from ..trainers.scan import PICTURE_EXTENSIONS
@@ -165,6 +166,12 @@ def model_names(kind: str) -> list[str]:
     return folder_paths.get_filename_list(kind)
 
 
+def files_called(name: str) -> list[Path]:
+    """The files of any kind of model that ComfyUI's loaders would open for `name`."""
+    found = (model_file(kind, name) for kind in folder_paths.folder_names_and_paths)
+    return sorted({path for path in found if path})
+
+
 def embedding_folders() -> list[str]:
     """Where textual inversions lie."""
     return folder_paths.get_folder_paths("embeddings")
@@ -196,6 +203,8 @@ def check_interrupted() -> None:
 
 _PROGRESS_S = 0.1
 """Between two moves of a bar: each is two messages to the page."""
+_PREVIEW_PX = 512
+"""Longer side of the picture on a node while it runs, as of ComfyUI's samplers."""
 
 
 class Progress:
@@ -205,18 +214,20 @@ class Progress:
         self._bar = comfy.utils.ProgressBar(total)
         self._shown = 0.0
 
-    def update(self, done: int, total: int) -> None:
-        """Show the progress. Raises ComfyUI's interruption when the user pressed Cancel."""
+    def update(self, done: int, total: int, preview: Image.Image | None = None) -> None:
+        """Show the progress, and a picture on the node. Raises ComfyUI's interruption when the user
+        pressed Cancel."""
         check_interrupted()
-        self.show(done, total)
+        self.show(done, total, preview)
 
-    def show(self, done: int, total: int) -> None:
+    def show(self, done: int, total: int, preview: Image.Image | None = None) -> None:
         """Show the progress of work that looks for an interruption itself."""
         now = time.monotonic()
         if now - self._shown < _PROGRESS_S and done < total:
             return
         self._shown = now
-        self._bar.update_absolute(done, total)
+        shown = None if preview is None else ("JPEG", preview, _PREVIEW_PX)
+        self._bar.update_absolute(done, total, shown)
 
 
 def show_text(text: str, node_id: str) -> None:

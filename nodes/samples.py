@@ -61,10 +61,7 @@ class Samples:
         with torch.inference_mode():
             model = add_lora(self._model, file_tensors(lora, self._lora), 1.0)
             for picture in missing:
-                pixels = self._draw(model, picture, step)
-                # Cut to 8 bits as Save Image does: the picture of a KSampler is the same to the bit
-                whole = (pixels * 255).clamp(0, 255).byte().cpu().numpy()
-                _save_png(picture.path(self._folder, step), whole)
+                save_png(picture.path(self._folder, step), self._draw(model, picture, step))
         return [(one, one.path(self._folder, step)) for one in missing]
 
     def of(self, step: int) -> list[tuple[Picture, Tensor]]:
@@ -120,8 +117,11 @@ class Samples:
         write_json(self._folder / LIST_FILE, entries)
 
 
-def _save_png(path: Path, pixels: np.ndarray) -> None:
-    write_atomically(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+def save_png(path: Path, pixels: Tensor) -> None:
+    """Write pixels [H, W, 3] in 0..1, atomically."""
+    # Cut to 8 bits as Save Image does: the picture of a KSampler is the same to the bit.
+    whole = (pixels * 255).clamp(0, 255).byte().cpu().numpy()
+    write_atomically(path, lambda file: Image.fromarray(whole).save(file, format="PNG"))
 
 
 def _pixels(path: Path) -> Tensor:

@@ -23,8 +23,7 @@ HOST_BORDER = {
     f"nodes/{name}.py"
     for name in (
         *("host", "native", "native_clip", "native_lora", "native_fuse"),
-        *("encoders", "linear", "sampling"),
-        "graph_queue",
+        *("encoders", "linear", "sampling", "graph_queue", "adaptive_guider"),
     )
 }
 SCHEMA_MODULE = "comfy_api"

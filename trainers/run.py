@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout  # a package that torch needs
 from torch import Tensor
 
-from .config import JobSettings, to_json
+from .config import JobSettings, LoraSettings, to_json
 from .files import (
     not_written,
     read_safetensors,
@@ -93,6 +93,27 @@ def steps_saved(folder: Path) -> list[int]:
         return []
     matches = map(_CHECKPOINT_NAME.fullmatch, names)
     return sorted(int(match.group(1)) for match in matches if match)
+
+
+def adapter_file(folder: Path, step: int) -> Path:
+    """The file with the LoRA's tensors of a checkpoint of the run in `folder`."""
+    return folder / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors"
+
+
+def lora_settings(folder: Path) -> LoraSettings:
+    """What kind of LoRA the run in `folder` trains.
+
+    Raises:
+        ValueError: its run.json is gone or damaged.
+    """
+    try:
+        values = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return LoraSettings(**values["lora"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The run {folder.name} cannot be read: its {RUN_FILE} is gone or damaged. Choose "
+            "another one."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -226,7 +247,7 @@ class Run:
         """
         folder = self._checkpoints / f"step-{step:06d}"
         try:
-            adapter, _ = read_safetensors(folder / "adapter.safetensors")
+            adapter, _ = read_safetensors(adapter_file(self.folder, step))
             optimizer, _ = read_safetensors(folder / "optimizer.safetensors")
             values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (ValueError, FileNotFoundError) as error:

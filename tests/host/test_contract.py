@@ -180,6 +180,22 @@ FROZEN = {
         ],
         ["MODEL MODEL"],
     ),
+    "AtelierAdaptiveGuider": (
+        [
+            *("model MODEL", "positive CONDITIONING", "negative CONDITIONING", "cfg FLOAT"),
+            *("threshold FLOAT", "start_percent FLOAT", "end_percent? FLOAT"),
+        ],
+        ["GUIDER GUIDER"],
+    ),
+    "AtelierCompareGrid": (
+        [
+            *("model MODEL", "clip CLIP", "vae VAE", "prompts STRING", "negative STRING"),
+            *("loras STRING", "run COMBO", "strengths STRING", "guidances STRING", "cfgs STRING"),
+            *("seed INT", "steps INT", "sampler_name COMBO", "scheduler COMBO", "width INT"),
+            *("height INT", "name STRING", "checkpoints? STRING", "trained? STRING"),
+        ],
+        ["grid IMAGE", "table STRING"],
+    ),
     "AtelierEstimateMemory": (
         [
             *("model COMBO", "format COMBO", "width INT", "height INT", "prompt_length INT"),
