@@ -35,7 +35,7 @@ _RENAMED_NORMS = (".norm.query_norm.weight", ".norm.key_norm.weight")
 """How newer versions of ComfyUI (0.33 is one) call the QK-norms' `scale`, also in saved files."""
 _CLIP_PARTS = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 """How the names of a CLIP begin that transformers 5 saved; all others begin with `text_model.`."""
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _SAMPLE_BYTES = 4096
 _SAMPLED_TENSOR_BYTES = 4 * _SAMPLE_BYTES
 """Tensors from this size on tell one model from another: every matrix, also of a small model."""
@@ -298,7 +298,7 @@ def model_files(path: Path) -> list[Path]:
         raise ValueError(
             f"The model file '{path}' does not exist. Put it there, or choose another."
         )
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise ValueError(
             f"'{path.name}' is a pickle, a file that can run code when it is opened, and is not "
             "read. Choose the .safetensors file of this model."

@@ -1,0 +1,174 @@
+"""How LoRA files of other trainers call FLUX's modules, and the names that ComfyUI reads.
+
+Knows names only. Facts: the trainers' own savers (kohya's sd-scripts, diffusers, ai-toolkit,
+SimpleTuner, OneTrainer, x-flux), and ComfyUI's `comfy/lora.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .flux import FINAL_MODULATION, HEAD_SIZE, FluxConfig, linear_sources, norm_sources
+
+SINGLE_QKV = "single_blocks.0.linear1_qkv"
+"""ComfyUI's name for the first three parts of `linear1`, which XLabs trains alone."""
+
+_ENDINGS = tuple(
+    (part, re.compile(rf"(?:{pattern})$"))
+    for part, pattern in (
+        ("down", r"\.lora_(?:A|down)(?:\.\w+)?\.weight|\.lora_A|[._]lora\.down\.weight"),
+        ("down", r"\.lora_linear_layer\.down\.weight|(?<=lora[12])\.down\.weight"),
+        ("up", r"\.lora_(?:B|up)(?:\.\w+)?\.weight|\.lora_B|[._]lora\.up\.weight"),
+        ("up", r"\.lora_linear_layer\.up\.weight|(?<=lora[12])\.up\.weight"),
+        ("mid", r"\.lora_mid\.weight"),
+        ("dora_scale", r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*"),
+        ("", r"\.(?:alpha|diff|diff_b|set_weight|reshape_weight|w_norm|b_norm)"),
+        ("", r"\.(?:lokr_(?:w1|w2|t2)(?:_a|_b)?|hada_(?:w1|w2)_[ab]|hada_t[12])"),
+    )
+)
+_PREFIXES = re.compile(
+    r"(?:transformer\.|diffusion_model\.|base_model\.model\.|model\.|unet\.|module\.|_orig_mod\.|"
+    r"lora_unet[_.]|lora_transformer[_.]|lycoris[_.])*_*"
+)
+_BLOCK = re.compile(
+    r"(transformer_blocks|single_transformer_blocks|double_blocks|single_blocks)([._])(\d+)\2(.+)"
+)
+_XLABS = {
+    "double_blocks.0.processor.qkv_lora1": "double_blocks.0.img_attn.qkv",
+    "double_blocks.0.processor.qkv_lora2": "double_blocks.0.txt_attn.qkv",
+    "double_blocks.0.processor.proj_lora1": "double_blocks.0.img_attn.proj",
+    "double_blocks.0.processor.proj_lora2": "double_blocks.0.txt_attn.proj",
+    "single_blocks.0.processor.qkv": SINGLE_QKV,
+    "single_blocks.0.processor.proj": "single_blocks.0.linear2",
+}
+_CLIP = "text_encoders.clip_l.transformer."
+_T5 = "text_encoders.t5xxl.transformer."
+_TEXT = (
+    (re.compile(r"(?:clip_l|lora_te1)\.(?=text_)"), _CLIP),
+    (re.compile(r"(?:text_encoder|clip_l|lora_te1)\.(?=encoder\.layers\.)"), f"{_CLIP}text_model."),
+    (re.compile(r"(?:text_encoder_2|t5|lora_te[23])\.(?=encoder\.block\.)"), _T5),
+)
+_TEXT_ENCODER = re.compile(r"lora_te\d?[_.]|text_encoders?(?:_\d)?\.|clip_l\.|t5\.")
+
+
+def _one_block() -> FluxConfig:
+    return FluxConfig(
+        hidden_size=HEAD_SIZE,
+        depth=1,
+        depth_single=1,
+        in_channels=64,
+        context_dim=1,
+        vector_dim=1,
+        guidance=True,
+    )
+
+
+_SOURCES = linear_sources(_one_block())
+_NORMS = norm_sources(_one_block())
+DIFFUSERS = frozenset([*_SOURCES, *_NORMS, FINAL_MODULATION[0]])
+"""diffusers' names of FLUX's modules; those of block 0 stand for all blocks."""
+ORIGINAL = frozenset(
+    [*(s.name for s in _SOURCES.values()), *_NORMS.values(), FINAL_MODULATION[1], SINGLE_QKV]
+)
+"""The same in the original files."""
+
+
+def _spellings() -> dict[str, str]:
+    """Every spelling of a module, block 0 for all, without what stands before it -> its name."""
+    names = {name: name for name in DIFFUSERS | ORIGINAL} | _XLABS
+    names["img_in.proj"] = "img_in"  # OneTrainer
+    for name, source in _SOURCES.items():
+        if source.rows.start is not None:  # OneTrainer numbers the parts of fused matrices
+            part = (source.rows.start or 0) // HEAD_SIZE
+            names[f"{source.name}.{part}"] = name
+    return {name.replace(".", "_"): known for name, known in names.items()} | names
+
+
+_SPELLINGS = _spellings()
+
+
+def comfy_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under names that ComfyUI reads for FLUX; what it reads stays untouched.
+
+    Names of other kinds of models, and unknown ones, stay as they are. peft's magnitudes [out] of
+    a DoRA become a `dora_scale` [out, 1]. A control LoRA of Black Forest Labs is left to ComfyUI,
+    which knows it by its names.
+    """
+    if "img_in.lora_A.weight" in tensors and "single_blocks.0.norm.key_norm.scale" in tensors:
+        return dict(tensors)
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module, ending, part = split_name(name)
+        if part == "dora_scale" and tensor.dim() == 1:
+            tensor = tensor.unsqueeze(1)
+        renamed[_comfy_module(module) + _comfy_ending(ending)] = tensor
+    return renamed
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """A tensor's module, the rest of its name, and what it is: `down`, `up`, `mid`, `dora_scale`,
+    or the rest without its dot (`alpha`, `lokr_w1`, …). The rest is empty if it is no part of a
+    LoRA."""
+    for part, pattern in _ENDINGS:
+        if match := pattern.search(name):
+            ending = match.group()
+            return name[: match.start()], ending, part or ending[1:]
+    return name, "", ""
+
+
+def flux_module(module: str) -> str | None:
+    """The dotted name, diffusers' or the original one, of a FLUX module in any spelling; None for
+    anything else."""
+    bare = module[_prefix_length(module) :].rstrip("_")
+    block = _BLOCK.fullmatch(bare)
+    if block is None:
+        return _SPELLINGS.get(bare)
+    kind, dot, index, leaf = block.groups()
+    known = _SPELLINGS.get(f"{kind}{dot}0{dot}{leaf}")
+    return known and known.replace(".0.", f".{index}.", 1)
+
+
+def is_text_encoder(module: str) -> bool:
+    """Whether a module belongs to CLIP-L or T5, in any spelling."""
+    return _TEXT_ENCODER.match(module) is not None
+
+
+def _prefix_length(module: str) -> int:
+    match = _PREFIXES.match(module)
+    return match.end() if match else 0
+
+
+def _comfy_module(module: str) -> str:
+    for pattern, text in _TEXT:
+        if match := pattern.match(module):
+            return text + module[match.end() :]
+    if is_text_encoder(module) or (known := flux_module(module)) is None:
+        return module
+    return module if module in _comfy_spellings(known) else _with_prefix(known)
+
+
+def _comfy_spellings(known: str) -> tuple[str, ...]:
+    """What ComfyUI reads for a module."""
+    flat = known.replace(".", "_")
+    if _is_original(known):
+        return (f"diffusion_model.{known}", f"lora_unet_{flat}")
+    return (f"transformer.{known}", f"lora_transformer_{flat}", f"lycoris_{flat}")
+
+
+def _with_prefix(known: str) -> str:
+    return f"{'diffusion_model' if _is_original(known) else 'transformer'}.{known}"
+
+
+def _is_original(known: str) -> bool:
+    return re.sub(r"(?<=blocks\.)\d+", "0", known, count=1) in ORIGINAL
+
+
+def _comfy_ending(ending: str) -> str:
+    if ending.startswith(".lora_magnitude_vector"):
+        return ".dora_scale"
+    if ending in (".down.weight", ".up.weight", "_lora.down.weight", "_lora.up.weight"):
+        return f".lora_{ending.removeprefix('_lora')[1:]}"
+    return re.sub(r"^(\.lora_(?:A|B|down|up))\.\w+\.weight$", r"\1.weight", ending)
