@@ -13,6 +13,7 @@ from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora
 from .memory import EstimateMemory
 from .plot import PlotLoss
+from .push import PushToHub
 from .routes import add_routes
 from .run_routes import add_run_routes
 from .settings import CaptionSettingsNode, PictureSettingsNode
@@ -42,6 +43,7 @@ NODES: list[type[io.ComfyNode]] = [
     PlotLoss,
     SplitDataset,
     DynamicThresholdCfg,
+    PushToHub,
 ]
 
 

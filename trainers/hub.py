@@ -7,14 +7,13 @@ mirror and offline mode are the hub's own: `hf auth login` or HF_TOKEN, HF_ENDPO
 from __future__ import annotations
 
 import errno
-import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from .config import require
+from .config import is_hub_id, require
 from .files import not_written
 from .flux import FluxConfig
 from .load import flux_config, inspect_flux
@@ -24,15 +23,12 @@ Kind = Literal["model", "dataset"]
 """Of a repository."""
 
 _FOLDER = "transformer/"
-_PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}", re.ASCII)
-"""The hub's rules for names, and always with an owner."""
 
 
 def require_hub_id(hub_id: str) -> None:
     """Raises ValueError unless it is the `owner/name` of a repository. Uses no network."""
     require(
-        _HUB_ID.fullmatch(hub_id) is not None,
+        is_hub_id(hub_id),
         "A Hugging Face repository is named by its owner and its name, such as "
         f"black-forest-labs/FLUX.1-dev, got {hub_id!r}. Leave hub_id empty if none is meant.",
     )

@@ -41,6 +41,10 @@ class HubServer:
         """The paths of the files that were asked for."""
         return [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
 
+    def take(self, path: str, headers: Mapping[str, str], body: bytes) -> tuple[int, dict]:
+        """The status and the JSON that answer what is sent; this hub takes nothing."""
+        return 405, {}
+
 
 class _Handler(BaseHTTPRequestHandler):
     server_hub: HubServer
@@ -51,6 +55,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer(has_body=False)
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server_hub.requests.append((self.command, path))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status, answer = self.server_hub.take(path, self.headers, body)
+        headers = {"Content-Type": "application/json"}
+        self._send(status, json.dumps(answer).encode(), headers, has_body=True)
+
+    do_PUT = do_POST
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing on the console."""
