@@ -78,7 +78,11 @@ class _Handler(BaseHTTPRequestHandler):
         hub_id, rest = "/".join(parts[:length]), parts[length:]
         folder = self.server_hub.folder / hub_id
         token = self.server_hub.gated.get(hub_id)
-        if not folder.is_dir():
+        if is_list and not rest:  # /api/models/<id>
+            status, answer = self.server_hub.take(path, self.headers, b"")
+            data, headers = json.dumps(answer).encode(), {"Content-Type": "application/json"}
+            self._send(status, data, headers, has_body)
+        elif not folder.is_dir():
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, has_body)
         elif is_list:  # /api/models/<id>/tree/<revision>, also of datasets; gated ones are listed
             self._send(200, _tree(folder), {"Content-Type": "application/json"}, has_body)

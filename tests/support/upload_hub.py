@@ -45,7 +45,8 @@ class UploadHub(HubServer):
         if path.endswith("/info/lfs/objects/batch"):
             return self._batch(json.loads(body))
         hub_id, _, rest = hub_id.partition("/commit/")
-        assert rest == "main", path
+        if not rest:
+            return (200, {"id": hub_id}) if hub_id in self.is_private else (404, {})
         return self._commit(hub_id, [json.loads(line) for line in body.splitlines()])
 
     def _create(self, asked: dict[str, Any], owners: tuple[str, ...]) -> Answer:
@@ -54,7 +55,8 @@ class UploadHub(HubServer):
             return 403, {"error": "You don't have the rights to create a model here"}
         if hub_id in self.is_private:
             return 409, {"error": "You already created this model repo", "url": self._page(hub_id)}
-        self.is_private[hub_id] = asked["private"]
+        # The client says "visibility" from 1.0 on.
+        self.is_private[hub_id] = asked.get("private") or asked.get("visibility") == "private"
         (self.folder / hub_id).mkdir(parents=True)
         return 200, {"url": self._page(hub_id)}
 
