@@ -16,6 +16,7 @@ from .plot import PlotLoss
 from .push import PushToHub
 from .routes import add_routes
 from .run_routes import add_run_routes
+from .score_lora import ScoreLora
 from .settings import CaptionSettingsNode, PictureSettingsNode
 from .train import TrainLora
 from .validation_settings import ValidationSettings
@@ -44,6 +45,7 @@ NODES: list[type[io.ComfyNode]] = [
     SplitDataset,
     DynamicThresholdCfg,
     PushToHub,
+    ScoreLora,
 ]
 
 
