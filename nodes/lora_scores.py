@@ -14,6 +14,7 @@ from ..trainers.config import require
 from ..trainers.data import TrainingData
 from ..trainers.dataset import Dataset
 from ..trainers.evaluate import Predict, held_out_loss
+from ..trainers.flux import LATENT_CHANNELS
 from ..trainers.likeness import (
     NEARLY_THE_SAME,
     most_alike,
@@ -97,7 +98,7 @@ def measure_loss(
 def _predict_by(model: Any, data: TrainingData, guidance: float) -> Predict:
     """What ComfyUI's network predicts, with whatever LoRAs the MODEL carries."""
     width, height = max((e.width, e.height) for e in data.latents.entries)
-    to_training_device(model, model.memory_required([1, 16, height // 8, width // 8]))
+    to_training_device(model, model.memory_required([1, LATENT_CHANNELS, height // 8, width // 8]))
     options = model.model_options.get("transformer_options", {})
 
     def predict(latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, pooled: Tensor) -> Tensor:

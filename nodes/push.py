@@ -90,7 +90,7 @@ class PushToHub(io.ComfyNode):
                 repo_id,
                 files,
                 private=private,
-                message=message.strip() or f"Upload {path.name}",
+                message=message.strip() or f"add {path.name}",
                 check_stop=host.check_interrupted,
             )
             lines.append(f"Uploaded to {url}: {', '.join(files)}.")

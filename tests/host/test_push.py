@@ -71,7 +71,7 @@ def graph(output: int = 0, **inputs: Any) -> Graph:
 def test_file_card_and_pictures_are_on_the_hub(hub: UploadHub, runner: Runner) -> None:
     url = runner.run(graph(prompts="a cat\na dog", trigger_words="sks, ohwx"))
     assert url == f"{hub.url}/me/cats"
-    assert hub.commits == [{"repo": "me/cats", "summary": "Upload cats.safetensors"}]
+    assert hub.commits == [{"repo": "me/cats", "summary": "add cats.safetensors"}]
     assert hub.is_private == {"me/cats": True}
     place = hub.folder / "me" / "cats"
     local = host.lora_folder()
