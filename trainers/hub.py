@@ -1,8 +1,8 @@
 """A FLUX of a Hugging Face repository, in the hub's own cache; what every use of the hub needs.
 
 Only this, `hub_dataset` and `hub_push` use the network, and only for a repository that the user
-named. Token,
-mirror and offline mode are the hub's own: `hf auth login` or HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+named. Token, mirror and offline mode are the hub's own: `hf auth login` or HF_TOKEN, HF_ENDPOINT,
+HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
