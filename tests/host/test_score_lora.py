@@ -27,6 +27,7 @@ from atelier.trainers.flux import build_transformer
 from atelier.trainers.image_folder import image_folder
 from atelier.trainers.load import load_flux
 from clip_files import SIDE, clip_model, load_clip, load_vision, random_pictures, write_text_encoder
+from core_flux import core_model
 from executor import Give, Runner
 from flux_files import write_flux
 from graphs import Graph, node, write_pictures
@@ -104,6 +105,15 @@ def test_the_loss_is_that_of_the_network_that_trains(
     first, second = runner.texts["score"][0].splitlines()
     assert first.startswith(f"Loss of 2 samples: {values['loss']['base']:.4f} without the LoRA, ")
     assert second.startswith("With the empty caption: ")
+
+
+def test_a_model_of_the_core_has_the_same_loss(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, model: Any, data: TrainingData
+) -> None:
+    inputs = {"latents": data.latents, "prompts": data.prompts, "lora": lora_tensors("plain")}
+    ours = score(runner, monkeypatch, model=model, **inputs, strength=10.0)["loss"]
+    core = score(runner, monkeypatch, model=core_model("nf4"), **inputs, strength=10.0)["loss"]
+    assert core == pytest.approx(ours, rel=1e-5)
 
 
 def test_a_lokr_is_measured_too(
