@@ -17,7 +17,8 @@ from .dataset import Dataset, open_picture
 from .pictures import transform
 
 NEARLY_THE_SAME = 0.95
-"""From this likeness on, by pixels or by embeddings, two pictures are taken for copies."""
+"""From this likeness on, by pixels or by embeddings, two pictures are taken for copies. By pixels,
+different ones of ComfyUI's image templates reach 0.66; blurred or upscaled ones 0.96 to 0.99."""
 _SIDE = 32
 _ROWS = 256
 
