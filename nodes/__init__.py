@@ -17,8 +17,10 @@ from .lora import ApplyLora, LoraMixer
 from .lora_files import ExportLora, ExtractLora, MergeLoras
 from .memory import EstimateMemory
 from .plot import PlotLoss
+from .push import PushToHub
 from .routes import add_routes
 from .run_routes import add_run_routes
+from .score_lora import ScoreLora
 from .settings import CaptionSettingsNode, PictureSettingsNode
 from .train import TrainLora
 from .validation_settings import ValidationSettings
@@ -54,6 +56,8 @@ NODES: list[type[io.ComfyNode]] = [
     SaveFusedModel,
     AdaptiveGuider,
     CompareGrid,
+    PushToHub,
+    ScoreLora,
 ]
 
 

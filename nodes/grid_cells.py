@@ -21,7 +21,7 @@ from . import host
 from .encoders import patches_identity, require_flux_vae
 from .graph_queue import nodes_before
 from .looks import Look, content_digests
-from .native import add_lora
+from .native_lora import add_lora
 from .samples import save_png
 from .sampling import draw_latents, encode_prompt
 from .validation import Sampler

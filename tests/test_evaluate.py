@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers.data import TrainingData
-from atelier.trainers.evaluate import EVAL_SIGMAS, eval_loss, held_out_loss
+from atelier.trainers.evaluate import EVAL_SIGMAS, eval_loss, held_out_loss, predict_by
 from atelier.trainers.flow import seeded
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.hooks import Hooks, Trained
@@ -291,7 +291,8 @@ def test_a_picture_keeps_its_noise_when_others_are_added(
     network = build_transformer(base.store, base.config, torch.float32)
 
     def measured(data: TrainingData) -> float:
-        return held_out_loss(network, data, device=torch.device("cpu"), dtype=torch.float32)
+        predict = predict_by(network, guidance=1.0, dtype=torch.float32)
+        return held_out_loss(predict, data, device=torch.device("cpu"))
 
     alone = [measured(part(all_data, number, number + 1)) for number in range(6)]
     assert len(set(alone)) == 6

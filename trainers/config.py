@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
         *("proj_mlp", "proj_out"),
     ),
 }
+_PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}", re.ASCII)
+"""The hub's rules for names, and always with an owner."""
 PROMPT_LENGTH = 77
 """The recipe's tokens of a caption."""
 
@@ -207,6 +211,11 @@ def require_file_name(name: str) -> None:
         f"The name '{name}' cannot be a file name. "
         "Use up to 60 letters, digits, spaces, '-', '_' and '.'.",
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it can be the `owner/name` of a repository of the Hugging Face Hub."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def to_json(settings: Any) -> dict[str, Any]:

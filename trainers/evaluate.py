@@ -19,6 +19,11 @@ EVAL_SIGMAS = (0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375)
 """Shares of noise to measure at: the middles of eight equal parts of 0..1."""
 
 
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A network's prediction of noise - image, [B, C, H, W]. It is given noisy latents of this shape in
+float32, their shares of noise [B], T5's embeddings [B, T, D] and CLIP's [B, D2]."""
+
+
 @torch.no_grad()
 def eval_loss(
     transformer,
@@ -45,33 +50,25 @@ def eval_loss(
         batch_size: changes speed and memory, not the result.
         names: of the pictures, by which their noise is drawn; their numbers if None.
     """
-    names = names or [str(number) for number in range(len(latents))]
-    losses = []
-    for number, sigma in enumerate(sigmas):
-        for part in torch.arange(len(latents)).split(batch_size):
-            noise = torch.stack(
-                [_noise(latents[0], seed, number, names[int(index)]) for index in part]
-            )
-            noise, sigma_B = noise.to(latents.device), latents.new_full((len(part),), sigma)
-            prediction = velocity(
-                transformer,
-                add_noise(latents[part], noise, sigma_B).to(dtype),
-                sigma=sigma_B,
-                prompt_embeds=prompt_embeds[part],
-                pooled=pooled[part],
-                guidance=guidance,
-            )
-            losses.append(flow_loss(prediction, latents[part], noise))
-    return float(torch.cat(losses).mean())
+    return _loss(
+        predict_by(transformer, guidance=guidance, dtype=dtype),
+        latents,
+        prompt_embeds,
+        pooled,
+        names or [str(number) for number in range(len(latents))],
+        sigmas=sigmas,
+        seed=seed,
+        batch_size=batch_size,
+    )
 
 
+@torch.no_grad()
 def held_out_loss(
-    transformer,
+    predict: Predict,
     data: TrainingData,
     *,
     device: torch.device,
-    dtype: torch.dtype,
-    guidance: float = 1.0,
+    with_text: bool = True,
     check_stop: Callable[[], None] = lambda: None,
 ) -> float:
     """`eval_loss` of samples that are not trained, one after the other, each with its first text.
@@ -79,23 +76,62 @@ def held_out_loss(
     The noise of a picture is drawn by its content, so it stays the same when others are added.
 
     Args:
+        with_text: False for the empty text in place of the samples' own, which must be encoded.
         check_stop: called before every picture; it raises to stop.
     """
     losses = []
     for entry in sorted(data.latents.entries, key=lambda entry: entry.name):
         check_stop()
-        text = data.prompts.load(entry.texts[0][0])
-        loss = eval_loss(
-            transformer,
+        text = data.prompts.load(entry.texts[0][0] if with_text else "")
+        loss = _loss(
+            predict,
             data.latents.load(entry.keys[0]).mean[None].to(device),
-            prompt_embeds=text.prompt_embeds[None].to(device),
-            pooled=text.pooled[None].to(device),
-            guidance=guidance,
-            dtype=dtype,
-            names=[entry.name],
+            text.prompt_embeds[None].to(device),
+            text.pooled[None].to(device),
+            [entry.name],
         )
         losses.append(loss)
     return sum(losses) / len(losses)
+
+
+def predict_by(transformer, *, guidance: float, dtype: torch.dtype) -> Predict:
+    """What diffusers' network predicts, computed in `dtype`."""
+
+    def predict(latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, pooled: Tensor) -> Tensor:
+        return velocity(
+            transformer,
+            latents.to(dtype),
+            sigma=sigma,
+            prompt_embeds=prompt_embeds,
+            pooled=pooled,
+            guidance=guidance,
+        )
+
+    return predict
+
+
+def _loss(
+    predict: Predict,
+    latents: Tensor,
+    prompt_embeds: Tensor,
+    pooled: Tensor,
+    names: Sequence[str],
+    *,
+    sigmas: tuple[float, ...] = EVAL_SIGMAS,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> float:
+    losses = []
+    for number, sigma in enumerate(sigmas):
+        for part in torch.arange(len(latents)).split(batch_size):
+            noise = torch.stack(
+                [_noise(latents[0], seed, number, names[int(index)]) for index in part]
+            )
+            noise, sigma_B = noise.to(latents.device), latents.new_full((len(part),), sigma)
+            noisy = add_noise(latents[part], noise, sigma_B)
+            prediction = predict(noisy, sigma_B, prompt_embeds[part], pooled[part])
+            losses.append(flow_loss(prediction, latents[part], noise))
+    return float(torch.cat(losses).mean())
 
 
 def held_out_key(data: TrainingData) -> str:

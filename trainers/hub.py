@@ -1,20 +1,20 @@
 """A FLUX of a Hugging Face repository, in the hub's own cache; what every use of the hub needs.
 
-Only this and `hub_dataset` use the network, and only for a repository that the user named. Token,
-mirror and offline mode are the hub's own: `hf auth login` or HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+Only this, `hub_dataset` and `hub_push` use the network, and only for a repository that the user
+named. Token, mirror and offline mode are the hub's own: `hf auth login` or HF_TOKEN, HF_ENDPOINT,
+HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
 
 import errno
-import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from .config import require
+from .config import is_hub_id, require
 from .files import not_written
 from .flux import FluxConfig
 from .load import flux_config, inspect_flux
@@ -24,15 +24,12 @@ Kind = Literal["model", "dataset"]
 """Of a repository."""
 
 _FOLDER = "transformer/"
-_PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}", re.ASCII)
-"""The hub's rules for names, and always with an owner."""
 
 
 def require_hub_id(hub_id: str) -> None:
     """Raises ValueError unless it is the `owner/name` of a repository. Uses no network."""
     require(
-        _HUB_ID.fullmatch(hub_id) is not None,
+        is_hub_id(hub_id),
         "A Hugging Face repository is named by its owner and its name, such as "
         f"black-forest-labs/FLUX.1-dev, got {hub_id!r}. Leave hub_id empty if none is meant.",
     )

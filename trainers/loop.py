@@ -17,7 +17,7 @@ from .config import JobSettings, to_json
 from .data import TrainingData
 from .devices import compute_dtype, memory_in_use
 from .differences import different_run
-from .evaluate import held_out_key, held_out_loss
+from .evaluate import held_out_key, held_out_loss, predict_by
 from .files import clear_leftovers
 from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
@@ -269,13 +269,9 @@ class _Training:
         if self.hooks.held_out is None or self.step in self.run.eval_losses():
             return
         state = self._on_device()
+        predict = predict_by(state.transformer, guidance=self.job.train.guidance, dtype=state.dtype)
         loss = held_out_loss(
-            state.transformer,
-            self.hooks.held_out,
-            device=state.device,
-            dtype=state.dtype,
-            guidance=self.job.train.guidance,
-            check_stop=self.hooks.check_stop,
+            predict, self.hooks.held_out, device=state.device, check_stop=self.hooks.check_stop
         )
         key = held_out_key(self.hooks.held_out)
         self.run.log({"step": self.step, "eval_loss": loss, "of": key})

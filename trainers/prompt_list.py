@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from .config import require
+
 
 class NamedPrompt(NamedTuple):
     """A prompt and the short name under which its pictures are shown."""
@@ -18,6 +20,23 @@ def prompts_of_lines(text: str) -> tuple[NamedPrompt, ...]:
     """One prompt for each line that is not empty, named by its first words."""
     lines = [line.strip() for line in text.splitlines()]
     return tuple(NamedPrompt(_short(line), line) for line in lines if line)
+
+
+def prompts_of_pictures(text: str, num_pictures: int) -> list[str]:
+    """The prompt of each picture: a line for each in their order, or one for all.
+
+    Raises:
+        ValueError: there are others than that.
+    """
+    prompts = [prompt.text for prompt in prompts_of_lines(text)]
+    if len(prompts) == 1:
+        prompts *= num_pictures
+    require(
+        len(prompts) == num_pictures,
+        f"There are {num_pictures} pictures and {len(prompts)} lines of prompts. Write a line for "
+        "each picture, or one for all.",
+    )
+    return prompts
 
 
 def prompts_of_library(path: Path) -> tuple[NamedPrompt, ...]:

@@ -170,6 +170,23 @@ FROZEN = {
         ["model MODEL", "filename_prefix STRING", "dtype COMBO"],
         ["file STRING"],
     ),
+    "AtelierPushToHub": (
+        [
+            *("lora_name COMBO", "repo_id STRING", "private BOOLEAN", "dry_run BOOLEAN"),
+            *("message STRING", "lora_file? STRING", "images? IMAGE", "prompts? STRING"),
+            *("trigger_words? STRING", "base_model? STRING", "description? STRING"),
+        ],
+        ["url STRING", "card STRING"],
+    ),
+    "AtelierScoreLoRA": (
+        [
+            *("lora_name COMBO", "strength FLOAT", "guidance FLOAT", "model? MODEL"),
+            *("lora? LORA_MODEL", "latents? ATELIER_LATENT_CACHE"),
+            *("prompts? ATELIER_PROMPT_CACHE", "images? IMAGE", "texts? STRING", "clip? CLIP"),
+            *("clip_vision? CLIP_VISION", "dataset? ATELIER_DATASET"),
+        ],
+        ["report STRING", "values STRING"],
+    ),
     "AtelierDynamicThresholdCFG": (
         [
             *("model MODEL", "mimic_scale FLOAT", "threshold_percentile FLOAT"),

@@ -41,6 +41,10 @@ class HubServer:
         """The paths of the files that were asked for."""
         return [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
 
+    def take(self, path: str, headers: Mapping[str, str], body: bytes) -> tuple[int, dict]:
+        """The status and the JSON that answer what is sent; this hub takes nothing."""
+        return 405, {}
+
 
 class _Handler(BaseHTTPRequestHandler):
     server_hub: HubServer
@@ -51,6 +55,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer(has_body=False)
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server_hub.requests.append((self.command, path))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status, answer = self.server_hub.take(path, self.headers, body)
+        headers = {"Content-Type": "application/json"}
+        self._send(status, json.dumps(answer).encode(), headers, has_body=True)
+
+    do_PUT = do_POST
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing on the console."""
@@ -64,7 +78,11 @@ class _Handler(BaseHTTPRequestHandler):
         hub_id, rest = "/".join(parts[:length]), parts[length:]
         folder = self.server_hub.folder / hub_id
         token = self.server_hub.gated.get(hub_id)
-        if not folder.is_dir():
+        if is_list and not rest:  # /api/models/<id>
+            status, answer = self.server_hub.take(path, self.headers, b"")
+            data, headers = json.dumps(answer).encode(), {"Content-Type": "application/json"}
+            self._send(status, data, headers, has_body)
+        elif not folder.is_dir():
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, has_body)
         elif is_list:  # /api/models/<id>/tree/<revision>, also of datasets; gated ones are listed
             self._send(200, _tree(folder), {"Content-Type": "application/json"}, has_body)
