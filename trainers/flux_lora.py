@@ -30,6 +30,8 @@ _KINDS = {
     "loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     "lokr": {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"},
 }
+_NUM_DOUBLE, _NUM_SINGLE = 19, 38
+"""Blocks of FLUX.1; models with other numbers share some of its names."""
 _CONVOLUTIONS = {"mid", "reshape_weight", "lokr_t2", "hada_t1", "hada_t2"}
 
 
@@ -161,7 +163,8 @@ def parse_flux_lora(tensors: Mapping[str, Tensor], name: str = "") -> FluxLora:
             )
         else:
             modules[known][part] = key
-    if len(unknown) >= len(modules):
+    is_of_another = any(flux_module(module) for module in unknown)  # one with more blocks
+    if len(unknown) >= len(modules) or is_of_another:
         raise ValueError(
             f"The LoRA '{name}' was not made for FLUX.1: of its "
             f"{len(unknown) + len(modules)} modules {len(unknown)} are unknown, such as "
@@ -170,6 +173,8 @@ def parse_flux_lora(tensors: Mapping[str, Tensor], name: str = "") -> FluxLora:
     found: list[Adapter] = []
     rest: dict[str, Tensor] = {}
     for module, keys in modules.items():
+        if keys.keys() == {"alpha"}:
+            continue
         ours = _parts_of_adapter({part: tensors[key] for part, key in keys.items()}, module)
         if ours:
             found.append(_adapter(module, ours))
@@ -200,9 +205,15 @@ def swapped_halves(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _known(module: str) -> str | None:
-    """FLUX's name, diffusers' or the original one, or a text encoder's."""
-    text = text_module(module)
-    return ".".join(text) if text else flux_module(module)
+    """FLUX.1's name, diffusers' or the original one, or a text encoder's."""
+    if text := text_module(module):
+        return ".".join(text)
+    known = flux_module(module)
+    if known is None:
+        return None
+    _, index = block_zero(known)
+    limit = _NUM_SINGLE if known.startswith("single_") else _NUM_DOUBLE
+    return known if int(index or 0) < limit else None
 
 
 def _parts_of_adapter(parts: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:

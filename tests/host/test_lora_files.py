@@ -142,6 +142,10 @@ BAD_ON_THE_WIRE = [
         {"lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(2, 2)},
         "was not made for FLUX.1: of its 1 modules 1 are unknown, such as lora_unet_input",
     ),
+    (
+        {"transformer.transformer_blocks.30.attn.to_q.lora_up.weight": torch.ones(256, 256)},
+        "was not made for FLUX.1: of its 1 modules 1 are unknown",
+    ),
     (other(f"{QKV}.up.weight", torch.ones(768, 7)), "do not fit together: 'double_blocks.0"),
     (other(f"{QKV}.up.weight", torch.ones(512, 4)), "changes 512 rows of 256 .* 768 are needed"),
     (other(f"{QKV}.up.weight", torch.full((768, 4), torch.nan)), "not finite"),

@@ -26,6 +26,7 @@ from atelier.trainers.control import Request
 from atelier.trainers.data import TrainingData
 from atelier.trainers.devices import describe_device
 from atelier.trainers.load import load_flux
+from atelier.trainers.lora_file import lora_facts
 from atelier.trainers.memory import Workload, estimate_training
 from atelier.trainers.rhythm import NEVER, Rhythm
 from atelier.trainers.status import Status, read_status
@@ -241,6 +242,14 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     heard: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(host, "send_event", lambda name, data: heard.append((name, data)))
     return heard
+
+
+def test_the_lora_that_a_training_gives_knows_how_it_was_made(
+    model: Any, data: TrainingData
+) -> None:
+    facts = lora_facts(Session(model, data, job(2), ASKER, NO_SAMPLES).train().tensors)
+    assert (facts.base_format, facts.rank, facts.alpha) == ("nf4", 4, 4.0)
+    assert (facts.steps, facts.guidance, facts.trainer) == (2, 1.0, "Atelier")
 
 
 def test_latents_are_those_of_a_ksampler_with_the_saved_file(
