@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.lora
 import comfy.sd
+import executor
 import pytest
 import torch
 from atelier.nodes.native import build_model
@@ -26,7 +28,6 @@ from dense import dense_transformer, stored_tensors, to_diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.loaders import lora_conversion_utils, lora_pipeline
 from drawing import draw
-from executor import nano_clip
 from flux_files import write_flux
 from lora_keys import LISTS, shapes_of, written_by
 from torch import Tensor
@@ -35,6 +36,14 @@ WIDTH = 256
 LORAS = [name for name in LISTS if not name.endswith(("_lycoris", "_dora", "_loha"))]
 PLAIN = functools.cache(lambda: stored_tensors("bf16"))
 core = functools.cache(lambda: core_model_of(PLAIN()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks_end_before_python_does() -> Iterator[None]:
+    """ComfyUI's patchers need its modules when they go."""
+    yield
+    core.cache_clear()
+    executor.forget_networks()
 
 
 def in_comfyui(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,7 +92,7 @@ def test_comfyui_reads_every_tensor_of_every_trainer(
 ) -> None:
     tensors = comfy_names(written_by(trainer))
     with caplog.at_level(logging.WARNING):
-        model, clip = comfy.sd.load_lora_for_models(core(), nano_clip(), tensors, 1.0, 1.0)
+        model, clip = comfy.sd.load_lora_for_models(core(), executor.nano_clip(), tensors, 1.0, 1.0)
     assert [r.message for r in caplog.records if "not loaded" in r.message.lower()] == []
     num_patches = sum(len(p) for p in (*model.patches.values(), *clip.patcher.patches.values()))
     assert num_patches == len(parse_flux_lora(tensors).adapters + parse_flux_lora(tensors).text)
