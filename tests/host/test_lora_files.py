@@ -18,10 +18,12 @@ from atelier.nodes.lora_files import ExportLora, ExtractLora, MergeLoras
 from atelier.nodes.native import build_model
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_file import LoraTensors, lora_facts, read_lora
+from comfy_server import ComfyServer
 from core_flux import core_model_of
 from dense import stored_tensors
 from executor import Give, Runner
 from flux_files import write_flux
+from graphs import node, write_base
 from lora_keys import written_by
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,9 +38,9 @@ def loras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import nodes
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    kinds: dict[str, Any] = {node.GET_SCHEMA().node_id: node for node in NODES}
-    for name, node in (kinds | {"Keep": executor.Keep, "Give": Give}).items():
-        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
+    kinds: dict[str, Any] = {kind.GET_SCHEMA().node_id: kind for kind in NODES}
+    for name, kind in (kinds | {"Keep": executor.Keep, "Give": Give}).items():
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, kind)
     monkeypatch.setattr(Give, "values", {})
     folder = tmp_path / "output" / "loras"
     folder.mkdir(parents=True)
@@ -263,3 +265,34 @@ def test_models_without_a_difference_or_of_different_sizes_are_refused(loras: Pa
     deeper = core_model_of(stored_tensors("bf16", depth=2))
     with pytest.raises(RuntimeError, match=r"256 x \(2 \+ 1\) blocks and 256 x \(1 \+ 1\)"):
         Runner().run(extract(deeper, core_model_of(plain)))
+
+
+def test_the_nodes_and_comfyuis_loader_work_together(server: ComfyServer) -> None:
+    """A LoRA that Load LoRA put on becomes a file, and half of that file twice becomes another."""
+    models = server.base_directory / "models"
+    write_base(models)
+    tensors = written_by("simpletuner_comfyui")
+    (models / "loras").mkdir(parents=True, exist_ok=True)
+    save_file(tensors, models / "loras" / "wire.safetensors")
+    base = {"model": "tiny.safetensors", "format": "bf16", "compute_dtype": "fp32"}
+    loading = node("AtelierLoadQuantizedFlux", **base)
+    on = node("LoraLoaderModelOnly", model=["load", 0], lora_name="wire.safetensors")
+    on["inputs"]["strength_model"] = 1.0
+    made = {"format": "kohya", "dtype": "fp32", "rank": 0}
+    extracting = node(
+        "AtelierExtractLoRA", model=["on", 0], model_base=["load", 0], rank=12, energy=1.0
+    )
+    export = node("AtelierExportLoRA", lora_name=FROM_WIRE, name="out", lora=["made", 0], **made)
+    server.run({"load": loading, "on": on, "made": extracting, "out": export})
+
+    slots = {f"lora_{n}": "out.safetensors" if n < 3 else NONE for n in range(1, 5)}
+    weights = {f"weight_{n}": 0.5 for n in range(1, 5)}
+    merging = node("AtelierMergeLoRAs", rank=12, **slots, **weights)
+    export["inputs"] |= {"name": "twice", "format": "diffusers"}
+    server.run({"made": merging, "out": export})
+
+    core = core_model_of(stored_tensors("bf16"))
+    found = read_lora(server.base_directory / "output" / "loras" / "twice.safetensors")
+    there = changes(core, dict(found))
+    for key, delta in changes(core, tensors).items():
+        assert torch.max(torch.abs(there[key] - delta)) <= 1e-4, key
