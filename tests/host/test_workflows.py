@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import workflow
+from atelier.trainers.load import inspect_flux
 from comfy_server import ComfyServer, GraphError
 from english_texts import english_texts
+from executor import NANO
 from graphs import write_pictures
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -143,6 +145,27 @@ def test_a_negative_prompt_counts_with_dynamic_threshold(server: ComfyServer) ->
     outputs = server.run(graph, timeout_s=300)["outputs"].values()
     images = [image for output in outputs for image in output.get("images", [])]
     assert len({server.view(image) for image in images}) == 3
+
+
+def test_a_lora_is_fused_and_saved(server: ComfyServer) -> None:
+    """Without it, beside the model and in its weights: three pictures; and a file that loads."""
+    write_pictures(server.base_directory / "input" / "my_pictures", size=128)
+    object_info = server.object_info()
+    graph = workflow.load(ROOT / "workflows" / "atelier_fuse_and_requantize.json", object_info)
+    for node in graph.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    for setting in ("AtelierTrainLoRA.length=2", "AtelierTrainLoRA.learning_rate=0.01"):
+        workflow.apply_setting(graph, setting, object_info)
+    outputs = server.run(graph, timeout_s=300)["outputs"].values()
+    images = [image for output in outputs for image in output.get("images", [])]
+    assert len({server.view(image) for image in images}) == 3
+    (path,) = (server.base_directory / "output" / "diffusion_models").glob("*.safetensors")
+    shown = [text for output in outputs for text in output.get("text", [])]
+    assert any(path.name in text for text in shown)
+    options = inputs_of(server.object_info()["AtelierLoadQuantizedFlux"])["model"]
+    assert path.name in (options[1].get("options") or options[0])
+    assert inspect_flux(path).config == inspect_flux(NANO / "nano-flux.safetensors").config
 
 
 def run_briefly(server: ComfyServer, name: str, *settings: str) -> list[str]:
