@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from atelier.nodes.looks import Look
 from atelier.nodes.native import build_model
 from atelier.nodes.validation import Sampler
 from atelier.trainers.load import load_flux
-from comfy_server import ComfyServer, Event, GraphError
+from comfy_server import ComfyServer, Event, GraphError, ServerError
 from flux_files import write_flux
 from graphs import Graph, node, train_graph, write_base, write_pictures
 from lora_files import lora_tensors
@@ -175,6 +177,25 @@ def test_a_grid_that_grows_draws_only_what_is_new(server: ComfyServer, run: str)
     assert order == ["a blue circle"] * 4 + ["a red circle"] * 4
 
 
+def test_the_same_nodes_under_other_numbers_are_the_same_grid(
+    server: ComfyServer, run: str
+) -> None:
+    graph = grid_graph(prompts="a red circle", name="renamed")
+    server.run(graph)
+    graph["other"] = graph.pop("load")
+    graph["grid"]["inputs"]["model"] = ["other", 0]
+    assert message(server.run(graph)).startswith("Pictures: 1, new: 0, in ")
+
+
+def test_a_lora_file_that_was_changed_is_drawn_again(server: ComfyServer, run: str) -> None:
+    path = server.base_directory / "models" / "loras" / "changing.safetensors"
+    graph = grid_graph(prompts="a red circle", loras="none\nchanging", name="changing")
+    for factor in (1.0, 2.0):
+        save_file({k: v * factor for k, v in lora_tensors("plain").items()}, path)
+        entry = server.run(graph)
+    assert message(entry).startswith("Pictures: 2, new: 1, in ")
+
+
 def test_another_guidance_on_the_model_is_another_grid(server: ComfyServer, run: str) -> None:
     """Nodes before the grid count, though they change neither weights nor LoRAs."""
     plain = grid_graph(prompts="a red circle", cfgs="3", name="guided")
@@ -210,6 +231,32 @@ def test_cancel_keeps_what_is_drawn_and_the_next_time_goes_on(
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
     whole = {row["file"] for row in rows_of(entry)}
     assert {path.name for path in folder.iterdir()} == {*whole, "grid.png", "grid.csv"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for another process")
+def test_a_grid_whose_server_was_killed_goes_on_in_another(
+    server: ComfyServer, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "models")
+    graph = grid_graph(prompts="\n".join(f"circle {number}" for number in range(8)), steps=8)
+
+    def kill(event: Event) -> None:
+        if "2 of 8 pictures are drawn" in str(event.data.get("text", "")):
+            os.kill(killed.pid, signal.SIGKILL)
+
+    with (
+        ComfyServer(server.comfyui, tmp_path, arguments=("--cpu",)) as killed,
+        pytest.raises(ServerError),
+    ):
+        killed.run(graph, kill)
+    (folder,) = (tmp_path / "output" / "atelier" / "grids").iterdir()
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert 2 <= len(kept) < 8
+    with ComfyServer(server.comfyui, tmp_path, arguments=("--cpu",)) as fresh:
+        entry = fresh.run(graph)
+    assert message(entry).startswith(f"Pictures: 8, new: {8 - len(kept)}, in {folder}")
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
 
 
 @pytest.mark.parametrize(
