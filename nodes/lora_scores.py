@@ -24,7 +24,8 @@ from ..trainers.likeness import (
 )
 from ..trainers.prompt_list import prompts_of_pictures
 from . import host
-from .native_lora import add_lora, to_training_device
+from .native import to_training_device
+from .native_lora import add_lora
 from .score import picture_text_scores
 from .trainable import model_to_train, without_patches
 
