@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.block_weights import parse_block_weights
-from ..trainers.lora_file import lora_facts, read_lora
+from ..trainers.lora_file import lora_facts, read_lora, require_sound
 from . import host
 from .lora_words import said_of, warned_of
 from .native_lora import SamplingRange, apply_lora, base_format
@@ -16,6 +16,10 @@ from .native_lora import SamplingRange, apply_lora, base_format
 FROM_WIRE = "from the lora input"
 NONE = "none"
 NUM_SLOTS = 5
+_NO_CLIP = (
+    "The LoRA node has no CLIP to give: connect one to its clip input, or take the text encoders "
+    "from where the MODEL came from."
+)
 
 
 class ApplyLora(io.ComfyNode):
@@ -125,7 +129,7 @@ class ApplyLora(io.ComfyNode):
         said = said_of(name, applied, facts, strength, strength_clip)
         warned = warned_of(name, applied, facts, strength, base_format(model))
         shown = host.report(cls.hidden.unique_id, "\n".join(said), *warned)
-        return io.NodeOutput(applied.model, applied.clip, ui=shown)
+        return io.NodeOutput(applied.model, _clip_output(applied.clip), ui=shown)
 
 
 class LoraMixer(io.ComfyNode):
@@ -188,7 +192,7 @@ class LoraMixer(io.ComfyNode):
             said += said_of(name, applied, facts, strength, strength)
             warned += warned_of(name, applied, facts, strength, format)
         shown = host.report(cls.hidden.unique_id, "\n".join(said), *warned)
-        return io.NodeOutput(model, clip, ui=shown)
+        return io.NodeOutput(model, _clip_output(clip), ui=shown)
 
 
 def _slots() -> list[Any]:
@@ -219,6 +223,7 @@ def _tensors(lora_name: str, lora: Any) -> Any:
             raise ValueError(
                 "Apply LoRA has no LoRA: connect one to its lora input, or choose a file."
             )
+        require_sound(lora, "on the lora input")
         return lora
     if lora is not None:
         raise ValueError(
@@ -226,6 +231,10 @@ def _tensors(lora_name: str, lora: Any) -> Any:
             f"Disconnect the input, or set lora_name to '{FROM_WIRE}'."
         )
     return read_lora(_file(lora_name))
+
+
+def _clip_output(clip: Any) -> Any:
+    return host.blocked_output(_NO_CLIP) if clip is None else clip
 
 
 def _shown_name(lora_name: str) -> str:
