@@ -20,7 +20,8 @@ import folder_paths
 import pytest
 import torch
 from atelier.nodes import host, loaders
-from atelier.nodes.lora import FROM_WIRE, NONE, ApplyLora, LoraMixer
+from atelier.nodes.lora import ApplyLora, LoraMixer
+from atelier.nodes.lora_choice import FROM_WIRE, NONE
 from atelier.nodes.native import build_model
 from atelier.nodes.native_lora import SamplingRange, add_lora, apply_lora
 from atelier.nodes.trainable import base_flux
@@ -405,7 +406,7 @@ def test_a_diverged_lora_on_the_wire_is_one_sentence(
 ) -> None:
     tensors = lora_tensors("without_alpha")
     tensors[f"{QKV}.lora_A.weight"][0, 0] = torch.nan
-    with pytest.raises(ValueError, match="'on the lora input' holds values that are not finite"):
+    with pytest.raises(ValueError, match="'on the wire' holds values that are not finite"):
         apply(models["ours"], lora=tensors)
 
 
