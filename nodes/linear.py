@@ -57,7 +57,7 @@ class RuntimeLora:
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add the LoRA's part to `y` [..., out], in place, for the input `x` [..., in]."""
         # No copies: both are placed in the dtype that computes, unless another node changes it.
-        hidden = F.linear(x, self.down.to(x.dtype)).view(-1, self.down.shape[0])
+        hidden = F.linear(x, self.down.to(x.dtype)).reshape(-1, self.down.shape[0])
         rows = y.view(-1, y.shape[-1])[:, self.rows]
         # One pass over y: what a LoRA costs is the reading and writing of it.
         rows.addmm_(hidden, self.up.to(x.dtype).T, alpha=self.scale)

@@ -10,12 +10,15 @@ from comfy_api.latest import io
 from ..trainers.block_weights import parse_block_weights
 from ..trainers.lora_file import lora_facts, read_lora
 from . import host
+from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
 from .lora_words import said_of, warned_of
 from .native_lora import SamplingRange, apply_lora, base_format
 
-FROM_WIRE = "from the lora input"
-NONE = "none"
 NUM_SLOTS = 5
+_NO_CLIP = (
+    "The LoRA node has no CLIP to give: connect one to its clip input, or take the text encoders "
+    "from where the MODEL came from."
+)
 
 
 class ApplyLora(io.ComfyNode):
@@ -30,12 +33,7 @@ class ApplyLora(io.ComfyNode):
             search_aliases=["lora loader", "load lora", "lora block weight"],
             inputs=[
                 io.Model.Input("model", tooltip="Any MODEL."),
-                io.Combo.Input(
-                    "lora_name",
-                    options=[FROM_WIRE, *host.model_names("loras")],
-                    default=FROM_WIRE,
-                    tooltip="A LoRA file, or the one connected to the lora input.",
-                ),
+                lora_input("lora_name", FROM_WIRE),
                 _strength(
                     "strength", tooltip="1 is as trained, 0 is off, negative takes the style away."
                 ),
@@ -92,11 +90,11 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None) -> bool | str:
-        return _validated(lora_name)
+        return checked(lora_name)
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> list[tuple[str, int, int]]:
-        return _fingerprints([lora_name])
+    def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> list[tuple[str, int, int]]:
+        return versions(lora_name)
 
     @classmethod
     def execute(
@@ -111,7 +109,7 @@ class ApplyLora(io.ComfyNode):
         start_percent: float = 0.0,
         end_percent: float = 1.0,
     ) -> io.NodeOutput:
-        tensors = _tensors(lora_name, lora)
+        tensors = chosen_lora("Apply LoRA", lora_name, lora)
         applied = apply_lora(
             model,
             tensors,
@@ -125,7 +123,7 @@ class ApplyLora(io.ComfyNode):
         said = said_of(name, applied, facts, strength, strength_clip)
         warned = warned_of(name, applied, facts, strength, base_format(model))
         shown = host.report(cls.hidden.unique_id, "\n".join(said), *warned)
-        return io.NodeOutput(applied.model, applied.clip, ui=shown)
+        return io.NodeOutput(applied.model, _clip_output(applied.clip), ui=shown)
 
 
 class LoraMixer(io.ComfyNode):
@@ -164,12 +162,11 @@ class LoraMixer(io.ComfyNode):
         lora_4: str | None,
         lora_5: str | None,
     ) -> bool | str:
-        checks = map(_validated, (lora_1, lora_2, lora_3, lora_4, lora_5))
-        return next((check for check in checks if check is not True), True)
+        return checked(lora_1, lora_2, lora_3, lora_4, lora_5)
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> list[tuple[str, int, int]]:
-        return _fingerprints([inputs[f"lora_{number}"] for number in range(1, NUM_SLOTS + 1)])
+        return versions(*(inputs[f"lora_{number}"] for number in range(1, NUM_SLOTS + 1)))
 
     @classmethod
     def execute(cls, model: Any, scale: float, clip: Any = None, **slots: Any) -> io.NodeOutput:
@@ -182,26 +179,20 @@ class LoraMixer(io.ComfyNode):
             )
         format, said, warned = base_format(model), [], _repeated([name for name, _ in mix])
         for file, strength in mix:
-            tensors, name = read_lora(_file(file)), _shown_name(file)
+            tensors, name = read_lora(lora_file(file)), _shown_name(file)
             applied = apply_lora(model, tensors, strength, clip=clip, strength_clip=strength)
             model, clip, facts = applied.model, applied.clip, lora_facts(tensors)
             said += said_of(name, applied, facts, strength, strength)
             warned += warned_of(name, applied, facts, strength, format)
         shown = host.report(cls.hidden.unique_id, "\n".join(said), *warned)
-        return io.NodeOutput(model, clip, ui=shown)
+        return io.NodeOutput(model, _clip_output(clip), ui=shown)
 
 
 def _slots() -> list[Any]:
-    options = [NONE, *host.model_names("loras")]
     inputs = []
     for number in range(1, NUM_SLOTS + 1):
         inputs += [
-            io.Combo.Input(
-                f"lora_{number}",
-                options=options,
-                default=NONE,
-                tooltip="A LoRA file, or none.",
-            ),
+            lora_input(f"lora_{number}", NONE),
             _strength(f"weight_{number}", tooltip="1 is as trained, 0 is off."),
         ]
     return inputs
@@ -213,19 +204,8 @@ def _strength(name: str, *, tooltip: str, optional: bool = False) -> Any:
     )
 
 
-def _tensors(lora_name: str, lora: Any) -> Any:
-    if lora_name == FROM_WIRE:
-        if lora is None:
-            raise ValueError(
-                "Apply LoRA has no LoRA: connect one to its lora input, or choose a file."
-            )
-        return lora
-    if lora is not None:
-        raise ValueError(
-            f"Apply LoRA has two LoRAs: the file {lora_name} and the one on its lora input. "
-            f"Disconnect the input, or set lora_name to '{FROM_WIRE}'."
-        )
-    return read_lora(_file(lora_name))
+def _clip_output(clip: Any) -> Any:
+    return host.blocked_output(_NO_CLIP) if clip is None else clip
 
 
 def _shown_name(lora_name: str) -> str:
@@ -238,24 +218,3 @@ def _repeated(names: list[str]) -> list[str]:
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]
-
-
-def _validated(lora_name: str | None) -> bool | str:
-    if lora_name in (None, FROM_WIRE, NONE):  # None: a linked input is not known yet
-        return True
-    try:
-        _file(lora_name)
-    except ValueError as error:
-        return str(error)
-    return True
-
-
-def _fingerprints(lora_names: list[str]) -> list[tuple[str, int, int]]:
-    return host.fingerprints(_file(name) for name in lora_names if name not in (FROM_WIRE, NONE))
-
-
-def _file(lora_name: str) -> Path:
-    path = host.model_file("loras", lora_name)
-    if path is None:
-        raise ValueError(f"The LoRA '{lora_name}' is not there any more. Press R and choose again.")
-    return path

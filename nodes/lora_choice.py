@@ -68,7 +68,7 @@ def checked(*lora_names: str | None) -> bool | str:
 
 
 def versions(*lora_names: str | None) -> list[tuple[str, int, int]]:
-    """For `fingerprint_inputs`: what changes with the files."""
+    """For `fingerprint_inputs`: what changes with the files; a linked input, None, is not known."""
     return host.fingerprints(
-        lora_file(name) for name in lora_names if name not in (FROM_WIRE, NONE)
+        lora_file(name) for name in lora_names if name and name not in (FROM_WIRE, NONE)
     )

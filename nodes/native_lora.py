@@ -120,7 +120,8 @@ def apply_lora(
     of_model = [layer for layer in layers if _is_read(layer, names, patches)]
     of_clip = [layer for layer in layers if _is_read(layer, text_names, text_patches)]
     left = [layer for layer in layers if clip is None and is_text_encoder(layer)]
-    unknown = [layer for layer in layers if layer not in {*of_model, *of_clip, *left}]
+    known = {*of_model, *of_clip, *left}
+    unknown = [layer for layer in layers if layer not in known]
     _require_most(layers, unknown, left)
     _require_widths(model.model, patches)
     if clip is not None:
@@ -222,6 +223,8 @@ def _shape(patch: Any) -> tuple[int, int] | None:
             wide = (w1 if w1 is not None else w1_b), (w2 if w2 is not None else w2_b)
             shape = math.prod(one.shape[0] for one in tall), math.prod(one.shape[1] for one in wide)
             return shape if all(one.dim() == 2 for one in (*tall, *wide)) else None
+        case ("diff", (Tensor() as rows, *_)):
+            columns = rows
         case _:
             return None
     return (rows.shape[0], columns.shape[1]) if rows.dim() == columns.dim() == 2 else None

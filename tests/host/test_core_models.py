@@ -22,7 +22,7 @@ import torch
 from atelier.nodes import host
 from atelier.nodes.lora import ApplyLora
 from atelier.nodes.native import build_model
-from atelier.nodes.native_lora import add_lora
+from atelier.nodes.native_lora import SamplingRange, add_lora, apply_lora
 from atelier.nodes.parameters import flux_of_parameters
 from atelier.nodes.train import TrainLora
 from atelier.nodes.trainable import base_flux, model_to_train, without_patches
@@ -777,6 +777,21 @@ def test_a_lora_of_another_flux_is_refused(models: Path) -> None:
         loader(models, "tiny")
         patched, _ = comfy.sd.load_lora_for_models(Give.values["model"], None, tensors, 1.0, 0.0)
         assert "its 'double_blocks.0.img_attn.qkv' has other widths" in refusal(patched)
+
+
+def test_a_lora_for_a_part_of_the_sampling_takes_paged_weights_from_their_file(paged: Any) -> None:
+    """Which must not be paged: ComfyUI says so when a hook is put on there."""
+    span = SamplingRange(end_percent=0.5)
+    applied = apply_lora(paged, lora_tensors("plain"), 1.0, span=span)
+    assert applied.reads_file_again
+    assert not applied.model.is_dynamic()
+    [patches] = applied.model.hook_patches.values()
+    assert len(patches["diffusion_model.double_blocks.0.img_attn.qkv.weight"]) == 2
+    again = apply_lora(paged, lora_tensors("plain"), 0.5, span=span)
+    assert again.model.model is applied.model.model
+    paged.cached_patcher_init = None
+    with pytest.raises(ValueError, match="cannot act in a part of the sampling"):
+        apply_lora(paged, lora_tensors("plain"), 1.0, span=span)
 
 
 def test_a_lora_in_bypass_mode_is_refused(models: Path) -> None:

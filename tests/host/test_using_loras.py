@@ -20,7 +20,8 @@ import folder_paths
 import pytest
 import torch
 from atelier.nodes import host, loaders
-from atelier.nodes.lora import FROM_WIRE, NONE, ApplyLora, LoraMixer
+from atelier.nodes.lora import ApplyLora, LoraMixer
+from atelier.nodes.lora_choice import FROM_WIRE, NONE
 from atelier.nodes.native import build_model
 from atelier.nodes.native_lora import SamplingRange, add_lora, apply_lora
 from atelier.nodes.trainable import base_flux
@@ -279,6 +280,7 @@ def test_a_lora_of_another_architecture_is_one_sentence(model: Any) -> None:
 OTHER_WIDTHS: dict[str, Tensors] = {
     "lora": {f"{QKV}.lora_A.weight": torch.ones(2, 384), f"{QKV}.lora_B.weight": torch.ones(9, 2)},
     "lokr": {f"{QKV}.lokr_w1": torch.ones(4, 4), f"{QKV}.lokr_w2": torch.ones(192, 65)},
+    "difference": {f"{QKV}.diff": torch.ones(768, 384)},
     "loha": {
         **{f"{QKV}.hada_w{n}_a": torch.ones(768, 2) for n in (1, 2)},
         **{f"{QKV}.hada_w{n}_b": torch.ones(2, 384) for n in (1, 2)},
@@ -347,8 +349,11 @@ class Called:
         self._defaults = {one.id: one.default for one in inputs if hasattr(one, "default")}
         self._defaults = {k: v for k, v in self._defaults.items() if v is not None}
 
+    def outputs(self, model: Any, **inputs: Any) -> tuple:
+        return self._kind.execute(model, **{**self._defaults, **inputs}).args
+
     def __call__(self, model: Any, **inputs: Any) -> Any:
-        return self._kind.execute(model, **{**self._defaults, **inputs}).args[0]
+        return self.outputs(model, **inputs)[0]
 
 
 @pytest.fixture
@@ -394,6 +399,25 @@ def test_a_lora_without_metadata_has_nothing_odd(
 ) -> None:
     apply(models["core"], lora=lora_tensors("without_alpha"))
     assert apply.shown == ["The LoRA is on the MODEL: strength 1, layers: 1."]
+
+
+def test_a_diverged_lora_on_the_wire_is_one_sentence(
+    models: dict[str, Any], apply: Called, loras: Path
+) -> None:
+    tensors = lora_tensors("without_alpha")
+    tensors[f"{QKV}.lora_A.weight"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="'on the wire' holds values that are not finite"):
+        apply(models["ours"], lora=tensors)
+
+
+def test_without_a_clip_only_what_wants_one_stops(
+    models: dict[str, Any], apply: Called, mix: Called, loras: Path
+) -> None:
+    for output in (
+        apply.outputs(models["ours"], lora_name="plain.safetensors"),
+        mix.outputs(models["ours"], lora_1="plain.safetensors"),
+    ):
+        assert "has no CLIP to give" in output[1].message
 
 
 def test_two_loras_or_none_are_one_sentence(
