@@ -14,6 +14,7 @@ from ..trainers.content_hashes import ContentHashes
 from ..trainers.files import read_safetensors
 from ..trainers.run import adapter_file, lora_settings, steps_saved
 from . import host
+from .lora_choice import lora_file, lora_names
 
 NO_LORA = "none"
 
@@ -47,15 +48,15 @@ def looks_of_files(lines: str) -> tuple[Look, ...]:
 def _look_of_file(name: str) -> Look:
     if name.lower() == NO_LORA:
         return Look(label="without LoRA")
-    listed = {one.replace("\\", "/"): one for one in host.model_names("loras")}
+    listed = {one.replace("\\", "/"): one for one in lora_names()}
     wanted = name.replace("\\", "/")
     found = listed.get(wanted) or listed.get(f"{wanted}.safetensors")
-    path = host.model_file("loras", found) if found else None
-    if path is None:
+    if found is None:
         raise ValueError(
             f"There is no LoRA file '{name}'. Write its name as Apply LoRA lists it, one in each "
             f"line, or '{NO_LORA}'."
         )
+    path = lora_file(found)
     return Look(label=path.stem, path=path)
 
 

@@ -12,6 +12,16 @@ from . import host
 
 FROM_WIRE = "from the lora input"
 NONE = "none"
+_STYLES = Path(__file__).parent.parent / "assets" / "nano" / "styles"
+
+
+def lora_names() -> list[str]:
+    """What can be chosen: the files that ComfyUI lists, then the styles of the nano model."""
+    return [*host.model_names("loras"), *_built_in()]
+
+
+def _built_in() -> dict[str, Path]:
+    return {f"nano {path.stem} (built in)": path for path in sorted(_STYLES.glob("*.safetensors"))}
 
 
 def lora_input(name: str, first: str) -> Any:
@@ -19,7 +29,7 @@ def lora_input(name: str, first: str) -> Any:
     where = "the one connected to the lora input" if first == FROM_WIRE else "none"
     return io.Combo.Input(
         name,
-        options=[first, *host.model_names("loras")],
+        options=[first, *lora_names()],
         default=first,
         tooltip=f"A LoRA file, or {where}.",
     )
@@ -31,7 +41,7 @@ def lora_file(lora_name: str) -> Path:
     Raises:
         ValueError: if it is gone.
     """
-    path = host.model_file("loras", lora_name)
+    path = _built_in().get(lora_name) or host.model_file("loras", lora_name)
     if path is None:
         raise ValueError(f"The LoRA '{lora_name}' is not there any more. Press R and choose again.")
     return path

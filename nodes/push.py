@@ -16,7 +16,7 @@ from ..trainers.hub_push import push, require_login, require_repo_id
 from ..trainers.lora_file import lora_facts, read_lora
 from ..trainers.model_card import DEV, Card, Sample, base_model_of, training_settings
 from ..trainers.prompt_list import prompts_of_pictures
-from . import host
+from . import host, lora_choice
 
 FROM_INPUT = "from the lora_file input"
 
@@ -57,8 +57,8 @@ class PushToHub(io.ComfyNode):
     def fingerprint_inputs(
         cls, lora_name: str, lora_file: str | None = None, **_: Any
     ) -> list[tuple[str, int, int]]:
-        path = host.model_file("loras", lora_file or lora_name)
-        return host.fingerprints([path] if path else [])
+        name = lora_file or lora_name
+        return [] if name == FROM_INPUT else lora_choice.versions(name)
 
     @classmethod
     def execute(
@@ -75,7 +75,7 @@ class PushToHub(io.ComfyNode):
         require_repo_id(repo_id)
         if not dry_run:
             require_login()
-        path = _path(lora_name, lora_file)
+        path = lora_choice.lora_file(_name(lora_name, lora_file))
         pictures = _pictures(path.stem, images)
         card = _card(path, repo_id, _samples([*pictures], texts.get("prompts", "")), texts)
         markdown = card.markdown().encode()
@@ -102,7 +102,7 @@ def _inputs() -> list[Any]:
     return [
         io.Combo.Input(
             "lora_name",
-            options=[FROM_INPUT, *host.model_names("loras")],
+            options=[FROM_INPUT, *lora_choice.lora_names()],
             default=FROM_INPUT,
             tooltip="A LoRA file, or the one whose name comes in at lora_file.",
         ),
@@ -180,8 +180,8 @@ def _card_inputs() -> list[Any]:
     ]
 
 
-def _path(lora_name: str, lora_file: str | None) -> Path:
-    """The file to upload."""
+def _name(lora_name: str, lora_file: str | None) -> str:
+    """That of the file to upload."""
     require(
         lora_name != FROM_INPUT or bool(lora_file),
         "Push LoRA to Hub has no LoRA: choose a file in lora_name, or connect the lora_name output "
@@ -192,11 +192,7 @@ def _path(lora_name: str, lora_file: str | None) -> Path:
         f"Push LoRA to Hub has two LoRAs: {lora_name} and {lora_file}. Disconnect lora_file, or "
         f"set lora_name to '{FROM_INPUT}'.",
     )
-    name = lora_name if lora_file is None else lora_file
-    path = host.model_file("loras", name)
-    if path is None:
-        raise ValueError(f"The LoRA '{name}' is not there any more. Press R and choose again.")
-    return path
+    return lora_name if lora_file is None else lora_file
 
 
 def _pictures(stem: str, images: Tensor | None) -> dict[str, bytes]:

@@ -6,16 +6,14 @@ import json
 from typing import Any
 
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..trainers.config import TrainSettings, require
 from ..trainers.data import TrainingData
-from ..trainers.lora_file import read_lora
 from . import host
+from .lora_choice import FROM_WIRE, checked, chosen_lora, lora_input, versions
 from .lora_scores import Findings, measure_fit, measure_likeness, measure_loss
 from .wires import AtelierDataset, AtelierLatentCache, AtelierPromptCache
 
-FROM_WIRE = "from the lora input"
 _NOTHING = (
     "Score LoRA has nothing to measure. Connect model, latents and prompts for the loss; images, "
     "texts, clip and clip_vision for the picture–text score; images and dataset for the likeness."
@@ -45,9 +43,12 @@ class ScoreLora(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lora_name: str | None) -> bool | str:
+        return checked(lora_name)
+
+    @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: Any) -> list[tuple[str, int, int]]:
-        path = host.model_file("loras", lora_name)
-        return host.fingerprints([path] if path else [])
+        return versions(lora_name)
 
     @classmethod
     def execute(
@@ -59,7 +60,7 @@ class ScoreLora(io.ComfyNode):
         findings = Findings()
         if findings.is_asked(inputs, ("latents", "prompts"), ("model",), _no_loss):
             data = TrainingData(latents=inputs["latents"], prompts=inputs["prompts"])
-            tensors = _lora(lora_name, inputs.get("lora"))
+            tensors = chosen_lora("Score LoRA", lora_name, inputs.get("lora"))
             settings = {"strength": strength, "guidance": guidance}
             measure_loss(findings, inputs["model"], data, tensors, **settings)
         if findings.is_asked(inputs, ("texts", "clip"), ("images", "clip_vision"), _no_fit):
@@ -86,12 +87,7 @@ def _no_likeness(missing: str) -> str:
 
 def _inputs() -> list[Any]:
     return [
-        io.Combo.Input(
-            "lora_name",
-            options=[FROM_WIRE, *host.model_names("loras")],
-            default=FROM_WIRE,
-            tooltip="A LoRA file, or the one connected to the lora input. Only the loss needs it.",
-        ),
+        lora_input("lora_name", FROM_WIRE),
         io.Float.Input(
             "strength",
             default=1.0,
@@ -152,21 +148,3 @@ def _inputs() -> list[Any]:
             tooltip="What it was trained on: each picture is compared with all of these.",
         ),
     ]
-
-
-def _lora(lora_name: str, lora: Any) -> dict[str, Tensor]:
-    if lora_name == FROM_WIRE:
-        require(
-            lora is not None,
-            "Score LoRA has no LoRA: connect one to its lora input, or choose a file.",
-        )
-        return lora
-    require(
-        lora is None,
-        f"Score LoRA has two LoRAs: the file {lora_name} and the one on its lora input. "
-        f"Disconnect the input, or set lora_name to '{FROM_WIRE}'.",
-    )
-    path = host.model_file("loras", lora_name)
-    if path is None:
-        raise ValueError(f"The LoRA '{lora_name}' is not there any more. Press R and choose again.")
-    return read_lora(path)
