@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from atelier.nodes import host
-from atelier.nodes.native import add_lora, build_model
+from atelier.nodes.native import build_model
+from atelier.nodes.native_lora import add_lora
 from atelier.nodes.score_lora import FROM_WIRE, ScoreLora
 from atelier.nodes.trainable import base_flux
 from atelier.trainers.buckets import Resolution
