@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..trainers.block_weights import parse_block_weights
-from ..trainers.lora_file import lora_facts, read_lora
+from ..trainers.lora_file import LoraTensors, lora_facts, read_lora
 from . import host
 from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
 from .lora_words import said_of, warned_of
@@ -119,7 +118,7 @@ class ApplyLora(io.ComfyNode):
             block_weights=parse_block_weights(block_weights),
             span=SamplingRange(start_percent=start_percent, end_percent=end_percent),
         )
-        name, facts = _shown_name(lora_name), lora_facts(tensors)
+        name, facts = _shown_name(tensors), lora_facts(tensors)
         said = said_of(name, applied, facts, strength, strength_clip)
         warned = warned_of(name, applied, facts, strength, base_format(model))
         shown = host.report(cls.hidden.unique_id, "\n".join(said), *warned)
@@ -179,7 +178,8 @@ class LoraMixer(io.ComfyNode):
             )
         format, said, warned = base_format(model), [], _repeated([name for name, _ in mix])
         for file, strength in mix:
-            tensors, name = read_lora(lora_file(file)), _shown_name(file)
+            tensors = read_lora(lora_file(file))
+            name = _shown_name(tensors)
             applied = apply_lora(model, tensors, strength, clip=clip, strength_clip=strength)
             model, clip, facts = applied.model, applied.clip, lora_facts(tensors)
             said += said_of(name, applied, facts, strength, strength)
@@ -208,8 +208,8 @@ def _clip_output(clip: Any) -> Any:
     return host.blocked_output(_NO_CLIP) if clip is None else clip
 
 
-def _shown_name(lora_name: str) -> str:
-    return "The LoRA" if lora_name == FROM_WIRE else f"'{Path(lora_name).stem}'"
+def _shown_name(lora: LoraTensors) -> str:
+    return f"'{lora.name}'" if lora.name else "The LoRA"
 
 
 def _repeated(names: list[str]) -> list[str]:
