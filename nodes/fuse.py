@@ -19,6 +19,10 @@ _FROM_PACKED = (
     "The file behind this MODEL is not known, so what it computes with was taken: numbers that are "
     "rounded already."
 )
+_LEFT_OUT = (
+    "A LoRA that acts in a part of the sampling cannot be in the weights: it stays on the MODEL, "
+    "and is in no file."
+)
 
 
 class FuseLora(io.ComfyNode):
@@ -84,7 +88,7 @@ class FuseLora(io.ComfyNode):
             on_progress=host.Progress().update,
         )
         text = f"Fused into {len(model.patches)} tensors, now in {format}."
-        ui = host.report(cls.hidden.unique_id, text, *_warnings(given))
+        ui = host.report(cls.hidden.unique_id, text, *_warnings(model, given))
         return io.NodeOutput(model_of(fused, model), ui=ui)
 
 
@@ -138,7 +142,7 @@ class SaveFusedModel(io.ComfyNode):
             on_progress=host.Progress().update,
         )
         text = f"Saved {path.name}: {path.stat().st_size / 1e9:.3g} GB."
-        ui = host.report(cls.hidden.unique_id, text, *_warnings(given))
+        ui = host.report(cls.hidden.unique_id, text, *_warnings(model, given))
         return io.NodeOutput(str(path), ui=ui)
 
 
@@ -149,5 +153,7 @@ def _streaming(model: Any) -> str:
     return "ram" if streaming == "disk" else streaming
 
 
-def _warnings(given: Origin) -> list[str]:
-    return [_FROM_PACKED] if given.source is None and given.format != "bf16" else []
+def _warnings(model: Any, given: Origin) -> list[str]:
+    is_rounded = given.source is None and given.format != "bf16"
+    has_more = any(model.hook_patches.values())
+    return [*[_FROM_PACKED] * is_rounded, *[_LEFT_OUT] * has_more]

@@ -22,6 +22,7 @@ from allocated import profiled
 from atelier.nodes import host, native_fuse
 from atelier.nodes.fuse import AS_THE_MODEL, FuseLora
 from atelier.nodes.native import build_model
+from atelier.nodes.native_lora import SamplingRange, apply_lora
 from atelier.nodes.trainable import base_flux
 from atelier.trainers.fuse import working_bytes
 from atelier.trainers.load import load_flux
@@ -183,6 +184,22 @@ def test_what_nodes_set_for_sampling_goes_along(flux_file: Path) -> None:
     assert fused.get_model_object("model_sampling").shift == 0.37
     positive = [[torch.randn(1, 20, 128), {"pooled_output": torch.randn(1, 64), "guidance": 2.5}]]
     assert torch.equal(draw(fused, positive, steps=2), draw(model, positive, steps=2))
+
+
+def test_a_lora_of_a_part_of_the_sampling_stays_beside(
+    flux_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(host, "show_text", lambda text, node_id: shown.append(text))
+    half = SamplingRange(start_percent=0.0, end_percent=0.5)
+    base = put_on(ours(flux_file), "plain")
+    model = apply_lora(base, lora_tensors("without_alpha"), 1.0, span=half).model
+    fused = fuse(model)
+    assert "it stays on the MODEL" in shown[0]
+    positive = [[torch.randn(1, 20, 128), {"pooled_output": torch.randn(1, 64), "guidance": 2.5}]]
+    without, expected, drawn = (draw(one, positive, steps=4) for one in (base, model, fused))
+    assert relative(expected - without, without) > 0.02
+    assert relative(drawn - expected, expected) < 2e-3
 
 
 def core_model(path: Path, **options: Any) -> Any:
