@@ -183,8 +183,9 @@ def test_the_same_nodes_under_other_numbers_are_the_same_grid(
     graph = grid_graph(prompts="a red circle", name="renamed")
     server.run(graph)
     graph["other"] = graph.pop("load")
-    graph["grid"]["inputs"]["model"] = ["other", 0]
-    assert message(server.run(graph)).startswith("Pictures: 1, new: 0, in ")
+    # Without another prompt ComfyUI would not ask the node at all.
+    graph["grid"]["inputs"] |= {"model": ["other", 0], "prompts": "a red circle\na blue circle"}
+    assert message(server.run(graph)).startswith("Pictures: 2, new: 1, in ")
 
 
 def test_a_lora_file_that_was_changed_is_drawn_again(server: ComfyServer, run: str) -> None:
