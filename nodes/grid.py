@@ -88,7 +88,7 @@ class CompareGrid(io.ComfyNode):
         folder = host.atelier_output() / "grids" / f"{settings['name']}-{shared}"
         cells = Cells(folder, comparison)
         num_drawn = len(cells.missing())
-        cells.draw(model, clip, vae, lambda text: host.show_text(text, node_id))
+        warnings = cells.draw(model, clip, vae, lambda text: host.show_text(text, node_id))
         image = sheet(
             settings["name"],
             comparison.facts,
@@ -101,7 +101,7 @@ class CompareGrid(io.ComfyNode):
         write_atomically(folder / "grid.csv", lambda file: _write(file, text))
         pixels = torch.from_numpy(np.array(image)).float()[None] / 255
         message = f"Pictures: {len(cells)}, new: {num_drawn}, in {folder}."
-        return io.NodeOutput(pixels, text, ui=host.report(node_id, message))
+        return io.NodeOutput(pixels, text, ui=host.report(node_id, message, *warnings))
 
 
 def _networks() -> list[Any]:
@@ -130,7 +130,7 @@ def _compared() -> list[Any]:
             default=NO_LORA,
             multiline=True,
             tooltip="One LoRA file in each line, by its name as Apply LoRA lists it; none is the "
-            "model alone.",
+            "model alone. Its layers for text encoders act too.",
         ),
         io.Combo.Input(
             "run",

@@ -17,11 +17,13 @@ from PIL import Image
 
 from ..trainers.files import clear_leftovers
 from ..trainers.grid import Axis, Place, places
+from ..trainers.lora_file import lora_facts
 from . import host
 from .encoders import patches_identity, require_flux_vae
 from .graph_queue import nodes_before
 from .looks import Look, content_digests
-from .native_lora import add_lora
+from .lora_words import warned_of
+from .native_lora import AppliedLora, apply_lora, base_format
 from .samples import save_png
 from .sampling import draw_latents, encode_prompt
 from .validation import Sampler
@@ -152,33 +154,48 @@ class Cells:
             for place, cell in cells.items()
         ]
 
-    def draw(self, model: Any, clip: Any, vae: Any, show: Callable[[str], None]) -> None:
-        """Draw what is missing, each picture into its file at once.
+    def draw(self, model: Any, clip: Any, vae: Any, show: Callable[[str], None]) -> list[str]:
+        """Draw what is missing, each picture into its file at once; returns what is odd in the
+        LoRAs, in sentences.
 
         Raises:
             ValueError: the VAE is not FLUX's, or a LoRA was made for another kind of model.
         """
         missing = self.missing()
         if not missing:
-            return
+            return []
         require_flux_vae(vae)
-        for lora in dict.fromkeys(self._cells[key].lora for key in missing):
-            if lora:  # one of another kind is told before it starts
-                add_lora(model, lora.tensors(), 1.0)
+        warnings = self._check(model, clip, missing)  # before the first picture takes its time
         show(f"Pictures: {len(self)}, to draw: {len(missing)}.")
-        sampler = self._comparison.sampler
-        bar = _Bar(len(missing) * sampler.steps)
+        bar = _Bar(len(missing) * self._comparison.sampler.steps)
         with torch.inference_mode():
-            texts = self._encode(clip, missing)
-            drawn, began = 0, 0.0
+            plain = self._encode(clip, missing)
+            drawn, began = 0, time.monotonic()
             for (lora, strength), keys in itertools.groupby(missing, key=self._lora):
-                patched = add_lora(model, lora.tensors(), strength) if lora else model
-                for key in keys:
-                    began = began or time.monotonic()
+                group, patched, texts = list(keys), model, plain
+                if lora:
+                    with_lora = self._with(model, clip, lora, strength)
+                    patched = with_lora.model
+                    if with_lora.num_text_layers:
+                        texts = self._encode(with_lora.clip, group)
+                for key in group:
                     self._draw(patched, vae, texts, key, bar)
                     drawn += 1
                     rest = (time.monotonic() - began) / drawn * (len(missing) - drawn)
                     show(f"{drawn} of {len(missing)} pictures are drawn, {_duration(rest)} left.")
+        return warnings
+
+    def _check(self, model: Any, clip: Any, keys: Sequence[str]) -> list[str]:
+        """Sentences on the LoRAs of some pictures. Raises ValueError if one cannot be used."""
+        warnings = []
+        for lora in dict.fromkeys(self._cells[key].lora for key in keys):
+            if lora:
+                applied, facts = self._with(model, clip, lora, 1.0), lora_facts(lora.tensors())
+                warnings += warned_of(lora.label, applied, facts, 1.0, base_format(model))
+        return warnings
+
+    def _with(self, model: Any, clip: Any, lora: Look, strength: float) -> AppliedLora:
+        return apply_lora(model, lora.tensors(), strength, clip=clip, strength_clip=strength)
 
     def _draw(self, model: Any, vae: Any, texts: dict[str, list], key: str, bar: _Bar) -> None:
         cell, comparison = self._cells[key], self._comparison

@@ -12,6 +12,7 @@ from ..trainers.adapters import file_tensors
 from ..trainers.config import LoraSettings
 from ..trainers.content_hashes import ContentHashes
 from ..trainers.files import read_safetensors
+from ..trainers.lora_file import read_lora
 from ..trainers.run import adapter_file, lora_settings, steps_saved
 from . import host
 from .lora_choice import lora_file, lora_names
@@ -31,8 +32,9 @@ class Look:
     def tensors(self) -> dict[str, Tensor]:
         """As of a LoRA file."""
         assert self.path is not None
-        tensors = read_safetensors(self.path)[0]
-        return tensors if self.settings is None else file_tensors(tensors, self.settings)
+        if self.settings is None:
+            return read_lora(self.path)
+        return file_tensors(read_safetensors(self.path)[0], self.settings)
 
 
 def looks_of_files(lines: str) -> tuple[Look, ...]:

@@ -26,6 +26,7 @@ from graphs import Graph, node, train_graph, write_base, write_pictures
 from lora_files import lora_tensors
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 SETTINGS = {
     "prompts": "a red circle\n\n a blue circle ",
@@ -47,15 +48,34 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def run(server: ComfyServer) -> str:
-    """The id of a training with checkpoints at 1, 2 and 3 steps; `plain` is a LoRA file."""
+    """The id of a training with checkpoints at 1, 2 and 3 steps; there are LoRA files too."""
     write_base(server.base_directory / "models")
     write_pictures(server.base_directory / "input" / "compared", 2)
     loras = server.base_directory / "models" / "loras"
     loras.mkdir(parents=True, exist_ok=True)
-    save_file(lora_tensors("plain"), loras / "plain.safetensors")
+    plain = lora_tensors("plain")
+    save_file(plain, loras / "plain.safetensors")
+    save_file(plain | text_layer(), loras / "with_text.safetensors")
+    save_file(plain | layer("unet_blocks.0", 8, 8), loras / "odd.safetensors")
+    save_file(layer("unet_blocks.0", 8, 8), loras / "strange.safetensors")
     graph = train_graph("compared", sampling=False, name="compared", checkpoint_every=1)
     (run_id,) = server.run(graph)["outputs"]["train"]["atelier_run"]
     return run_id
+
+
+def layer(name: str, rows: int, columns: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        f"{name}.lora_down.weight": torch.randn(4, columns, generator=generator),
+        f"{name}.lora_up.weight": torch.randn(rows, 4, generator=generator),
+    }
+
+
+def text_layer() -> dict[str, Tensor]:
+    """A strong LoRA of a layer of CLIP-L, as kohya's tools write it."""
+    text_model = executor.nano_clip().cond_stage_model.clip_l.transformer.text_model
+    shape = text_model.encoder.layers[0].mlp.fc1.weight.shape
+    return layer("lora_te1_text_model_encoder_layers_0_mlp_fc1", *shape)
 
 
 def networks() -> Graph:
@@ -88,15 +108,14 @@ def rows_of(entry: dict[str, Any]) -> list[dict[str, str]]:
 
 def by_core(server: ComfyServer, row: dict[str, str], lora: str | None) -> np.ndarray:
     """Core's LoRA loader, CLIP Text Encode, FluxGuidance, KSampler, VAE Decode and Save Image."""
-    graph, model = networks(), ["load", 0]
+    graph, model, clip = networks(), ["load", 0], ["nano", 1]
     if lora is not None:
         strength = float(row["strength"])
-        graph["lora"] = node(
-            "LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=strength
-        )
-        model = ["lora", 0]
+        both = {"strength_model": strength, "strength_clip": strength}
+        graph["lora"] = node("LoraLoader", model=model, clip=clip, lora_name=lora, **both)
+        model, clip = ["lora", 0], ["lora", 1]
     for name, text in {"positive": row["prompt"], "negative": SETTINGS["negative"]}.items():
-        graph[f"{name}.text"] = node("CLIPTextEncode", clip=["nano", 1], text=text)
+        graph[f"{name}.text"] = node("CLIPTextEncode", clip=clip, text=text)
         graph[name] = node(
             "FluxGuidance", conditioning=[f"{name}.text", 0], guidance=float(row["guidance"])
         )
@@ -123,7 +142,7 @@ def test_every_picture_is_that_of_a_ksampler(server: ComfyServer, run: str) -> N
     entry = server.run(
         grid_graph(
             prompts="a red circle",
-            loras="none\nplain",
+            loras="none\nplain\nwith_text.safetensors",
             run=run,
             checkpoints="3",
             strengths="0.5",
@@ -131,7 +150,12 @@ def test_every_picture_is_that_of_a_ksampler(server: ComfyServer, run: str) -> N
         )
     )
     rows = rows_of(entry)
-    looks = {"without LoRA": None, "plain": "plain.safetensors", "step 3": f"{run}-3.safetensors"}
+    looks = {
+        "without LoRA": None,
+        "plain": "plain.safetensors",
+        "with_text": "with_text.safetensors",
+        "step 3": f"{run}-3.safetensors",
+    }
     assert [(row["lora"], row["cfg"]) for row in rows] == list(
         itertools.product(looks, ("1.0", "3.0"))
     )
@@ -183,8 +207,9 @@ def test_the_same_nodes_under_other_numbers_are_the_same_grid(
     graph = grid_graph(prompts="a red circle", name="renamed")
     server.run(graph)
     graph["other"] = graph.pop("load")
-    graph["grid"]["inputs"]["model"] = ["other", 0]
-    assert message(server.run(graph)).startswith("Pictures: 1, new: 0, in ")
+    # Without another prompt ComfyUI would not ask the node at all.
+    graph["grid"]["inputs"] |= {"model": ["other", 0], "prompts": "a red circle\na blue circle"}
+    assert message(server.run(graph)).startswith("Pictures: 2, new: 1, in ")
 
 
 def test_a_lora_file_that_was_changed_is_drawn_again(server: ComfyServer, run: str) -> None:
@@ -194,6 +219,12 @@ def test_a_lora_file_that_was_changed_is_drawn_again(server: ComfyServer, run: s
         save_file({k: v * factor for k, v in lora_tensors("plain").items()}, path)
         entry = server.run(graph)
     assert message(entry).startswith("Pictures: 2, new: 1, in ")
+
+
+def test_layers_that_are_left_out_are_told(server: ComfyServer, run: str) -> None:
+    entry = server.run(grid_graph(prompts="a red circle", loras="odd", name="odd"))
+    (warning,) = entry["outputs"]["grid"]["text"][1:]
+    assert warning.startswith("Layers of odd that are not in this MODEL, and were left out: 1 (")
 
 
 def test_another_guidance_on_the_model_is_another_grid(server: ComfyServer, run: str) -> None:
@@ -267,6 +298,7 @@ def test_a_grid_whose_server_was_killed_goes_on_in_another(
         ({"guidances": ""}, "guidances must be numbers from 0 to 100 with commas"),
         ({"cfgs": "1, -2"}, "cfgs must be numbers from 0 to 100 with commas"),
         ({"loras": "none\nnowhere"}, "There is no LoRA file 'nowhere'."),
+        ({"loras": "plain\nstrange"}, "This LoRA changes nothing in this MODEL: it was made for"),
         ({"name": "../up"}, "The name '../up' cannot be a file name."),
         ({"checkpoints": "last"}, "checkpoints must be steps with commas between them"),
         ({"checkpoints": "4", "run": True}, "has no checkpoint of step 4. It has those of 1, 2, 3"),
