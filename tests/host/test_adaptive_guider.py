@@ -16,8 +16,10 @@ from atelier.nodes import host
 from atelier.nodes.adaptive_guider import AdaptiveGuider
 from atelier.nodes.guidance import DynamicThresholdCfg
 from atelier.nodes.native import build_model
+from atelier.nodes.native_lora import SamplingRange, apply_lora
 from atelier.trainers.load import load_flux
 from flux_files import write_flux
+from lora_files import lora_tensors
 from torch import Tensor
 from training import CONTEXT, TEXT_TOKENS, VECTOR
 
@@ -263,6 +265,14 @@ def test_it_composes_with_dynamic_thresholding(model: Any, shown: list[str]) -> 
     ours = sample(adaptive(patched, cfg=5.0, end_percent=2.5 / STEPS))
     theirs = in_two_parts(core(patched, 5.0), core(model, 1.0), 3)
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_lora_for_a_part_of_the_sampling_acts(model: Any) -> None:
+    span = SamplingRange(start_percent=0.2, end_percent=0.7)
+    patched = apply_lora(model, lora_tensors("plain"), 1.0, span=span).model
+    ours = sample(adaptive(patched))
+    assert torch.equal(ours, sample(core(patched)))
+    assert not torch.allclose(ours, sample(core(model)), atol=1e-3)
 
 
 def test_a_range_that_is_empty_is_refused(model: Any) -> None:
