@@ -34,7 +34,7 @@ def test_all_workflows_are_there() -> None:
         *("atelier_images_from_a_graph", "atelier_watched_training"),
         "atelier_dynamic_threshold",
         "atelier_fuse_and_requantize",
-        "atelier_compare_grid",
+        *("atelier_compare_grid", "atelier_style_hot_swap"),
     }
 
 

@@ -168,6 +168,20 @@ def test_a_lora_is_fused_and_saved(server: ComfyServer) -> None:
     assert inspect_flux(path).config == inspect_flux(NANO / "nano-flux.safetensors").config
 
 
+def test_styles_take_turns_on_one_base(server: ComfyServer) -> None:
+    """No LoRA, three styles and a mix of two: five pictures of one prompt and seed."""
+    object_info = server.object_info()
+    graph = workflow.load(ROOT / "workflows" / "atelier_style_hot_swap.json", object_info)
+    for node in graph.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    outputs = server.run(graph, timeout_s=300)["outputs"].values()
+    images = [image for output in outputs for image in output.get("images", [])]
+    assert len({server.view(image) for image in images}) == 5
+    texts = [text for output in outputs for text in output.get("text", [])]
+    assert any("Trigger words of 'sunset': sunset colours." in text for text in texts)
+
+
 def run_briefly(server: ComfyServer, name: str, *settings: str) -> list[str]:
     """Two steps of a graph on pictures of random colours; the texts that its nodes gave."""
     write_pictures(server.base_directory / "input" / "my_pictures", size=128)
