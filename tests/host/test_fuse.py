@@ -193,7 +193,7 @@ def test_a_lora_of_a_part_of_the_sampling_stays_beside(
     monkeypatch.setattr(host, "show_text", lambda text, node_id: shown.append(text))
     half = SamplingRange(start_percent=0.0, end_percent=0.5)
     base = put_on(ours(flux_file), "plain")
-    model = apply_lora(base, lora_tensors("without_alpha"), 1.0, span=half).model
+    model = apply_lora(base, lora_tensors("without_alpha"), 3.0, span=half).model
     fused = fuse(model)
     assert "it stays on the MODEL" in shown[0]
     positive = [[torch.randn(1, 20, 128), {"pooled_output": torch.randn(1, 64), "guidance": 2.5}]]
