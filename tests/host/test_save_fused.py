@@ -136,10 +136,10 @@ def known_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detected)
 
 
-def conditioning(context: int = 128, vector: int = 64) -> list:
+def conditioning() -> list:
     generator = torch.Generator().manual_seed(3)
-    pooled = torch.randn(1, vector, generator=generator)
-    embeds = torch.randn(1, 20, context, generator=generator)
+    pooled = torch.randn(1, 64, generator=generator)
+    embeds = torch.randn(1, 20, 128, generator=generator)
     return [[embeds, {"pooled_output": pooled, "guidance": 2.5}]]
 
 
@@ -264,8 +264,8 @@ def test_cancel_leaves_no_file(
     management = comfy.model_management
     show = host.Progress.show
 
-    def cancel(self: host.Progress, done: int, total: int) -> None:
-        show(self, done, total)
+    def cancel(self: host.Progress, done: int, *others: Any) -> None:
+        show(self, done, *others)
         if done == 5:
             management.interrupt_current_processing()
 
