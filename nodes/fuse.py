@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
 from ..trainers.devices import require_format_on
 from ..trainers.formats import FORMATS
 from ..trainers.fuse import Origin, pack_flux, require_memory
+from ..trainers.load import LoadedFlux
 from ..trainers.model_file import FILE_DTYPES, save_flux
 from . import host
 from .inputs import QUANTIZE_ON, quantize_device, shared_input
@@ -65,31 +67,46 @@ class FuseLora(io.ComfyNode):
     def execute(
         cls, model: Any, scale: float, format: str, quantize_on: str = QUANTIZE_ON[0]
     ) -> io.NodeOutput:
-        if not (model.patches and scale):
-            raise ValueError(
-                "Fuse LoRA has nothing to fuse: its MODEL carries no LoRA, or scale is 0. Put a "
-                "LoRA on the MODEL with Apply LoRA, and set scale to 1."
-            )
-        device = quantize_device(quantize_on)
+        _require_loras(model, scale)
         given = origin_of_model(model)
-        origin = with_patches_of(model, given, scale)
-        format = given.format if format == AS_THE_MODEL else format
-        require_format_on(format, host.compute_device())
-        kept_on = host.offload_device()
-        is_host = kept_on.type == "cpu"
-        require_memory(origin, format, host.free_system_memory() if is_host else host.free_memory())
-        make_room(origin, device)
-        fused = pack_flux(
-            origin,
-            format=format,
-            device=kept_on,
-            quantize_on=device,
-            streaming=_streaming(model),
-            on_progress=host.Progress().update,
-        )
-        text = f"Fused into {len(model.patches)} tensors, now in {format}."
+        fused = _fused(model, scale, format, quantize_device(quantize_on), given)
+        text = f"Fused into {len(model.patches)} tensors, now in {fused.format}."
         ui = host.report(cls.hidden.unique_id, text, *_warnings(model, given))
         return io.NodeOutput(model_of(fused, model), ui=ui)
+
+
+def _fused(
+    model: Any, scale: float, format: str, device: torch.device, given: Origin
+) -> LoadedFlux:
+    """The weights that `given` has, with the LoRAs on the MODEL in them, packed on `device`."""
+    origin = with_patches_of(model, given, scale)
+    format = given.format if format == AS_THE_MODEL else format
+    require_format_on(format, host.compute_device())
+    kept_on = host.offload_device()
+    is_host = kept_on.type == "cpu"
+    require_memory(origin, format, host.free_system_memory() if is_host else host.free_memory())
+    make_room(origin, device)
+    return pack_flux(
+        origin,
+        format=format,
+        device=kept_on,
+        quantize_on=device,
+        streaming=_streaming(model),
+        on_progress=host.Progress().update,
+    )
+
+
+def _require_loras(model: Any, scale: float) -> None:
+    if not model.patches and any(model.hook_patches.values()):
+        raise ValueError(
+            "Fuse LoRA has nothing to fuse: the LoRA on its MODEL acts in a part of the sampling, "
+            "and weights act in all of it. Set its start_percent to 0 and its end_percent to 1."
+        )
+    if not (model.patches and scale):
+        raise ValueError(
+            "Fuse LoRA has nothing to fuse: its MODEL carries no LoRA, or scale is 0. Put a LoRA "
+            "on the MODEL with Apply LoRA, and set scale to 1."
+        )
 
 
 class SaveFusedModel(io.ComfyNode):

@@ -105,6 +105,13 @@ class PlacedLoras:
         return replace(lora, down=down[0], up=up[0], reorder=None)
 
 
+def patched_copy(key: str, weight: Tensor, patches: list[tuple]) -> Tensor:
+    """`weight` in float32 with patches of ComfyUI."""
+    copy = weight.to(torch.float32, copy=True)
+    # Other models as LoRAs (Create Hook Model as LoRA) are taken off from the original.
+    return comfy.lora.calculate_weight(patches, copy, key, original_weights={key: [(weight,)]})
+
+
 @dataclass(frozen=True)
 class DensePatches:
     """Patches of ComfyUI that need the dense weight (LoKr, LoHa, DoRA, differences)."""
@@ -114,8 +121,7 @@ class DensePatches:
 
     def apply(self, weight: Tensor) -> Tensor:
         """The patched copy of `weight`, in float32."""
-        copy = weight.to(torch.float32, copy=True)
-        return comfy.lora.calculate_weight(self.patches, copy, self.key)
+        return patched_copy(self.key, weight, self.patches)
 
 
 class _InStore(nn.Module):

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
@@ -31,6 +30,7 @@ from .linear import (
     StoreOps,
     lora_bytes,
     loras_beside,
+    patched_copy,
 )
 
 
@@ -198,8 +198,7 @@ class StorePatcher(comfy.model_patcher.ModelPatcher):
         for key, some in patches.items():
             weight = comfy.utils.get_attr(self.model, key)
             self.backup[key] = _Original(weight)
-            copy = weight.to(torch.float32, copy=True)
-            _set_parameter(self.model, key, comfy.lora.calculate_weight(some, copy, key))
+            _set_parameter(self.model, key, patched_copy(key, weight, some))
 
     def _patched(self, key: str) -> Tensor:
         """The tensor of a key of patches, with its patches."""

@@ -338,6 +338,12 @@ def test_nothing_to_fuse_is_refused(flux_file: Path, scale: float) -> None:
     assert refusal(given, scale).startswith("Fuse LoRA has nothing to fuse")
 
 
+def test_a_lora_for_a_part_of_the_sampling_alone_is_refused(flux_file: Path) -> None:
+    span = SamplingRange(end_percent=0.5)
+    model = apply_lora(ours(flux_file), lora_tensors("plain"), 1.0, span=span).model
+    assert "the LoRA on its MODEL acts in a part of the sampling" in refusal(model)
+
+
 def test_too_little_memory_is_said_before_anything_is_read(
     flux_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

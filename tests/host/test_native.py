@@ -9,6 +9,7 @@ import comfy.sd
 import pytest
 import torch
 from atelier.nodes import host
+from atelier.nodes.linear import PlacedLoras
 from atelier.nodes.loaders import LoadQuantizedFlux
 from atelier.nodes.native import build_model
 from atelier.nodes.native_lora import add_lora
@@ -22,6 +23,7 @@ from drawing import draw
 from flux_files import write_flux
 from lora_files import lora_tensors
 
+FLOAT32 = torch.float32
 SIGMA = torch.tensor([0.7, 0.2])
 GUIDANCE = 2.5
 
@@ -194,3 +196,16 @@ def test_a_model_in_fp8_is_refused_on_apples_gpus_before_it_is_moved(flux_file: 
             load(torch.device("mps"))
     assert model.store.device == model.current_loaded_device() == torch.device("cpu")
     assert model.store.content_hash() == before
+
+
+def test_another_model_as_a_lora_is_reached_at_full_strength(tmp_path: Path) -> None:
+    """As a hook of ComfyUI's Create Hook Model as LoRA has it: the patch holds the other weight."""
+    model = build_model(load_flux(write_flux(tmp_path / "a.safetensors"), format="nf4"), FLOAT32)
+    linear = model.model.diffusion_model.single_blocks[0].linear2
+    other = torch.randn(*linear.packed.shape, generator=torch.Generator().manual_seed(0))
+    for strength in (1.0, 0.25):
+        patch = (strength, ("model_as_lora", (other,)), 1.0, None, None)
+        linear.set_patches([patch], [], PlacedLoras())
+        own = linear.packed.dequantize(torch.float32)
+        expected = torch.lerp(own, other, strength).to(torch.bfloat16)
+        torch.testing.assert_close(linear.patched_weight(), expected)
