@@ -14,7 +14,7 @@ from ..trainers.caching import LATENTS, LatentSettings
 from ..trainers.config import PROMPT_LENGTH
 from ..trainers.dataset import Dataset
 from ..trainers.shards import Shards
-from . import host
+from . import folders, host
 from .encoders import cut_sentences, latent_encoder, prompt_encoder
 from .loader_memory import LoaderMemory
 from .wires import AtelierDataset, AtelierLatentCache, AtelierPromptCache
@@ -90,13 +90,13 @@ class CacheLatents(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
-        return Shards(host.cache_folder("latents")).generation()
+        return Shards(folders.cache_folder("latents")).generation()
 
     @classmethod
     def check_lazy_status(
         cls, dataset: Dataset, latents: str = LATENTS[0], tile: str = "off", **_: Any
     ) -> list[str]:
-        folder = host.cache_folder("latents")
+        folder = folders.cache_folder("latents")
         encoder_id = LoaderMemory(cls.hidden, "vae", folder).recall()
         if not encoder_id:
             return ["vae"]
@@ -114,7 +114,7 @@ class CacheLatents(io.ComfyNode):
         tile: str = "off",
         limit_gb: float = LIMIT_GB,
     ) -> io.NodeOutput:
-        folder = host.cache_folder("latents")
+        folder = folders.cache_folder("latents")
         memory = LoaderMemory(cls.hidden, "vae", folder)
         encoder_id = memory.recall()
         encode = _not_loaded
@@ -192,11 +192,11 @@ class EncodePrompts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
-        return Shards(host.cache_folder("prompts")).generation()
+        return Shards(folders.cache_folder("prompts")).generation()
 
     @classmethod
     def check_lazy_status(cls, dataset: Dataset, length: int, **_: Any) -> list[str]:
-        folder = host.cache_folder("prompts")
+        folder = folders.cache_folder("prompts")
         encoder_id = LoaderMemory(cls.hidden, "clip", folder).recall()
         if not encoder_id:
             return ["clip"]
@@ -212,7 +212,7 @@ class EncodePrompts(io.ComfyNode):
         batch_size: int = 1,
         limit_gb: float = LIMIT_GB,
     ) -> io.NodeOutput:
-        folder = host.cache_folder("prompts")
+        folder = folders.cache_folder("prompts")
         memory = LoaderMemory(cls.hidden, "clip", folder)
         encoder_id = memory.recall()
         encode = _not_loaded

@@ -19,7 +19,7 @@ from ..trainers.metadata_files import METADATA_FILES
 from ..trainers.picture_files import PictureFiles
 from ..trainers.scan import ON_BAD_FILE
 from ..trainers.splitting import SPLIT_UNITS, SplitUnit, split_dataset
-from . import host
+from . import folders, host
 from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, PictureChoices, shared_input
 from .wires import AtelierDataset
 
@@ -38,7 +38,7 @@ class ImageFolderDataset(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=host.dataset_folders(),
+                    options=folders.dataset_folders(),
                     tooltip="A folder below ComfyUI's input folder that holds the pictures. Its "
                     "subfolders are not read. Press R to list new folders.",
                 ),
@@ -60,7 +60,7 @@ class ImageFolderDataset(io.ComfyNode):
                 host.make_input(
                     io.Combo,
                     "masks",
-                    options=["none", ALPHA, *host.dataset_folders()],
+                    options=["none", ALPHA, *folders.dataset_folders()],
                     default="none",
                     optional=True,
                     advanced=True,
@@ -82,7 +82,7 @@ class ImageFolderDataset(io.ComfyNode):
     def validate_inputs(cls, folder: str | None, more_sizes: str | None = "") -> bool | str:
         try:
             if folder is not None:  # a linked input is not known yet
-                picture_files(host.dataset_folder(folder))
+                picture_files(folders.dataset_folder(folder))
             parse_sizes(more_sizes or "")
         except ValueError as error:
             return str(error)
@@ -92,13 +92,13 @@ class ImageFolderDataset(io.ComfyNode):
     def fingerprint_inputs(
         cls, folder: str, masks: str = "none", **_: Any
     ) -> list[tuple[str, int, int]]:
-        pictures = picture_files(host.dataset_folder(folder))
+        pictures = picture_files(folders.dataset_folder(folder))
         captions = [picture.with_suffix(".txt") for picture in pictures]
         tables = [pictures[0].with_name(name) for name in METADATA_FILES]
         mask_folder = _mask_folder(masks)
         weights = picture_files(mask_folder) if isinstance(mask_folder, Path) else []
         files = [*pictures, *captions, *tables, *weights]
-        return host.fingerprints(files)
+        return folders.fingerprints(files)
 
     @classmethod
     def execute(
@@ -117,14 +117,14 @@ class ImageFolderDataset(io.ComfyNode):
         masks: str = "none",
     ) -> io.NodeOutput:
         subset = image_folder(
-            host.dataset_folder(folder),
+            folders.dataset_folder(folder),
             resolution=pictures.resolution(width, height, mode),
             repeats=repeats,
             captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),
             pictures=pictures.pixels,
             masks=_mask_folder(masks),
             on_bad_file=on_bad_file,
-            index_folder=host.cache_folder("files"),
+            index_folder=folders.cache_folder("files"),
             on_progress=host.Progress().update,
         )
         dataset = pictures.dataset(subset).at_sizes(parse_sizes(more_sizes))
@@ -289,4 +289,4 @@ def _mask_folder(masks: str) -> str | Path | None:
     """What `image_folder` takes for a choice of the input masks."""
     if masks in ("none", ALPHA):
         return None if masks == "none" else ALPHA
-    return host.dataset_folder(masks)
+    return folders.dataset_folder(masks)

@@ -11,7 +11,7 @@ from ..trainers.config import require_file_name
 from ..trainers.dataset import Dataset
 from ..trainers.embeddings_parquet import export_embeddings, import_embeddings
 from ..trainers.shards import Shards
-from . import host
+from . import folders, host
 from .wires import AtelierDataset, AtelierPromptCache
 
 
@@ -35,7 +35,7 @@ class ImportEmbeddings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file",
-                    options=host.dataset_files((".parquet",)),
+                    options=folders.dataset_files((".parquet",)),
                     tooltip="A parquet file below ComfyUI's input folder, with the columns "
                     "image_hash, prompt_embeds, pooled_prompt_embeds and text_ids. Press R to list "
                     "new files.",
@@ -50,16 +50,16 @@ class ImportEmbeddings(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> list[Any]:
-        stat = host.dataset_file(file).stat()
-        mark = Shards(host.cache_folder("prompts")).generation()
+        stat = folders.dataset_file(file).stat()
+        mark = Shards(folders.cache_folder("prompts")).generation()
         return [mark, stat.st_size, stat.st_mtime_ns]
 
     @classmethod
     def execute(cls, dataset: Dataset, file: str) -> io.NodeOutput:
         prompts = import_embeddings(
             dataset,
-            host.dataset_file(file),
-            host.cache_folder("prompts"),
+            folders.dataset_file(file),
+            folders.cache_folder("prompts"),
             host.Progress().update,
         )
         done = f"Captions imported: {len(prompts.entries)}, of {prompts.length} tokens."
@@ -107,7 +107,7 @@ class ExportEmbeddings(io.ComfyNode):
     @classmethod
     def execute(cls, dataset: Dataset, prompts: PromptCache, name: str) -> io.NodeOutput:
         require_file_name(name)
-        path = host.atelier_output() / "embeddings" / f"{name}.parquet"
+        path = folders.atelier_output() / "embeddings" / f"{name}.parquet"
         rows = export_embeddings(dataset, prompts, path, host.Progress().update)
         done = f"Rows written: {rows}, to {path}."
         return io.NodeOutput(str(path), ui=host.report(cls.hidden.unique_id, done))

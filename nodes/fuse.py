@@ -12,7 +12,7 @@ from ..trainers.formats import FORMATS
 from ..trainers.fuse import Origin, pack_flux, require_memory
 from ..trainers.load import LoadedFlux
 from ..trainers.model_file import FILE_DTYPES, save_flux
-from . import host
+from . import folders, host
 from .inputs import QUANTIZE_ON, quantize_device, shared_input
 from .native_fuse import make_room, model_of, origin_of_model, with_patches_of
 
@@ -148,7 +148,7 @@ class SaveFusedModel(io.ComfyNode):
     def execute(cls, model: Any, filename_prefix: str, dtype: str) -> io.NodeOutput:
         given, device = origin_of_model(model), host.compute_device()
         origin = with_patches_of(model, given)
-        path = host.numbered_file(filename_prefix, ".safetensors")
+        path = folders.numbered_file(filename_prefix, ".safetensors")
         make_room(origin, device)
         save_flux(
             path,

@@ -12,7 +12,7 @@ from typing import Any
 
 from comfy_execution.graph_utils import is_link
 
-from . import host
+from . import folders, host
 
 
 class GraphRefused(Exception):
@@ -129,7 +129,7 @@ def nodes_before(graph: Any, node_id: str, names: Iterable[str]) -> list[str]:
     def described(value: Any) -> Any:
         if is_link(value):
             return [node_hash(value[0]), value[1]]
-        files = host.fingerprints(host.files_called(value)) if isinstance(value, str) else []
+        files = folders.fingerprints(folders.files_called(value)) if isinstance(value, str) else []
         return [value, files]
 
     inputs = graph.get_node(node_id)["inputs"]

@@ -15,7 +15,7 @@ from ..trainers.config import require, require_file_name
 from ..trainers.files import write_atomically
 from ..trainers.grid import parse_numbers, sheet, table
 from ..trainers.prompt_list import prompts_of_lines
-from . import host
+from . import folders, host
 from .grid_cells import Cells, Comparison, networks_identity
 from .looks import NO_LORA, Look, looks_of_files, looks_of_run
 from .sampling import SAMPLERS, SCHEDULERS
@@ -77,7 +77,7 @@ class CompareGrid(io.ComfyNode):
         cls, loras: str = "", run: str = NO_RUN, checkpoints: str = "", **_: Any
     ) -> list[tuple[str, int, int]]:
         looks = [*looks_of_files(loras), *_looks_of_run(run, checkpoints)]
-        return host.fingerprints(look.path for look in looks if look.path)
+        return folders.fingerprints(look.path for look in looks if look.path)
 
     @classmethod
     def execute(cls, model: Any, clip: Any, vae: Any, **settings: Any) -> io.NodeOutput:
@@ -85,7 +85,7 @@ class CompareGrid(io.ComfyNode):
         comparison = _comparison(settings)
         networks = networks_identity(cls.hidden.dynprompt, node_id, model)
         shared = hashlib.sha256((networks + comparison.identity()).encode()).hexdigest()[:8]
-        folder = host.atelier_output() / "grids" / f"{settings['name']}-{shared}"
+        folder = folders.atelier_output() / "grids" / f"{settings['name']}-{shared}"
         cells = Cells(folder, comparison)
         num_drawn = len(cells.missing())
         warnings = cells.draw(model, clip, vae, lambda text: host.show_text(text, node_id))
@@ -134,7 +134,7 @@ def _compared() -> list[Any]:
         ),
         io.Combo.Input(
             "run",
-            options=[NO_RUN, *host.run_ids()],
+            options=[NO_RUN, *folders.run_ids()],
             default=NO_RUN,
             tooltip="A training whose checkpoints come after the LoRA files.",
         ),
@@ -245,14 +245,14 @@ def _comparison(settings: dict[str, Any]) -> Comparison:
 def _looks_of_run(run: str, checkpoints: str) -> tuple[Look, ...]:
     if run == NO_RUN:
         return ()
-    return looks_of_run(host.atelier_output() / run, _steps(checkpoints))
+    return looks_of_run(folders.atelier_output() / run, _steps(checkpoints))
 
 
 def _run_of(lora_name: str) -> str:
     """The id of the run that wrote a LoRA file, such as my_lora-1a2b3c4d-000500.safetensors."""
     run = Path(lora_name).stem.rpartition("-")[0]
     require(
-        run in host.run_ids(),
+        run in folders.run_ids(),
         f"'{lora_name}' is not the LoRA of a training in output/atelier. Connect the lora_name of "
         "Train LoRA to trained, or choose a run.",
     )

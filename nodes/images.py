@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..trainers.dataset import DEFAULT_CAPTIONS
 from ..trainers.graph_pictures import graph_pictures
-from . import host
+from . import folders, host
 from .dataset import dataset_output, kept_pictures
 from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, shared_input
 from .wires import AtelierDataset
@@ -64,7 +64,7 @@ class ImagesToDataset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
-        return kept_pictures(host.cache_folder("pictures")).generation()
+        return kept_pictures(folders.cache_folder("pictures")).generation()
 
     @classmethod
     def execute(
@@ -80,13 +80,13 @@ class ImagesToDataset(io.ComfyNode):
         subset = graph_pictures(
             [image for batch in images for image in batch],
             texts,
-            kept_pictures(host.cache_folder("pictures")),
+            kept_pictures(folders.cache_folder("pictures")),
             masks=[mask for batch in masks or [] for mask in batch.reshape(-1, *batch.shape[-2:])],
             resolution=pictures.resolution(one["width"], one["height"], one["mode"]),
             repeats=one["repeats"],
             captions=dataclasses.replace(captions, trigger=one["trigger"]),
             pictures=pictures.pixels,
-            index_folder=host.cache_folder("files"),
+            index_folder=folders.cache_folder("files"),
             on_progress=host.Progress().update,
         )
         return dataset_output(pictures.dataset(subset), cls.hidden.unique_id)

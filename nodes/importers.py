@@ -16,7 +16,7 @@ from ..trainers.hub_dataset import fetch_dataset, hub_folder, is_fetched
 from ..trainers.import_dataset import imported_files, plan_import, read_import
 from ..trainers.import_settings import CONFIG_EXTENSIONS, Places, Plan
 from ..trainers.scan import PICTURE_EXTENSIONS
-from . import host
+from . import folders, host
 from .dataset import dataset_output, kept_pictures
 from .inputs import DEFAULT_CHOICES, SIZE_AND_TRIGGER, PictureChoices, shared_input
 from .wires import AtelierDataset
@@ -36,7 +36,7 @@ class ImportDataset(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=host.dataset_files(CONFIG_EXTENSIONS),
+                    options=folders.dataset_files(CONFIG_EXTENSIONS),
                     tooltip="A configuration below ComfyUI's input folder. The folders that it "
                     "names must lie beside it or below input/ too. Repeats are converted: kohya's "
                     "and ai-toolkit's 1 is once per epoch, SimpleTuner's 0 is once. Press R to "
@@ -65,7 +65,7 @@ class ImportDataset(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> list[tuple[str, int, int]]:
         plan = _plan(file)
-        return host.fingerprints([host.dataset_file(file), *imported_files(plan)])
+        return folders.fingerprints([folders.dataset_file(file), *imported_files(plan)])
 
     @classmethod
     def execute(cls, file: str, on_bad_file: str) -> io.NodeOutput:
@@ -73,7 +73,7 @@ class ImportDataset(io.ComfyNode):
         dataset = read_import(
             plan,
             on_bad_file=on_bad_file,
-            index_folder=host.cache_folder("files"),
+            index_folder=folders.cache_folder("files"),
             on_progress=host.Progress().update,
         )
         return dataset_output(dataset, cls.hidden.unique_id, *plan.notes)
@@ -94,7 +94,7 @@ class HubDataset(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=[_NO_FOLDER, *host.dataset_trees((*PICTURE_EXTENSIONS, ".parquet"))],
+                    options=[_NO_FOLDER, *folders.dataset_trees((*PICTURE_EXTENSIONS, ".parquet"))],
                     tooltip="A folder below ComfyUI's input folder, with its subfolders. Parts "
                     "called test or validation are left out. Press R to list new folders.",
                 ),
@@ -133,11 +133,11 @@ class HubDataset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, hub_id: str = "", **_: Any) -> list[Any]:
-        mark = kept_pictures(host.cache_folder("pictures")).generation()
+        mark = kept_pictures(folders.cache_folder("pictures")).generation()
         if hub_id:
-            is_there = is_fetched(hub_id, host.cache_folder("files"))
+            is_there = is_fetched(hub_id, folders.cache_folder("files"))
             return [mark, str(snapshot(hub_id, "dataset")) if is_there else ""]
-        return [mark, *host.fingerprints(sorted(_local_folder(folder).rglob("*")))]
+        return [mark, *folders.fingerprints(sorted(_local_folder(folder).rglob("*")))]
 
     @classmethod
     def execute(
@@ -154,10 +154,10 @@ class HubDataset(io.ComfyNode):
         pictures: PictureChoices = DEFAULT_CHOICES,
         hub_id: str = "",
     ) -> io.NodeOutput:
-        index, update = host.cache_folder("files"), host.Progress().update
+        index, update = folders.cache_folder("files"), host.Progress().update
         subset = hub_folder(
             fetch_dataset(hub_id, index, update) if hub_id else _local_folder(folder),
-            files=kept_pictures(host.cache_folder("pictures")),
+            files=kept_pictures(folders.cache_folder("pictures")),
             resolution=pictures.resolution(width, height, mode),
             repeats=repeats,
             captions=dataclasses.replace(captions, trigger=trigger, missing=missing_captions),
@@ -177,8 +177,10 @@ _NO_FOLDER = "none"
 def _local_folder(name: str) -> Path:
     if name == _NO_FOLDER:
         raise ValueError("No folder is chosen, and hub_id is empty. Choose one, or name a dataset.")
-    return host.dataset_folder(name)
+    return folders.dataset_folder(name)
 
 
 def _plan(file: str) -> Plan:
-    return plan_import(Places(config=host.dataset_file(file), roots=tuple(host.dataset_roots())))
+    return plan_import(
+        Places(config=folders.dataset_file(file), roots=tuple(folders.dataset_roots()))
+    )

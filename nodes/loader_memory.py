@@ -19,7 +19,7 @@ from typing import Any
 
 from ..trainers.caches import digest
 from ..trainers.files import write_atomically
-from . import host
+from . import folders, host
 
 _FILE_INPUTS = {
     "VAELoader": {"vae_name": "vae"},
@@ -75,7 +75,7 @@ def _files(class_type: str, inputs: dict[str, Any]) -> list[tuple[str, int, int,
     kinds = _FILE_INPUTS.get(class_type, {})
     if any(isinstance(value, list) for value in inputs.values()):
         return []
-    paths = [host.model_file(kind, inputs[name]) for name, kind in kinds.items()]
+    paths = [folders.model_file(kind, inputs[name]) for name, kind in kinds.items()]
     if None in paths:
         return []
     stats = [(str(path), path.stat()) for path in paths]

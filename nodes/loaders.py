@@ -17,7 +17,7 @@ from ..trainers.packed_copy import PackedCopies
 from ..trainers.preflight import choose_format, describe_choice
 from ..trainers.tensor_files import model_files
 from ..trainers.text_encoders import load_text_encoders
-from . import host
+from . import folders, host
 from .encoders import build_clip, build_vae, checkpoint_parts
 from .inputs import QUANTIZE_ON, quantize_device, shared_input
 from .native import build_model
@@ -185,9 +185,9 @@ def _load(
 
 def model_names() -> list[str]:
     """What can be chosen; files of models/diffusion_models by their plain names, as core does."""
-    checkpoints = [f"checkpoints/{name}" for name in host.model_names("checkpoints")]
-    folders = [f"diffusers/{name}" for name in host.diffusers_folders()]
-    return [NANO, *host.model_names("diffusion_models"), *checkpoints, *folders]
+    checkpoints = [f"checkpoints/{name}" for name in folders.model_names("checkpoints")]
+    diffusers = [f"diffusers/{name}" for name in folders.diffusers_folders()]
+    return [NANO, *folders.model_names("diffusion_models"), *checkpoints, *diffusers]
 
 
 def model_path(name: str) -> Path:
@@ -200,11 +200,11 @@ def model_path(name: str) -> Path:
         return _NANO_FOLDER / "nano-flux.safetensors"
     kind, _, rest = name.partition("/")
     if kind == "diffusers":
-        path = host.diffusers_folders().get(rest)
+        path = folders.diffusers_folders().get(rest)
     elif kind == "checkpoints":
-        path = host.model_file("checkpoints", rest)
+        path = folders.model_file("checkpoints", rest)
     else:
-        path = host.model_file("diffusion_models", name)
+        path = folders.model_file("diffusion_models", name)
     if path is None:
         raise ValueError(f"The model '{name}' is not there any more. Press R and choose another.")
     return path
@@ -222,7 +222,7 @@ def _best_format(path: Path, reserve_gb: float, node_id: str) -> str:
 class LoadQuantizedTextEncoders(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = host.model_names("text_encoders")
+        names = folders.model_names("text_encoders")
         return host.schema(
             node_id="AtelierLoadQuantizedTextEncoders",
             display_name="Load Quantized Text Encoders",
@@ -290,11 +290,11 @@ class LoadQuantizedTextEncoders(io.ComfyNode):
             copies=_copies(keep_copy),
             on_progress=host.Progress().update,
         )
-        return io.NodeOutput(build_text_encoders(loaded, host.embedding_folders()))
+        return io.NodeOutput(build_text_encoders(loaded, folders.embedding_folders()))
 
 
 def _text_encoder_path(name: str) -> Path:
-    path = host.model_file("text_encoders", name)
+    path = folders.model_file("text_encoders", name)
     if path is None:
         raise ValueError(
             f"The text encoder '{name}' is not there any more. Press R and choose another."
@@ -310,7 +310,7 @@ def _file_states(files: list[Path]) -> list[_FileState]:
 def _copies(keep_copy: bool, block_streaming: str = "off") -> PackedCopies | None:
     if not keep_copy and block_streaming != "disk":
         return None
-    return PackedCopies(host.atelier_output() / "packed", writes=keep_copy)
+    return PackedCopies(folders.atelier_output() / "packed", writes=keep_copy)
 
 
 def _clip_and_vae(path: Path, name: str) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from ..trainers.content_hashes import ContentHashes
 from ..trainers.files import read_safetensors
 from ..trainers.lora_file import read_lora
 from ..trainers.run import adapter_file, lora_settings, steps_saved
-from . import host
+from . import folders
 from .lora_choice import lora_file, lora_names
 
 NO_LORA = "none"
@@ -92,7 +92,7 @@ def looks_of_run(folder: Path, steps: Sequence[int]) -> tuple[Look, ...]:
 
 def content_digests(looks: Sequence[Look]) -> dict[Path, str]:
     """SHA-256 of each file, read once for each version of it."""
-    hashes = ContentHashes.in_folder(host.cache_folder("files"))
+    hashes = ContentHashes.in_folder(folders.cache_folder("files"))
     paths = {look.path for look in looks if look.path}
     stats = [(path, path.stat()) for path in paths]
     found = {path: hashes.of(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats}

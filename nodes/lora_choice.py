@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.lora_file import LoraTensors, read_lora, require_sound
-from . import host
+from . import folders
 
 FROM_WIRE = "from the lora input"
 NONE = "none"
@@ -17,7 +17,7 @@ _STYLES = Path(__file__).parent.parent / "assets" / "nano" / "styles"
 
 def lora_names() -> list[str]:
     """What can be chosen: the files that ComfyUI lists, then the styles of the nano model."""
-    return [*host.model_names("loras"), *_built_in()]
+    return [*folders.model_names("loras"), *_built_in()]
 
 
 def _built_in() -> dict[str, Path]:
@@ -41,7 +41,7 @@ def lora_file(lora_name: str) -> Path:
     Raises:
         ValueError: if it is gone.
     """
-    path = _built_in().get(lora_name) or host.model_file("loras", lora_name)
+    path = _built_in().get(lora_name) or folders.model_file("loras", lora_name)
     if path is None:
         raise ValueError(f"The LoRA '{lora_name}' is not there any more. Press R and choose again.")
     return path
@@ -79,6 +79,6 @@ def checked(*lora_names: str | None) -> bool | str:
 
 def versions(*lora_names: str | None) -> list[tuple[str, int, int]]:
     """For `fingerprint_inputs`: what changes with the files; a linked input, None, is not known."""
-    return host.fingerprints(
+    return folders.fingerprints(
         lora_file(name) for name in lora_names if name and name not in (FROM_WIRE, NONE)
     )

@@ -21,7 +21,7 @@ from ..trainers.lora_export import (
 )
 from ..trainers.lora_extract import extract_lora
 from ..trainers.lora_file import LoraTensors
-from . import host
+from . import folders, host
 from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
 from .native import to_training_device
 from .trainable import model_to_train
@@ -105,7 +105,7 @@ class ExportLora(io.ComfyNode):
         trigger_words: str = "",
     ) -> io.NodeOutput:
         require_file_name(name)
-        path = host.lora_folder() / f"{name}.safetensors"
+        path = folders.lora_folder() / f"{name}.safetensors"
         if lora_name != FROM_WIRE:
             require(
                 path.resolve() != lora_file(lora_name).resolve(),

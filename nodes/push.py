@@ -16,7 +16,7 @@ from ..trainers.hub_push import push, require_login, require_repo_id
 from ..trainers.lora_file import lora_facts, read_lora
 from ..trainers.model_card import DEV, Card, Sample, base_model_of, training_settings
 from ..trainers.prompt_list import prompts_of_pictures
-from . import host, lora_choice
+from . import folders, host, lora_choice
 
 FROM_INPUT = "from the lora_file input"
 
@@ -79,7 +79,7 @@ class PushToHub(io.ComfyNode):
         pictures = _pictures(path.stem, images)
         card = _card(path, repo_id, _samples([*pictures], texts.get("prompts", "")), texts)
         markdown = card.markdown().encode()
-        beside = host.lora_folder() / f"{path.stem}.md"
+        beside = folders.lora_folder() / f"{path.stem}.md"
         write_atomically(beside, lambda file: file.write_bytes(markdown))
         files = {"README.md": markdown, **pictures, path.name: path}
         lines, url = [f"The card: {beside}"], ""

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from ..trainers.clearing import clear_caches
-from . import host
+from . import folders, host
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
@@ -69,7 +69,7 @@ async def clear_cache(request: web.Request) -> web.Response:
             409, "A graph is running. Wait until it is done, or cancel it, then clear the cache."
         )
     try:
-        freed = await to_thread(clear_caches, host.atelier_output() / "cache", what)
+        freed = await to_thread(clear_caches, folders.atelier_output() / "cache", what)
     except (ValueError, TypeError) as error:
         raise Refused(400, str(error)) from error
     return web.json_response({"freed": freed})

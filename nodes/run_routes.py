@@ -11,7 +11,7 @@ from aiohttp import web
 
 from ..trainers import history
 from ..trainers.history import UnknownRun
-from . import host, live
+from . import folders, live
 from .graph_queue import GraphRefused, queue_graph, queued_graphs, sentence
 from .routes import Refused, add_route, posted
 
@@ -91,7 +91,7 @@ def _id(request: web.Request) -> str:
 async def _read(read: Callable[..., Any], *arguments: Any) -> Any:
     """What `read` of history.py says of the runs, read beside the server's loop."""
     try:
-        return await to_thread(read, host.atelier_output(), *arguments)
+        return await to_thread(read, folders.atelier_output(), *arguments)
     except UnknownRun as error:
         raise Refused(404, str(error)) from error
     except ValueError as error:

@@ -23,7 +23,7 @@ from ..trainers.lora_file import read_lora
 from ..trainers.plan import Plan
 from ..trainers.preflight import require_fits
 from ..trainers.run import PROMPT_FILE, Run
-from . import host, live
+from . import folders, host, live
 from .native import to_training_device
 from .samples import Samples
 from .score import picture_text_scores
@@ -92,7 +92,9 @@ class Session:
         self._progress = host.Progress()
         self._resumes = bool(resume)
         self._logger_kind, self._logger = logger, Logger()
-        self._run: Run = loop.open_run(host.atelier_output(), job, self._base, data, resume=resume)
+        self._run: Run = loop.open_run(
+            folders.atelier_output(), job, self._base, data, resume=resume
+        )
         self._steps_per_epoch = loop.steps_per_epoch(job, data)
         self._reporter = live.Reporter(self._run.name, asker.node_id)
         # The entry with the smallest key: the order of the files must not change the pictures.
@@ -155,7 +157,7 @@ class Session:
             host.show_text(text, self._asker.node_id)
 
     def _write_lora(self, trained: Trained) -> Path:
-        path = loop.save_trained(host.lora_folder(), trained, self._run, self._base)
+        path = loop.save_trained(folders.lora_folder(), trained, self._run, self._base)
         logger.info("LoRA of step %d: %s", trained.step, path)
         self._reporter.changed()
         return path

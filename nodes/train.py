@@ -11,7 +11,7 @@ from ..trainers.data import TrainingData
 from ..trainers.loggers import LOGGERS
 from ..trainers.rhythm import NEVER, Rhythm
 from ..trainers.status import STATUS_FILE
-from . import host
+from . import folders, host
 from .inputs import shared_input
 from .native_lora import add_lora
 from .session import Asker, Session
@@ -75,8 +75,8 @@ class TrainLora(io.ComfyNode):
         """A run that was stopped goes on each time that it is resumed, and ComfyUI may not answer
         from its memory afterwards."""
         if resume in (None, AUTOMATIC):
-            return host.runs_that_went_on(name or "")
-        return host.fingerprints([host.atelier_output() / resume / STATUS_FILE])
+            return folders.runs_that_went_on(name or "")
+        return folders.fingerprints([folders.atelier_output() / resume / STATUS_FILE])
 
     @classmethod
     def execute(cls, model: Any, latents: Any, prompts: Any, **settings: Any) -> io.NodeOutput:
@@ -177,7 +177,7 @@ def _run_inputs() -> list[Any]:
         host.make_input(
             io.Combo,
             "resume",
-            options=[AUTOMATIC, *host.run_ids()],
+            options=[AUTOMATIC, *folders.run_ids()],
             default=AUTOMATIC,
             optional=True,
             advanced=True,
@@ -302,7 +302,7 @@ def _run_id(resume: str) -> str:
     """The id of the chosen run; empty for the one that the settings give."""
     if resume == AUTOMATIC:
         return ""
-    if resume not in host.run_ids():
+    if resume not in folders.run_ids():
         raise ValueError(
             f"There is no run {resume!r} any more. Set resume to {AUTOMATIC}, or press R and "
             "choose another."

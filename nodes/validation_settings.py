@@ -11,7 +11,7 @@ from ..trainers.config import UNITS, require
 from ..trainers.data import TrainingData
 from ..trainers.prompt_list import prompts_of_library, prompts_of_lines
 from ..trainers.rhythm import Rhythm
-from . import host
+from . import folders, host
 from .sampling import SAMPLERS, SCHEDULERS, encode_prompt
 from .validation import EncodedPrompt, Sampler, Score, Validation
 from .wires import AtelierLatentCache, AtelierPromptCache, AtelierValidation
@@ -47,14 +47,16 @@ class ValidationSettings(io.ComfyNode):
         try:
             _sizes(sizes or "")
             if library is not None and library != NO_LIBRARY:
-                prompts_of_library(host.dataset_file(library))
+                prompts_of_library(folders.dataset_file(library))
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, library: str, **_: Any) -> list[tuple[str, int, int]]:
-        return [] if library == NO_LIBRARY else host.fingerprints([host.dataset_file(library)])
+        return (
+            [] if library == NO_LIBRARY else folders.fingerprints([folders.dataset_file(library)])
+        )
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
@@ -121,7 +123,7 @@ def _pictures() -> list[Any]:
         ),
         io.Combo.Input(
             "library",
-            options=[NO_LIBRARY, *host.dataset_files((".json",))],
+            options=[NO_LIBRARY, *folders.dataset_files((".json",))],
             default=NO_LIBRARY,
             tooltip="A prompt library below input/, as SimpleTuner has it: a JSON file of names "
             "and prompts. Its prompts come after the lines above.",
@@ -211,7 +213,7 @@ def _optional() -> list[Any]:
 def _encoded_prompts(settings: dict[str, Any]) -> tuple[EncodedPrompt, ...]:
     prompts = prompts_of_lines(settings["prompts"])
     if settings["library"] != NO_LIBRARY:
-        prompts += prompts_of_library(host.dataset_file(settings["library"]))
+        prompts += prompts_of_library(folders.dataset_file(settings["library"]))
     clip, guidance = settings.get("clip"), settings["guidance"]
     require(
         not prompts or clip is not None,

@@ -16,7 +16,7 @@ import executor
 import folder_paths
 import pytest
 import torch
-from atelier.nodes import host, loader_memory
+from atelier.nodes import folders, host, loader_memory
 from atelier.nodes.caches import CacheLatents, EncodePrompts
 from atelier.nodes.dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset
 from atelier.nodes.embeddings import ExportEmbeddings, ImportEmbeddings
@@ -39,7 +39,7 @@ def networks_are_forgotten() -> Iterator[None]:
 
 
 def encoded_files() -> list[Path]:
-    return list(host.cache_folder("latents").rglob("*.safetensors"))
+    return list(folders.cache_folder("latents").rglob("*.safetensors"))
 
 
 @pytest.fixture
@@ -308,8 +308,8 @@ def test_a_damaged_entry_is_encoded_anew_when_the_graph_is_queued_again(runner: 
 
 def test_a_loader_that_cannot_be_remembered_runs_again(runner: Runner) -> None:
     """A file lies where the folder would be made."""
-    host.cache_folder("latents").mkdir(parents=True)
-    (host.cache_folder("latents") / "loaders").write_text("", encoding="utf-8")
+    folders.cache_folder("latents").mkdir(parents=True)
+    (folders.cache_folder("latents") / "loaders").write_text("", encoding="utf-8")
     for _ in range(2):
         assert runner.run(latents_graph()).entries
         assert CountingLoader.runs == 1
@@ -342,7 +342,7 @@ def test_what_belongs_to_the_keys_runs_the_loader(
 def test_prompts_encoded_at_once_equal_single_ones(runner: Runner, workplace: Path) -> None:
     single = runner.run(prompts_graph())
     loaded = [single.load(entry.text) for entry in single.entries]
-    for path in host.cache_folder("prompts").glob("*.safetensors"):
+    for path in folders.cache_folder("prompts").glob("*.safetensors"):
         path.unlink()
     batch = runner.run(with_inputs(prompts_graph(), "prompts", batch_size=2))
     for entry, expected in zip(batch.entries, loaded, strict=True):
@@ -381,7 +381,7 @@ def test_embeddings_go_to_the_recipe_and_come_back(runner: Runner, workplace: Pa
     path = workplace / "output" / "atelier" / "embeddings" / "mine.parquet"
     assert runner.texts["write"] == [f"Rows written: 2, to {path}."]
     path.rename(workplace / "input" / "red" / "mine.parquet")
-    assert "red/mine.parquet" in host.dataset_files((".parquet",))
+    assert "red/mine.parquet" in folders.dataset_files((".parquet",))
     read = {"dataset": ["dataset", 0], "file": "red/mine.parquet"}
     imported = runner.run(
         {
@@ -401,7 +401,7 @@ def test_a_parquet_file_outside_the_input_folder_is_refused(workplace: Path, nam
     (workplace / "x.parquet").write_bytes(b"PAR1")
     (workplace / "input" / "link.parquet").symlink_to(workplace / "x.parquet")
     with pytest.raises(ValueError, match=r"^The file .* is not below .*input\. Put it there"):
-        host.dataset_file(name)
+        folders.dataset_file(name)
 
 
 def test_cancel_keeps_what_was_encoded(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

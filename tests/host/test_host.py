@@ -7,7 +7,7 @@ import comfy.model_patcher
 import folder_paths
 import pytest
 import torch
-from atelier.nodes import host
+from atelier.nodes import folders, host
 from atelier.nodes.dataset import ImageFolderDataset
 from comfy_api.latest import io
 from PIL import Image
@@ -58,9 +58,9 @@ def test_a_good_folder_is_valid(workplace: Path) -> None:
 def test_an_administrator_may_add_folders(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_picture(workplace / "more" / "blue")
     added = ([str(workplace / "more")], set())
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, host.DATASET_ROOTS_KEY, added)
-    assert host.dataset_folders() == ["blue", "red"]
-    assert host.dataset_folder("blue") == workplace / "more" / "blue"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.DATASET_ROOTS_KEY, added)
+    assert folders.dataset_folders() == ["blue", "red"]
+    assert folders.dataset_folder("blue") == workplace / "more" / "blue"
 
 
 def test_a_field_that_this_comfyui_lacks_is_dropped() -> None:

@@ -12,7 +12,7 @@ import folder_paths
 import pyarrow
 import pyarrow.parquet
 import pytest
-from atelier.nodes import host
+from atelier.nodes import folders
 from atelier.nodes.importers import HubDataset, ImportDataset
 from atelier.nodes.settings import CaptionSettingsNode
 from atelier.trainers.clearing import clear_caches
@@ -114,7 +114,7 @@ def test_what_the_administrator_allowed_is_read(
     (workplace / "shared" / "birds").mkdir(parents=True)
     (workplace / "shared" / "birds" / "a.png").write_bytes(picture())
     allowed = ([str(workplace / "shared")], set())
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, host.DATASET_ROOTS_KEY, allowed)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.DATASET_ROOTS_KEY, allowed)
     write_config(workplace, [{"folder_path": str(workplace / "shared" / "birds")}])
     assert runner.run(imported()).num_samples == 1
 

@@ -13,7 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from atelier.nodes import host
+from atelier.nodes import folders
 from atelier.nodes.push import FROM_INPUT, PushToHub
 from executor import Give, Runner
 from graphs import Graph, node
@@ -45,7 +45,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
     import nodes
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    folder = host.lora_folder()
+    folder = folders.lora_folder()
     folder.mkdir(parents=True)
     save_file(lora_tensors("plain"), folder / "cats.safetensors", METADATA)
     save_file(lora_tensors("plain"), folder / "nobody.safetensors")
@@ -74,7 +74,7 @@ def test_file_card_and_pictures_are_on_the_hub(hub: UploadHub, runner: Runner) -
     assert hub.commits == [{"repo": "me/cats", "summary": "add cats.safetensors"}]
     assert hub.is_private == {"me/cats": True}
     place = hub.folder / "me" / "cats"
-    local = host.lora_folder()
+    local = folders.lora_folder()
     uploaded = (place / "cats.safetensors").read_bytes()
     assert uploaded == (local / "cats.safetensors").read_bytes()
     card = (place / "README.md").read_text(encoding="utf-8")
@@ -97,7 +97,7 @@ def test_a_dry_run_writes_the_card_and_asks_nobody(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     card = runner.run(graph(1, dry_run=True))
-    assert (host.lora_folder() / "cats.md").read_text(encoding="utf-8") == card
+    assert (folders.lora_folder() / "cats.md").read_text(encoding="utf-8") == card
     names = "README.md, images/cats-1.png, images/cats-2.png, cats.safetensors"
     assert runner.texts["push"][0].endswith(f"dry_run is on. Files: {names}.")
     assert hub.requests == []
@@ -110,7 +110,7 @@ def test_without_a_login_it_stops_before_anything(
     with pytest.raises(RuntimeError, match=r"^There is no login of the Hugging Face Hub\. Run `hf"):
         runner.run(graph())
     assert hub.requests == []
-    assert not (host.lora_folder() / "cats.md").exists()
+    assert not (folders.lora_folder() / "cats.md").exists()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

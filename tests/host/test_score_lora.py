@@ -14,7 +14,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from atelier.nodes import host
+from atelier.nodes import folders
 from atelier.nodes.native import build_model
 from atelier.nodes.native_lora import add_lora
 from atelier.nodes.score_lora import FROM_WIRE, ScoreLora
@@ -220,7 +220,7 @@ def test_the_loss_needs_one_lora(
     with pytest.raises(RuntimeError, match=r"^Score LoRA has two LoRAs: the file a\.safetensors "):
         score(runner, monkeypatch, **inputs, **two)
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    folder = host.lora_folder()
+    folder = folders.lora_folder()
     folder.mkdir()
     torch.save(lora_tensors("plain"), folder / "a.safetensors")
     with pytest.raises(RuntimeError, match=r"^'a\.safetensors' is a pickle, a file that can run"):
