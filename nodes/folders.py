@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from ..trainers.run import run_name
 from ..trainers.scan import PICTURE_EXTENSIONS
 from ..trainers.status import read_status
 
+_EMBEDDINGS = ("", ".safetensors", ".pt", ".bin")
 DATASET_ROOTS_KEY = "atelier_datasets"
 """Key of extra_model_paths.yaml: folders besides input/ whose subfolders may be trained on."""
 
@@ -158,6 +160,20 @@ def files_called(name: str) -> list[Path]:
 def embedding_folders() -> list[str]:
     """Where textual inversions lie."""
     return folder_paths.get_folder_paths("embeddings")
+
+
+def embedding_files(text: str) -> list[Path]:
+    """The files of the textual inversions that a prompt names, as in `embedding:my_style`."""
+    names = [
+        name.removesuffix(".safetensors") for name in re.findall(r"embedding:([\w./-]+)", text)
+    ]
+    found = (
+        Path(root, f"{name}{end}")
+        for root in embedding_folders()
+        for name in names
+        for end in _EMBEDDINGS
+    )
+    return sorted(path for path in found if path.is_file())
 
 
 def diffusers_folders() -> dict[str, Path]:

@@ -74,9 +74,14 @@ class CompareGrid(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, loras: str = "", run: str = NO_RUN, checkpoints: str = "", **_: Any
+        cls,
+        loras: str | None = "",
+        run: str | None = NO_RUN,
+        checkpoints: str | None = "",
+        **_: Any,
     ) -> list[tuple[str, int, int]]:
-        looks = [*looks_of_files(loras), *_looks_of_run(run, checkpoints)]
+        # A linked input is not known yet; what it gives is a change of its own.
+        looks = [*looks_of_files(loras or ""), *_looks_of_run(run or NO_RUN, checkpoints or "")]
         return folders.fingerprints(look.path for look in looks if look.path)
 
     @classmethod

@@ -18,7 +18,7 @@ from PIL import Image
 from ..trainers.files import clear_leftovers
 from ..trainers.grid import Axis, Place, places
 from ..trainers.lora_file import lora_facts
-from . import host
+from . import folders, host
 from .encoders import patches_identity, require_flux_vae
 from .graph_queue import nodes_before
 from .looks import Look, content_digests
@@ -47,12 +47,15 @@ class Cell:
     def key(self, digests: dict[Path, str], negative: str) -> str:
         """Equal for equal pictures: also without a LoRA at every strength."""
         lora = self.lora
+        negative = negative if self.cfg != 1 else ""
+        embeddings = folders.embedding_files(f"{self.prompt} {negative}")
         values = {
             "prompt": self.prompt,
             "lora": (digests[lora.path], self.strength) if lora else None,
             "guidance": self.guidance,
             "cfg": self.cfg,
-            "negative": negative if self.cfg != 1 else None,
+            "negative": negative,
+            "embeddings": folders.fingerprints(embeddings),
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

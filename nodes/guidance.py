@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +25,7 @@ _MODE = "Half Cosine Up"
 _CHANNELS = ("enable", "disable")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class DynamicThreshold:
     """What ComfyUI calls at each step in place of its own guidance."""
 
@@ -35,6 +35,8 @@ class DynamicThreshold:
     start_percent: float
     end_percent: float
     show: Callable[[str], None]
+    told: Tensor | None = field(default=None, init=False)
+    """The sigmas of the run whose readout was shown."""
 
     def __call__(self, args: dict[str, Any]) -> Tensor:
         """The noise to take away, as ComfyUI wants it: the input less the guided prediction."""
@@ -45,16 +47,30 @@ class DynamicThreshold:
         has_negative = args.get("input_uncond") is not None and bool(torch.any(negative != 0))
         if not has_negative:
             return args["cond"]
-        if sigmas is not None and sigma >= float(sigmas[0]):
+        if sigmas is not None and sigmas is not self.told:  # guiders may skip the first steps
+            self.told = sigmas
             self.show(self.readout(cfg, [self._place(args, float(s), sigmas) for s in sigmas[:-1]]))
-        if not self.start_percent <= _by_steps(sigma, sigmas) <= self.end_percent:
+        if not self.start_percent <= self._by_steps(args, sigma, sigmas) <= self.end_percent:
             return args["cond"]
+        if self._is_plain(cfg):
+            return args["input"] - torch.lerp(negative, positive, cfg)
         frac = self._place(args, sigma, sigmas)
         guided = dynamic_threshold(positive, negative, cfg_scale=cfg, frac=frac, **self.settings)
-        return args["input"] - guided
+        # A guider may leave the negative of single samples out by giving them the positive twice.
+        has_none = (positive == negative).flatten(1).all(1).view(-1, *[1] * (positive.ndim - 1))
+        return args["input"] - torch.where(has_none, positive, guided)
+
+    def _is_plain(self, cfg: float) -> bool:
+        """Whether the known extension skips its schedules and thresholds."""
+        return self.basis == BASES[0] and cfg == self.settings["mimic_scale"]
 
     def readout(self, cfg: float, places: list[float]) -> str:
         """The scales that really act, from the first step to the last, and what is odd in them."""
+        if self._is_plain(cfg):
+            return (
+                f"Plain CFG of {cfg:.2f}: with equal scales the basis upstream changes nothing. "
+                "Set mimic_scale below the sampler's cfg."
+            )
         values = self.settings
         cfgs, mimics = (
             [
@@ -93,18 +109,26 @@ class DynamicThreshold:
             timestep = args["model"].model_sampling.timestep(torch.tensor(sigma))
             return (999 - float(timestep)) / 998
         if self.basis == "steps":
-            return _by_steps(sigma, sigmas)
-        largest = float(args["model"].model_sampling.sigma_max)
-        return min(max(1 - sigma / largest, 0.0), 1.0)
+            return self._by_steps(args, sigma, sigmas)
+        return _noise_gone(args, sigma)
+
+    def _by_steps(self, args: dict[str, Any], sigma: float, sigmas: Tensor | None) -> float:
+        """The place among the steps, or what stands for it without the run's sigmas, which guiders
+        of other packs may not give."""
+        if sigmas is None or len(sigmas) < 3:
+            return _noise_gone(args, sigma)
+        return _by_steps(sigma, sigmas)
 
 
-def _by_steps(sigma: float, sigmas: Tensor | None) -> float:
-    """The place 0..1 among the steps of a run, also between two, where second-order samplers ask.
+def _noise_gone(args: dict[str, Any], sigma: float) -> float:
+    """The share 0..1 of the noise that is gone."""
+    largest = float(args["model"].model_sampling.sigma_max)
+    return min(max(1 - sigma / largest, 0.0), 1.0)
 
-    Without the run's sigmas (guiders of other packs) the share of the noise that is gone.
-    """
-    if sigmas is None or len(sigmas) < 3:
-        return min(max(1 - sigma, 0.0), 1.0)
+
+def _by_steps(sigma: float, sigmas: Tensor) -> float:
+    """The place 0..1 among the steps of a run, also between two, where second-order samplers
+    ask."""
     steps = [float(one) for one in sigmas[:-1]]
     for index, (above, below) in enumerate(pairwise(steps)):
         if sigma >= below:

@@ -59,7 +59,7 @@ def _look_of_file(name: str) -> Look:
             f"line, or '{NO_LORA}'."
         )
     path = lora_file(found)
-    return Look(label=path.stem, path=path)
+    return Look(label=found.removesuffix(".safetensors"), path=path)
 
 
 def looks_of_run(folder: Path, steps: Sequence[int]) -> tuple[Look, ...]:

@@ -265,6 +265,9 @@ def test_it_composes_with_dynamic_thresholding(model: Any, shown: list[str]) -> 
     ours = sample(adaptive(patched, cfg=5.0, end_percent=2.5 / STEPS))
     theirs = in_two_parts(core(patched, 5.0), core(model, 1.0), 3)
     assert torch.allclose(ours, theirs, atol=1e-5)
+    shown.clear()
+    sample(adaptive(patched, cfg=2.0, start_percent=0.3))
+    assert "falls to 0.92: below 1 it leads towards the negative" in shown[0]
 
 
 def test_a_lora_for_a_part_of_the_sampling_acts(model: Any) -> None:

@@ -15,6 +15,7 @@ import executor
 import numpy as np
 import pytest
 import torch
+from atelier.nodes import folders
 from atelier.nodes.grid_cells import Cells, Comparison
 from atelier.nodes.looks import Look
 from atelier.nodes.native import build_model
@@ -314,6 +315,24 @@ def test_what_cannot_be_drawn_is_told(
     assert said in f"{caught.value} {caught.value.details}"
 
 
+WITHOUT = Look(label="without LoRA")
+
+
+def comparison(**compared: Any) -> Comparison:
+    """Of small pictures in one step."""
+    values = {
+        "looks": (WITHOUT,),
+        "strengths": (1.0,),
+        "guidances": (2.5,),
+        "cfgs": (1.0,),
+        "negative": "",
+        "width": 64,
+        "height": 64,
+        "sampler": Sampler(steps=1),
+    }
+    return Comparison(**{**values, **compared})
+
+
 def test_one_loaded_model_draws_all(tmp_path: Path) -> None:
     """LoRAs change and no packed byte moves, though the device is not where the model waits."""
     path = write_flux(tmp_path / "flux.safetensors")
@@ -321,22 +340,10 @@ def test_one_loaded_model_draws_all(tmp_path: Path) -> None:
     model.offload_device = torch.device("cpu", 0)
     model.store.place(model.offload_device)
     save_file(lora_tensors("plain"), tmp_path / "plain.safetensors")
-    comparison = Comparison(
-        prompts=("a red circle",),
-        looks=(
-            Look(label="without LoRA"),
-            Look(label="plain", path=tmp_path / "plain.safetensors"),
-        ),
-        strengths=(0.5, 1.0),
-        guidances=(2.5,),
-        cfgs=(1.0,),
-        negative="",
-        width=64,
-        height=64,
-        sampler=Sampler(steps=1),
-    )
+    plain = Look(label="plain", path=tmp_path / "plain.safetensors")
+    compared = comparison(prompts=("a red circle",), looks=(WITHOUT, plain), strengths=(0.5, 1.0))
     shown: list[tuple[str, int]] = []
-    cells = Cells(tmp_path / "grid", comparison)
+    cells = Cells(tmp_path / "grid", compared)
     cells.draw(
         model,
         executor.nano_clip(),
@@ -351,3 +358,17 @@ def test_one_loaded_model_draws_all(tmp_path: Path) -> None:
     assert moved[1:] == [moved[0] + model.store.num_bytes] * 3
     comfy.model_management.unload_all_models()
     executor.forget_networks()
+
+
+def test_a_textual_inversion_that_was_changed_is_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "embedding_folders", lambda: [str(tmp_path)])
+    embedding = tmp_path / "ink.safetensors"
+    names = []
+    for width in (4, 8):
+        save_file({"emb_params": torch.zeros(1, width)}, embedding)
+        cells = Cells(tmp_path, comparison(prompts=("in embedding:ink, a cat", "a cat")))
+        names.append([cells.path((row, 0, 0, 0, 0)).name for row in range(2)])
+    assert names[0][0] != names[1][0]
+    assert names[0][1] == names[1][1]

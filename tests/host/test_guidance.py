@@ -130,6 +130,45 @@ def test_second_order_samplers_run(model: Any, sampler: str, basis: str) -> None
     ).all()
 
 
+def test_equal_scales_are_plain_guidance_on_the_published_basis(
+    model: Any, shown: list[str]
+) -> None:
+    settings = {"mimic_scale": 5.0, "interpolate_phi": 1.0}
+    plain = sample(model, 5.0)
+    assert torch.allclose(sample(patched(model, **settings), 5.0), plain, atol=1e-4)
+    assert shown[0].startswith("Plain CFG of 5.00: ")
+    assert not torch.allclose(sample(patched(model, **settings, basis="steps"), 5.0), plain)
+
+
+def test_every_run_is_told_once(model: Any, shown: list[str]) -> None:
+    ours = patched(model)
+    for count in (1, 2):
+        sample(ours, 5.0, "heun")
+        assert len(shown) == count
+
+
+def test_a_sample_without_a_negative_keeps_its_prediction(model: Any) -> None:
+    """Where others of its batch have one: a guider gives it the positive twice."""
+    settings = {"scaling_startpoint": "ZERO", "threshold_percentile": 0.9, "interpolate_phi": 1.0}
+    function = patched(model, **settings).model_options["sampler_cfg_function"]
+    positive, negative = torch.randn(2, 2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    negative[0] = positive[0]
+    args = {
+        "cond_denoised": positive,
+        "uncond_denoised": negative,
+        "cond": -positive,
+        "input_uncond": negative,
+        "input": torch.zeros_like(positive),
+        "sigma": torch.tensor([0.5, 0.5]),
+        "cond_scale": 5.0,
+        "model": model.model,
+        "model_options": {},
+    }
+    guided = -function(args)
+    assert torch.equal(guided[0], positive[0])
+    assert not torch.allclose(guided[1], positive[1])
+
+
 def test_a_batch_gives_what_its_samples_give(model: Any) -> None:
     both = sample(patched(model, separate_feature_channels="disable"), 5.0, shape=(2, *SHAPE[1:]))
     alone = sample(patched(model, separate_feature_channels="disable"), 5.0)
