@@ -17,8 +17,8 @@ from ..trainers.grid import parse_numbers, sheet, table
 from ..trainers.prompt_list import prompts_of_lines
 from . import folders, host
 from .grid_cells import Cells, Comparison, networks_identity
+from .inputs import sampler_inputs
 from .looks import NO_LORA, Look, looks_of_files, looks_of_run
-from .sampling import SAMPLERS, SCHEDULERS
 from .validation import Sampler
 
 NO_RUN = "none"
@@ -153,29 +153,7 @@ def _compared() -> list[Any]:
 
 def _shared() -> list[Any]:
     return [
-        io.Int.Input(
-            "seed",
-            default=Sampler.seed,
-            min=0,
-            max=2**53 - 1,
-            control_after_generate=False,
-            tooltip="Seed of all pictures: a KSampler with it gives the same ones.",
-        ),
-        io.Int.Input(
-            "steps", default=Sampler.steps, min=1, max=1000, tooltip="Sampling steps of a picture."
-        ),
-        io.Combo.Input(
-            "sampler_name",
-            options=list(SAMPLERS),
-            default=Sampler.name,
-            tooltip="The sampler, as in KSampler.",
-        ),
-        io.Combo.Input(
-            "scheduler",
-            options=list(SCHEDULERS),
-            default=Sampler.scheduler,
-            tooltip="The scheduler, as in KSampler.",
-        ),
+        *sampler_inputs(),
         *(
             io.Int.Input(
                 side,

@@ -22,6 +22,8 @@ from ..trainers.config import (
 from ..trainers.dataset import DEFAULT_PICTURES, Dataset, PictureSettings, Subset
 from ..trainers.scan import ON_BAD_FILE
 from . import host
+from .sampling import SAMPLERS, SCHEDULERS
+from .validation import Sampler
 from .wires import AtelierCaptionSettings, AtelierPictureSettings
 
 SIZE_AND_TRIGGER = ("width", "height", "mode", "repeats", "trigger")
@@ -219,3 +221,32 @@ def quantize_device(choice: str) -> torch.device:
             "auto or cpu."
         )
     return torch.device("cpu") if choice == "cpu" else device
+
+
+def sampler_inputs() -> list[Any]:
+    """How pictures are sampled, with the names of KSampler."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=Sampler.seed,
+            min=0,
+            max=2**53 - 1,
+            control_after_generate=False,
+            tooltip="Seed of all pictures: a KSampler with it gives the same ones.",
+        ),
+        io.Int.Input(
+            "steps", default=Sampler.steps, min=1, max=1000, tooltip="Sampling steps of a picture."
+        ),
+        io.Combo.Input(
+            "sampler_name",
+            options=list(SAMPLERS),
+            default=Sampler.name,
+            tooltip="The sampler, as in KSampler.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=list(SCHEDULERS),
+            default=Sampler.scheduler,
+            tooltip="The scheduler, as in KSampler.",
+        ),
+    ]

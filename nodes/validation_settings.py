@@ -12,7 +12,8 @@ from ..trainers.data import TrainingData
 from ..trainers.prompt_list import prompts_of_library, prompts_of_lines
 from ..trainers.rhythm import Rhythm
 from . import folders, host
-from .sampling import SAMPLERS, SCHEDULERS, encode_prompt
+from .inputs import sampler_inputs
+from .sampling import encode_prompt
 from .validation import EncodedPrompt, Sampler, Score, Validation
 from .wires import AtelierLatentCache, AtelierPromptCache, AtelierValidation
 
@@ -139,29 +140,7 @@ def _pictures() -> list[Any]:
             tooltip="Width x height of the pictures, several with commas: 1024x1024, 768x1152. "
             "Empty takes the size of the first trained picture.",
         ),
-        io.Int.Input(
-            "seed",
-            default=Sampler.seed,
-            min=0,
-            max=2**53 - 1,
-            control_after_generate=False,
-            tooltip="Seed of all pictures: a KSampler with it gives the same ones.",
-        ),
-        io.Int.Input(
-            "steps", default=Sampler.steps, min=1, max=1000, tooltip="Sampling steps of a picture."
-        ),
-        io.Combo.Input(
-            "sampler_name",
-            options=list(SAMPLERS),
-            default=Sampler.name,
-            tooltip="The sampler, as in KSampler.",
-        ),
-        io.Combo.Input(
-            "scheduler",
-            options=list(SCHEDULERS),
-            default=Sampler.scheduler,
-            tooltip="The scheduler, as in KSampler.",
-        ),
+        *sampler_inputs(),
         io.Float.Input(
             "guidance",
             default=3.5,
