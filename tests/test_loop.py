@@ -13,7 +13,7 @@ from atelier.trainers import step as training_step
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.batches import BatchOrder
 from atelier.trainers.caches import LatentSubset
-from atelier.trainers.config import JobSettings, Length
+from atelier.trainers.config import JobSettings, Length, LossSettings, TimestepSettings
 from atelier.trainers.data import TrainingData
 from atelier.trainers.flow import seeded
 from atelier.trainers.flux import build_transformer
@@ -303,14 +303,26 @@ def test_an_error_in_a_hook_saves_the_step_before_it(run_job, tmp_path: Path) ->
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000001"]
 
 
-def diverging_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = training_step.squared_error, iter(range(1000))
+def test_timesteps_and_weights_of_the_job_are_trained_with(run_job) -> None:
+    """The first step, whose LoRA does nothing yet: at a sigma of 0.5 the weight sigma^-2 is 4."""
+    middle = TimestepSettings(sampling="custom", custom=(0.5,))
+    plain, weighted = (
+        run_job(job(1, timesteps=middle, loss=LossSettings(weight=weight)), folder=weight)[0]
+        for weight in ("none", "sigma_sqrt")
+    )
+    uniform = run_job(job(1), folder="uniform")[0]
+    assert weighted.losses == pytest.approx([4 * plain.losses[0]])
+    assert plain.losses != uniform.losses
 
-    def squared_error(*args: torch.Tensor) -> torch.Tensor:
+
+def diverging_at(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = training_step.training_loss, iter(range(1000))
+
+    def training_loss(*args: object) -> torch.Tensor:
         loss = original(*args)
         return loss * float("nan") if next(calls) == count else loss
 
-    monkeypatch.setattr(training_step, "squared_error", squared_error)
+    monkeypatch.setattr(training_step, "training_loss", training_loss)
 
 
 @pytest.mark.parametrize("count", [0, 2])

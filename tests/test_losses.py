@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from atelier.trainers.flow import squared_error
-from atelier.trainers.losses import LossSettings, huber_c, loss_weight, pointwise_loss
+from atelier.trainers.config import LossSettings
+from atelier.trainers.flow import flow_loss
+from atelier.trainers.losses import huber_c, loss_weight, pointwise_loss, training_loss
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 SIGMAS = torch.tensor([0.001, 0.2, 0.5, 0.9, 1.0])
@@ -33,8 +34,18 @@ def test_the_bell_has_a_mean_of_1_and_is_0_at_its_end() -> None:
 
 
 def test_mse_is_the_loss_that_runs_had_before() -> None:
-    found = pointwise_loss(LossSettings(), error(), SIGMAS).flatten(1).mean(1)
-    assert torch.equal(found, squared_error(error(), torch.zeros_like(error())))
+    prediction, noise = error(), torch.flip(error(), (0,))
+    found = training_loss(LossSettings(), prediction, noise, SIGMAS)
+    assert torch.equal(found, flow_loss(prediction, torch.zeros_like(noise), noise))
+
+
+def test_a_mask_and_a_weight_multiply_the_loss() -> None:
+    mask = torch.zeros(5, 1, 3, 3)
+    mask[..., :2] = 0.5
+    settings = LossSettings(weight="sigma_sqrt")
+    found = training_loss(settings, error(), torch.zeros_like(error()), SIGMAS, mask)
+    squares = error().double().square()[..., :2].sum((1, 2, 3)) / (2 * 4 * 3 * 3)
+    torch.testing.assert_close(found.double(), squares / SIGMAS.double() ** 2)
 
 
 @pytest.mark.parametrize(("loss", "factor"), [("huber", 0.2), ("smooth_l1", 2.0)])

@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers import files, run
-from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.config import (
+    JobSettings,
+    Length,
+    LoraSettings,
+    LossSettings,
+    TimestepSettings,
+    TrainSettings,
+)
 from atelier.trainers.run import Checkpoint, Run, RunIdentity
 from atelier.trainers.status import State, Status
 from safetensors import SafetensorError
@@ -388,6 +395,8 @@ def train(**change: object) -> dict[str, object]:
         train(max_grad_norm=2.0),
         train(compute_dtype="fp32"),
         train(seed=1),
+        train(timesteps=TimestepSettings(auto_shift=True)),
+        train(loss=LossSettings(weight="cosmap")),
     ],
     ids=str,
 )

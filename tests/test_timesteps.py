@@ -8,14 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from atelier.trainers.config import TIMESTEP_SAMPLING, TimestepSettings
 from atelier.trainers.flow import sample_sigmas, seeded
-from atelier.trainers.timesteps import (
-    SIGMA_MIN,
-    TIMESTEP_SAMPLING,
-    TimestepSettings,
-    draw_sigmas,
-    flux_shift,
-)
+from atelier.trainers.timesteps import SIGMA_MIN, draw_sigmas, flux_shift
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 DRAWS = 40_000

@@ -10,7 +10,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-NUM_TIMESTEPS = 1000
+from .config import NUM_TIMESTEPS
 
 
 def seeded(seed: int, *purpose: int | str) -> torch.Generator:
@@ -38,23 +38,10 @@ def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tens
 
 def flow_loss(velocity_BCHW: Tensor, latents_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     """Mean squared error [B] of a predicted velocity against eps - x_0, in float32."""
-    return squared_error(velocity_BCHW, flow_target(latents_BCHW, noise_BCHW))
+    error = velocity_BCHW.float() - flow_target(latents_BCHW, noise_BCHW)
+    return error.square().flatten(1).mean(1)
 
 
 def flow_target(latents_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     """The velocity eps - x_0 of the straight path, in float32."""
     return noise_BCHW.float() - latents_BCHW.float()
-
-
-def squared_error(
-    velocity_BCHW: Tensor, target_BCHW: Tensor, weights_B1HW: Tensor | None = None
-) -> Tensor:
-    """Mean squared error [B], in float32.
-
-    `weights` in 0..1 multiply the error of each latent; the mean is still over all of them, so a
-    picture counts by the area of its mask.
-    """
-    error = (velocity_BCHW.float() - target_BCHW.float()).square()
-    if weights_B1HW is not None:
-        error = error * weights_B1HW
-    return error.flatten(1).mean(1)

@@ -6,45 +6,30 @@ sigma is 0 for the picture and 1 for noise; losses are [B], means over channels 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .config import require
-from .flow import NUM_TIMESTEPS
-
-LOSSES = ("mse", "huber", "smooth_l1")
-HUBER_SCHEDULES = ("constant", "exponential", "snr")
-LOSS_WEIGHTS = ("none", "sigma_sqrt", "cosmap", "bell")
+from .config import NUM_TIMESTEPS, LossSettings
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossSettings:
-    """How errors are counted."""
+def training_loss(
+    settings: LossSettings,
+    prediction: Tensor,
+    target: Tensor,
+    sigma_B: Tensor,
+    weights_B1HW: Tensor | None = None,
+) -> Tensor:
+    """The loss [B] of predicted velocities, in float32.
 
-    loss: str = "mse"
-    """mse: squares. huber, smooth_l1: squares of small errors and sizes of large ones, so that a
-    bad picture counts less; huber falls with huber_c, smooth_l1 does not."""
-    huber_c: float = 0.1
-    """Where huber and smooth_l1 turn from squares to sizes."""
-    huber_schedule: str = "constant"
-    """How that moves with the noise: exponential and snr begin at 1 without noise."""
-    weight: str = "none"
-    """How much each sigma counts. sigma_sqrt: detail far more. cosmap: the middle a little more.
-    bell: the middle most, both ends hardly."""
-
-    def __post_init__(self) -> None:
-        for kind, value, known in (
-            ("loss", self.loss, LOSSES),
-            ("Huber schedule", self.huber_schedule, HUBER_SCHEDULES),
-            ("loss weight", self.weight, LOSS_WEIGHTS),
-        ):
-            require(value in known, f"Unknown {kind} '{value}'. Choose one of: {', '.join(known)}.")
-        require(
-            0 < self.huber_c <= 1, f"The setting huber_c must be in 0 to 1, got {self.huber_c}."
-        )
+    `weights` in 0..1 multiply the loss of each latent; the mean is still over all of them, so a
+    picture counts by the area of its mask.
+    """
+    values = pointwise_loss(settings, prediction.float() - target.float(), sigma_B)
+    if weights_B1HW is not None:
+        values = values * weights_B1HW
+    return loss_weight(settings.weight, sigma_B) * values.flatten(1).mean(1)
 
 
 def pointwise_loss(settings: LossSettings, error: Tensor, sigma_B: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout  # a package that torch needs
 from torch import Tensor
 
-from .config import JobSettings, LoraSettings, to_json
+from .config import JobSettings, LoraSettings, LossSettings, TimestepSettings, to_json
 from .files import (
     not_written,
     read_safetensors,
@@ -63,6 +63,10 @@ class RunIdentity:
         job["lora"]["alpha"] = self.job.lora.resolved_alpha
         # Recomputing blocks gives the same gradients; turning it on must not lose a run.
         del job["train"]["gradient_checkpointing"]
+        # Runs from before there were any, and those of the recipe, are the same.
+        for name, default in (("timesteps", TimestepSettings()), ("loss", LossSettings())):
+            if getattr(self.job.train, name) == default:
+                del job["train"][name]
         values = {
             "version": _VERSION,
             "base": self.base,

@@ -16,11 +16,13 @@ from .caches import LatentEntry
 from .config import JobSettings, TrainSettings
 from .data import TrainingBatch, TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
-from .flow import add_noise, flow_target, sample_sigmas, seeded, squared_error
+from .flow import add_noise, flow_target, seeded
 from .flux import build_transformer, recompute_blocks, velocity
 from .load import BaseFlux
+from .losses import training_loss
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
 from .run import Checkpoint
+from .timesteps import draw_sigmas
 
 _LARGE_BYTES = 1 << 30
 
@@ -128,14 +130,17 @@ def _forward_backward(
     samples = data.choose(entries, seeded(settings.seed, "choice", micro_step))
     batch = data.load(samples, state.device, generator)
     noise = torch.randn(batch.latents.shape, generator=generator).to(state.device)
-    sigma = sample_sigmas(len(entries), generator).to(state.device)
+    height, width = batch.latents.shape[-2:]
+    sigma = draw_sigmas(
+        settings.timesteps, len(entries), num_tokens=height * width // 4, generator=generator
+    ).to(state.device)
     target = flow_target(batch.latents, noise)
     if entries[0].is_regularization:  # as are all of its subset: the model without the LoRA teaches
         with state.lora.disabled(), torch.no_grad():
             target = _predict(state, batch, noise, sigma)
     with state.saving():
         prediction = _predict(state, batch, noise, sigma)
-        loss = squared_error(prediction, target, batch.weights).mean()
+        loss = training_loss(settings.loss, prediction, target, sigma, batch.weights).mean()
     if not torch.isfinite(loss):
         raise ValueError(_diverged(micro_step // settings.gradient_accumulation, settings))
     if state.gives_back_memory:
