@@ -110,9 +110,9 @@ def apply_lora(
             if a pattern of the block weights matches no layer of the MODEL.
     """
     _require_known(block_weights, model)
-    tensors = comfy.lora_convert.convert_lora(comfy_names(tensors))
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
+    tensors = comfy.lora_convert.convert_lora(comfy_names(tensors, names.keys() | text_names))
     patches = comfy.lora.load_lora(tensors, names, log_missing=False)
     text_patches = comfy.lora.load_lora(tensors, text_names, log_missing=False)
 

@@ -7,7 +7,7 @@ SimpleTuner, OneTrainer, x-flux), and ComfyUI's `comfy/lora.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor
 
@@ -110,10 +110,13 @@ def _spellings() -> dict[str, str]:
 _SPELLINGS = _spellings()
 
 
-def comfy_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def comfy_names(
+    tensors: Mapping[str, Tensor], known: Container[str] = frozenset()
+) -> dict[str, Tensor]:
     """The same tensors under names that ComfyUI reads for FLUX; what it reads stays untouched.
 
-    Names of other kinds of models, and unknown ones, stay as they are. peft's magnitudes [out] of
+    `known` are the modules that ComfyUI reads for the model at hand: other kinds of models have
+    modules called as FLUX's are. Unknown names stay as they are. peft's magnitudes [out] of
     a DoRA become a `dora_scale` [out, 1]. A control LoRA of Black Forest Labs is left to ComfyUI,
     which knows it by its names.
     """
@@ -124,7 +127,8 @@ def comfy_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module, ending, part = split_name(name)
         if part == "dora_scale" and tensor.dim() == 1:
             tensor = tensor.unsqueeze(1)
-        renamed[_comfy_module(module) + _comfy_ending(ending)] = tensor
+        name = module if module in known else _comfy_module(module)
+        renamed[name + _comfy_ending(ending)] = tensor
     return renamed
 
 

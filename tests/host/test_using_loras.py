@@ -15,6 +15,7 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.sd
 import comfy.supported_models
+import comfy.supported_models_base
 import executor
 import folder_paths
 import pytest
@@ -303,18 +304,51 @@ def test_every_kind_of_lora_draws_what_it_draws_by_the_core_loader(
     assert close(ours, drawn(by_core(models["core"], tensors, 0.8)))
 
 
-def test_a_lora_of_sd_15_goes_through_comfyuis_own_names() -> None:
-    """Its patches are those of ComfyUI's loader; the network has no bytes."""
+def without_bytes(kind: type[comfy.supported_models_base.BASE], sizes: dict) -> Any:
+    """A MODEL of any kind whose network has names and shapes only."""
+    config = kind(sizes)
+    config.set_inference_dtype(torch.float32, None)
+    network = config.get_model({}, device=torch.device("meta"))
+    return comfy.model_patcher.ModelPatcher(network, CPU, CPU)
+
+
+def sd_15() -> Any:
     sizes = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320}
     sizes |= {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "num_heads": 8}
     sizes |= {"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_middle": 1}
     sizes |= {"transformer_depth_output": [1] * 9 + [0] * 3, "context_dim": 768}
     sizes |= {"use_spatial_transformer": True, "use_linear_in_transformer": False}
     sizes |= {"adm_in_channels": None, "legacy": False, "use_temporal_attention": False}
-    config = comfy.supported_models.SD15(sizes)
-    config.set_inference_dtype(torch.float32, None)
-    network = config.get_model({}, device=torch.device("meta"))
-    model = comfy.model_patcher.ModelPatcher(network, CPU, CPU)
+    return without_bytes(comfy.supported_models.SD15, sizes)
+
+
+OTHER_KINDS = {
+    "ltxv": lambda: without_bytes(
+        comfy.supported_models.LTXV,
+        {"image_model": "ltxv", "num_layers": 1, "attention_head_dim": 64},
+    ),
+    "ace": lambda: without_bytes(
+        comfy.supported_models.ACEStep, {"audio_model": "ace", "num_layers": 1}
+    ),
+}
+"""Models with modules that FLUX also has, by other names in ComfyUI."""
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_lora_of_another_kind_of_model_is_on_all_of_its_layers(kind: str) -> None:
+    model, tensors = OTHER_KINDS[kind](), {}
+    for name, layer in model.model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            tensors[f"{name}.lora_A.weight"] = torch.ones(1, layer.in_features)
+            tensors[f"{name}.lora_B.weight"] = torch.ones(layer.out_features, 1)
+    applied = apply_lora(model, tensors, 1.0)
+    assert applied.model.patches.keys() == by_core(model, tensors).patches.keys()
+    assert (applied.num_layers, applied.unknown) == (len(tensors) // 2, ())
+
+
+def test_a_lora_of_sd_15_goes_through_comfyuis_own_names() -> None:
+    """Its patches are those of ComfyUI's loader; the network has no bytes."""
+    model = sd_15()
     kohya = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {
         f"{kohya}.lora_down.weight": torch.ones(4, 320),
