@@ -173,8 +173,14 @@ class StoreLinear(_InStore, nn.Linear):
         """Replace the patches (ComfyUI's tuples) that run on top of the stored weight.
 
         Raises:
-            ValueError: if a LoRA has the widths of another model.
+            ValueError: if a LoRA has the widths of another model, or makes the matrix larger.
         """
+        if any(enlarges(value) for _, value, *_ in weight):
+            raise ValueError(
+                f"A control LoRA (Canny, Depth) on this model makes its '{self._name}' larger, "
+                "which weights of Load Quantized FLUX cannot be. Load the model with Load "
+                "Diffusion Model for it."
+            )
         loras = [runtime_lora(patch) for patch in weight]
         for lora in loras:
             if lora is not None:
@@ -301,6 +307,11 @@ def runtime_lora(patch: tuple) -> RuntimeLora | None:
     rows = slice(None) if offset is None else slice(offset[1], offset[1] + offset[2])
     scale = strength * (alpha / down.shape[0] if alpha is not None else 1.0)
     return RuntimeLora(down, up, scale, rows, function)
+
+
+def enlarges(value: Any) -> bool:
+    """Whether a patch pads its matrix first, as control LoRAs do for their picture's channels."""
+    return isinstance(value, LoRAAdapter) and value.weights[5] is not None
 
 
 def kind_of_patch(patch: tuple) -> str:

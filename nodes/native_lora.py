@@ -23,6 +23,8 @@ from torch import Tensor
 from ..trainers.block_weights import BlockWeights
 from ..trainers.config import require
 from ..trainers.lora_names import comfy_names, is_text_encoder, split_name
+from .linear import enlarges
+from .lora_choice import ON_THE_WIRE
 from .native import StorePatcher
 
 _FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -106,9 +108,11 @@ def apply_lora(
     Block weights and range are for the MODEL. A strength of 0 puts nothing on.
 
     Raises:
-        ValueError: if half or more of the LoRA's layers are in neither, if it has other widths, or
-            if a pattern of the block weights matches no layer of the MODEL.
+        ValueError: if half or more of the LoRA's layers are in neither, if it has other widths, if
+            it makes a matrix of a quantized model larger, or if a pattern of the block weights
+            matches no layer of the MODEL.
     """
+    name = getattr(tensors, "name", "") or ON_THE_WIRE
     _require_known(block_weights, model)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
@@ -123,6 +127,12 @@ def apply_lora(
     known = {*of_model, *of_clip, *left}
     unknown = [layer for layer in layers if layer not in known]
     _require_most(layers, unknown, left)
+    if isinstance(model, StorePatcher) and any(map(enlarges, patches.values())):
+        raise ValueError(
+            f"The LoRA '{name}' is a control LoRA (Canny, Depth), which makes a matrix of the "
+            "model larger, and weights of Load Quantized FLUX cannot be. Load the model with Load "
+            "Diffusion Model for it."
+        )
     _require_widths(model.model, patches)
     if clip is not None:
         _require_widths(clip.cond_stage_model, text_patches)

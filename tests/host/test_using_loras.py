@@ -30,7 +30,7 @@ from atelier.trainers.adapters import lora_metadata, save_lora
 from atelier.trainers.block_weights import parse_block_weights
 from atelier.trainers.config import LoraSettings
 from atelier.trainers.load import load_flux
-from atelier.trainers.lora_file import read_lora
+from atelier.trainers.lora_file import LoraTensors, read_lora
 from core_flux import core_model
 from dense import dense_transformer, stored_tensors
 from executor import Give, Keep, Runner
@@ -293,6 +293,29 @@ OTHER_WIDTHS: dict[str, Tensors] = {
 def test_a_lora_of_other_widths_is_one_sentence(model: Any, kind: str) -> None:
     with pytest.raises(ValueError, match=r"for another model: its '.*qkv\.weight' is"):
         apply_lora(model, OTHER_WIDTHS[kind], 1.0)
+
+
+def control_lora() -> Tensors:
+    """As Black Forest Labs' for Canny and Depth, whose picture doubles the channels of `img_in`."""
+    generator, tensors = torch.Generator().manual_seed(6), {}
+    for name, columns in (("img_in", 128), ("double_blocks.0.img_attn.proj", 256)):
+        for end, shape in (("A.weight", (4, columns)), ("B.weight", (256, 4)), ("B.bias", (256,))):
+            tensors[f"{name}.lora_{end}"] = torch.randn(shape, generator=generator)
+    for norm in ("query_norm", "key_norm"):
+        tensors[f"single_blocks.0.norm.{norm}.scale"] = torch.ones(128)
+    return tensors
+
+
+def test_a_control_lora_on_our_model_is_one_sentence(models: dict[str, Any]) -> None:
+    """Each loader's own; on ComfyUI's MODEL it is what ComfyUI's loader makes of it."""
+    tensors = LoraTensors(control_lora(), name="canny")
+    with pytest.raises(ValueError, match="The LoRA 'canny' is a control LoRA"):
+        apply_lora(models["ours"], tensors, 1.0)
+    with pytest.raises(ValueError, match=r"A control LoRA .* makes its .*'img_in' larger"):
+        drawn(by_core(models["ours"], tensors))
+    on_core = apply_lora(models["core"], tensors, 1.0)
+    assert on_core.model.patches.keys() == by_core(models["core"], tensors).patches.keys()
+    assert (on_core.num_layers, on_core.unknown) == (4, ())
 
 
 @pytest.mark.parametrize("kind", KINDS)
