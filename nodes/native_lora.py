@@ -133,9 +133,9 @@ def apply_lora(
             "model larger, and weights of Load Quantized FLUX cannot be. Load the model with Load "
             "Diffusion Model for it."
         )
-    _require_widths(model.model, patches)
+    _require_widths(name, model.model, patches)
     if clip is not None:
-        _require_widths(clip.cond_stage_model, text_patches)
+        _require_widths(name, clip.cond_stage_model, text_patches)
 
     patched, add = _ranged(model, span) if span != WHOLE else _whole(model)
     for weight, some in _by_weight(patches, block_weights).items():
@@ -204,19 +204,38 @@ def some_of(names: Sequence[str]) -> str:
     return f"{shown}, …" if len(names) > 3 else shown
 
 
-def _require_widths(network: Any, patches: Patches) -> None:
+def _require_widths(lora: str, network: Any, patches: Patches) -> None:
     for key, patch in patches.items():
         name, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
         layer = network.get_submodule(name.rpartition(".")[0])
-        found = _shape(patch)
-        if not name.endswith(".weight") or not hasattr(layer, "in_features") or found is None:
+        if not name.endswith(".weight") or not hasattr(layer, "in_features"):
             continue
+        found = _shape(patch)
         wanted = (rows[2] if rows else layer.out_features, layer.in_features)
-        if found != wanted and (rows is None or rows[0] == 0):
+        if found not in (None, wanted):
             raise ValueError(
-                f"This LoRA was made for another model: its '{name}' is {found[0]} x {found[1]}, "
-                f"and that of this MODEL {wanted[0]} x {wanted[1]}. Choose a LoRA of this model."
+                f"The LoRA '{lora}' was made for another model: its '{name}' is {found[0]} x "
+                f"{found[1]}, and that of this MODEL {wanted[0]} x {wanted[1]}. Choose a LoRA of "
+                "this model."
             )
+        scale = _dora_scale(patch)
+        if scale is not None and scale.shape not in ((wanted[0], 1), (1, wanted[1])):
+            raise ValueError(
+                f"The LoRA '{lora}' is a DoRA whose magnitudes of '{name}' have the shape "
+                f"{[*scale.shape]}, and {wanted[0]} x 1 or 1 x {wanted[1]} is needed. Choose "
+                "another file."
+            )
+
+
+def _dora_scale(patch: Any) -> Tensor | None:
+    match patch:
+        case LoRAAdapter():
+            return patch.weights[4]
+        case LoHaAdapter():
+            return patch.weights[7]
+        case LoKrAdapter():
+            return patch.weights[8]
+    return None
 
 
 def _shape(patch: Any) -> tuple[int, int] | None:

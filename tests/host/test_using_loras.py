@@ -295,6 +295,29 @@ def test_a_lora_of_other_widths_is_one_sentence(model: Any, kind: str) -> None:
         apply_lora(model, OTHER_WIDTHS[kind], 1.0)
 
 
+DORAS: dict[str, Tensors] = {
+    "lora": {
+        f"{QKV}.lora_A.weight": torch.ones(2, 256),
+        f"{QKV}.lora_B.weight": torch.ones(768, 2),
+    },
+    "lokr": {f"{QKV}.lokr_w1": torch.ones(4, 4), f"{QKV}.lokr_w2": torch.ones(192, 64)},
+    "loha": {
+        **{f"{QKV}.hada_w{n}_a": torch.ones(768, 2) for n in (1, 2)},
+        **{f"{QKV}.hada_w{n}_b": torch.ones(2, 256) for n in (1, 2)},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DORAS)
+def test_magnitudes_that_do_not_fit_are_one_sentence(model: Any, kind: str) -> None:
+    for shape in ((768, 1), (1, 256)):
+        fits = {f"{QKV}.dora_scale": torch.ones(shape)}
+        assert apply_lora(model, DORAS[kind] | fits, 1.0).num_layers == 1
+    scale = {f"{QKV}.dora_scale": torch.ones(256, 1)}
+    with pytest.raises(ValueError, match=r"qkv\.weight' have the shape \[256, 1\], and 768 x 1 or"):
+        apply_lora(model, DORAS[kind] | scale, 1.0)
+
+
 def control_lora() -> Tensors:
     """As Black Forest Labs' for Canny and Depth, whose picture doubles the channels of `img_in`."""
     generator, tensors = torch.Generator().manual_seed(6), {}
