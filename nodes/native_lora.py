@@ -160,7 +160,13 @@ def base_format(model: Any) -> str:
     """What the weights of a MODEL are kept in: a name of `formats.FORMATS`, fp16 or fp32."""
     if isinstance(model, StorePatcher):
         return model.model.atelier.format
-    return _FORMATS.get(model.model_dtype(), "fp8")
+    # Not the model's dtype, which for fp8 files with factors is the one that computes.
+    num_weights = sum(one.numel() for one in model.model.diffusion_model.parameters())
+    return (
+        "fp8"
+        if model.model_size() < 1.5 * num_weights
+        else _FORMATS.get(model.model_dtype(), "bf16")
+    )
 
 
 def _is_read(layer: str, names: dict[str, Any], patches: Patches) -> bool:

@@ -22,7 +22,7 @@ import torch
 from atelier.nodes import host
 from atelier.nodes.lora import ApplyLora
 from atelier.nodes.native import build_model
-from atelier.nodes.native_lora import SamplingRange, add_lora, apply_lora
+from atelier.nodes.native_lora import SamplingRange, add_lora, apply_lora, base_format
 from atelier.nodes.parameters import flux_of_parameters
 from atelier.nodes.train import TrainLora
 from atelier.nodes.trainable import base_flux, model_to_train, without_patches
@@ -769,6 +769,24 @@ def test_a_merged_model_is_refused(models: Path) -> None:
     merged = one.clone()
     merged.add_patches(other.get_key_patches("diffusion_model."), 0.5, 0.5)
     assert "a patch of the kind 'model merge'" in refusal(merged)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "format"),
+    [
+        ("tiny", {"dtype": torch.bfloat16}, "bf16"),
+        ("fp8_file", {"dtype": torch.float16}, "fp16"),
+        ("fp8_file", {"dtype": FP8}, "fp8"),
+        ("scaled", {}, "fp8"),
+        ("old", {}, "fp8"),
+    ],
+)
+def test_the_format_of_a_core_model_is_that_of_its_weights(
+    models: Path, tmp_path: Path, name: str, options: dict, format: str
+) -> None:
+    write_old_scaled(tmp_path / "old.safetensors")
+    model = load(tmp_path if name == "old" else models, name, **options)
+    assert base_format(model) == format
 
 
 def test_a_lora_of_another_flux_is_refused(models: Path) -> None:
