@@ -6,66 +6,27 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import comfy.hooks
 import comfy.lora
 import comfy.lora_convert
 import torch
-from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
 from ..trainers.block_weights import BlockWeights
-from ..trainers.config import require
 from ..trainers.lora_names import comfy_names, is_text_encoder, split_name
 from .linear import enlarges
 from .lora_choice import ON_THE_WIRE
 from .native import StorePatcher
+from .native_ranges import WHOLE, SamplingRange, is_paged, ranged
 
 _FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_TOLERANCE = 1e-4
-"""A step at the border of a range belongs to what begins there, also where the float32 of the
-schedule is not the float64 of the percent."""
-
 Patches = dict[Any, Any]
 """What `comfy.lora.load_lora` gives: by a key of the model, or by it with rows, an adapter."""
 Add = Callable[[Patches, float], object]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingRange:
-    """The part of the sampling in which a LoRA acts, as ComfyUI counts it for prompts."""
-
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.start_percent < self.end_percent <= 1,
-            f"A LoRA acts from start_percent to end_percent, got {self.start_percent} to "
-            f"{self.end_percent}. Set start_percent below end_percent, both in 0 to 1.",
-        )
-
-    @property
-    def is_whole(self) -> bool:
-        return (self.start_percent, self.end_percent) == (0.0, 1.0)
-
-    def holds(self, sigma: float, model_sampling: Any) -> bool:
-        """Whether a step at `sigma` is in it: after the sigma of the start (which is in it) and
-        before that of the end (which is not), so that two ranges that meet share no step."""
-        start, end = (
-            float(model_sampling.percent_to_sigma(percent)) * (1 + _TOLERANCE)
-            for percent in (self.start_percent, self.end_percent)
-        )
-        return end < sigma <= start
-
-
-WHOLE = SamplingRange()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +98,7 @@ def apply_lora(
     if clip is not None:
         _require_widths(name, clip.cond_stage_model, text_patches)
 
-    patched, add = _ranged(model, span) if span != WHOLE else _whole(model)
+    patched, add = ranged(model, span) if span != WHOLE else _whole(model)
     for weight, some in _by_weight(patches, block_weights).items():
         if strength * weight != 0:
             add(some, strength * weight)
@@ -152,7 +113,7 @@ def apply_lora(
         unknown=tuple(unknown),
         num_left=len(left),
         idle_patterns=tuple(block_weights.matching_none(map(_key, patches))),
-        reads_file_again=span != WHOLE and _is_paged(model),
+        reads_file_again=span != WHOLE and is_paged(model),
     )
 
 
@@ -280,63 +241,3 @@ def _by_weight(patches: Patches, block_weights: BlockWeights) -> dict[float, Pat
 def _whole(model: Any) -> tuple[Any, Add]:
     patched = model.clone()
     return patched, patched.add_patches
-
-
-def _ranged(model: Any, span: SamplingRange) -> tuple[Any, Add]:
-    """A clone whose further patches act in a part of the sampling.
-
-    They are patches of a hook, which ComfyUI puts on and takes off; prompts name the hooks that act
-    while they are computed, so each call to the network gets it named while the range lasts.
-    """
-    if _is_paged(model):
-        model = _with_weights_that_stay(model)
-    patched, hook = model.clone(), comfy.hooks.WeightHook()
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "atelier", _InRange(hook, span))
-    return patched, partial(patched.add_hook_patches, hook)
-
-
-def _is_paged(model: Any) -> bool:
-    return hasattr(model, "is_dynamic") and model.is_dynamic()
-
-
-def _with_weights_that_stay(model: Any) -> Any:
-    """What newer hosts take themselves where a prompt has hooks: weights that they page in and out
-    (dynamic VRAM) can have none, so the model's file is read once more."""
-    if model.cached_patcher_init is None:
-        raise ValueError(
-            "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), so a LoRA cannot "
-            "act in a part of the sampling. Set start_percent to 0 and end_percent to 1, or load "
-            "the model by Load Quantized FLUX."
-        )
-    return model.get_non_dynamic_delegate()
-
-
-class _InRange:
-    """What ComfyUI calls around each computation of the prompts of a step."""
-
-    def __init__(self, hook: comfy.hooks.WeightHook, span: SamplingRange) -> None:
-        self._hook, self._span = hook, span
-        self._alone = self._beside(comfy.hooks.HookGroup())
-        # ComfyUI tells groups by what object they are: the same one at each step, or it would take
-        # patches off and on again.
-        self._groups: WeakKeyDictionary[Any, comfy.hooks.HookGroup] = WeakKeyDictionary()
-
-    def __call__(
-        self, executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict
-    ) -> Any:
-        if self._span.holds(float(timestep.max()), model.model_sampling):
-            conds = [some and [self._hooked(one) for one in some] for some in conds]
-        return executor(model, conds, x, timestep, options)
-
-    def _hooked(self, cond: dict) -> dict:
-        group = cond.get("hooks")
-        if group is None:
-            return {**cond, "hooks": self._alone}
-        if group not in self._groups:
-            self._groups[group] = self._beside(group)
-        return {**cond, "hooks": self._groups[group]}
-
-    def _beside(self, group: comfy.hooks.HookGroup) -> comfy.hooks.HookGroup:
-        both = group.clone()
-        both.add(self._hook)
-        return both

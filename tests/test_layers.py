@@ -22,7 +22,7 @@ HOST_MODULES = {
 HOST_BORDER = {
     f"nodes/{name}.py"
     for name in (
-        *("host", "folders", "native", "native_clip", "native_lora", "native_fuse"),
+        *("host", "folders", "native", "native_clip", "native_lora", "native_ranges", "native_fuse"),
         *("encoders", "linear", "sampling", "graph_queue", "adaptive_guider"),
     )
 }

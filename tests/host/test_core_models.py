@@ -22,7 +22,8 @@ import torch
 from atelier.nodes import host
 from atelier.nodes.lora import ApplyLora
 from atelier.nodes.native import build_model
-from atelier.nodes.native_lora import SamplingRange, add_lora, apply_lora, base_format
+from atelier.nodes.native_lora import add_lora, apply_lora, base_format
+from atelier.nodes.native_ranges import SamplingRange
 from atelier.nodes.parameters import flux_of_parameters
 from atelier.nodes.train import TrainLora
 from atelier.nodes.trainable import base_flux, model_to_train, without_patches

@@ -24,7 +24,8 @@ from atelier.nodes import host, loaders
 from atelier.nodes.lora import ApplyLora, LoraMixer
 from atelier.nodes.lora_choice import FROM_WIRE, NONE
 from atelier.nodes.native import build_model
-from atelier.nodes.native_lora import SamplingRange, add_lora, apply_lora
+from atelier.nodes.native_lora import add_lora, apply_lora
+from atelier.nodes.native_ranges import SamplingRange
 from atelier.nodes.trainable import base_flux
 from atelier.trainers.adapters import lora_metadata, save_lora
 from atelier.trainers.block_weights import parse_block_weights
