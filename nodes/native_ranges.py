@@ -35,12 +35,17 @@ class SamplingRange:
 
     def holds(self, sigma: float, model_sampling: Any) -> bool:
         """Whether a step at `sigma` is in it: after the sigma of the start (which is in it) and
-        before that of the end (which is not), so that two ranges that meet share no step."""
-        start, end = (
-            float(model_sampling.percent_to_sigma(percent)) * (1 + _TOLERANCE)
-            for percent in (self.start_percent, self.end_percent)
-        )
-        return end < sigma <= start
+        before that of the end (which is not), so that two ranges that meet share no step.
+
+        From 0 or to 1 it has no border there: samplers with noise of their own go beyond the
+        first sigma."""
+        if self.start_percent > 0 and sigma > _border(self.start_percent, model_sampling):
+            return False
+        return self.end_percent == 1 or sigma > _border(self.end_percent, model_sampling)
+
+
+def _border(percent: float, model_sampling: Any) -> float:
+    return float(model_sampling.percent_to_sigma(percent)) * (1 + _TOLERANCE)
 
 
 WHOLE = SamplingRange()

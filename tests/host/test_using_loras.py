@@ -13,6 +13,7 @@ import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
+import comfy.samplers
 import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
@@ -163,6 +164,54 @@ def test_two_ranges_that_meet_are_one_lora(model: Any) -> None:
         span = SamplingRange(start_percent=start, end_percent=end)
         twice = apply_lora(twice, tensors, 0.8, span=span).model
     assert close(drawn(twice), drawn(by_core(model, tensors, 0.8)))
+
+
+def computed_with(model: Any, sampler: str, **options: float) -> tuple[list[float], list[bool]]:
+    """The sigma of each computation of a sampling, and whether a LoRA on `QKV` was on in it."""
+    layer = model.model.get_submodule(QKV)
+    matrix = layer.patched_weight if hasattr(layer, "patched_weight") else layer.weight.clone
+    comfy.model_management.unload_all_models()
+    before, sigmas, on = matrix(), [], []
+
+    def look(network: Any, args: dict) -> Tensor:
+        sigmas.append(float(args["timestep"].max()))
+        on.append(not torch.equal(matrix(), before))
+        return network(args["input"], args["timestep"], **args["c"])
+
+    looked = model.clone()
+    looked.set_model_unet_function_wrapper(look)
+    schedule = comfy.samplers.calculate_sigmas(
+        model.get_model_object("model_sampling"), "simple", STEPS
+    )
+    kind, empty = comfy.samplers.ksampler(sampler, options), torch.zeros(SHAPE)
+    torch.manual_seed(5)  # of the noise between steps
+    with torch.inference_mode():
+        noise = comfy.sample.prepare_noise(empty, 5)
+        comfy.sample.sample_custom(
+            looked, noise, 1.0, kind, schedule, *prompts(), empty, disable_pbar=True, seed=5
+        )
+    return sigmas, on
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "seeds_2"])
+def test_each_computation_of_a_step_is_on_or_off_by_its_own_sigma(model: Any, sampler: str) -> None:
+    span = SamplingRange(start_percent=0.25, end_percent=0.5)
+    ranged = apply_lora(model, lora_tensors("without_alpha"), 1.0, span=span).model
+    sigmas, on = computed_with(ranged, sampler)
+    sampling = model.get_model_object("model_sampling")
+    first, last = (sampling.percent_to_sigma(percent) for percent in (0.25, 0.5))
+    assert len(sigmas) > STEPS
+    assert on == [last + 1e-3 < sigma < first + 1e-3 for sigma in sigmas]
+    assert any(on)
+
+
+def test_a_range_from_the_start_holds_where_noise_lifts_the_first_sigma(model: Any) -> None:
+    span, tensors = SamplingRange(end_percent=0.5), lora_tensors("without_alpha")
+    ranged = apply_lora(model, tensors, 1.0, span=span).model
+    sigmas, on = computed_with(ranged, "euler", s_churn=2.0)
+    last = model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    assert sigmas[0] > 1.01
+    assert on == [sigma > last + 1e-3 for sigma in sigmas]
 
 
 def test_a_range_acts_beside_a_prompt_with_a_hook(model: Any) -> None:
