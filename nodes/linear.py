@@ -47,11 +47,13 @@ class RuntimeLora:
 
     def check_shape(self, name: str, out_features: int, in_features: int) -> None:
         """Raises ValueError if the Linear `name` has other widths: it is another model's LoRA."""
-        rows = len(range(*self.rows.indices(out_features)))
-        if (self.down.shape[1], self.up.shape[0]) != (in_features, rows):
+        wanted = len(range(*self.rows.indices(out_features))), in_features
+        found = self.up.shape[0], self.down.shape[1]
+        if found != wanted:
             raise ValueError(
-                f"A LoRA on this model was made for another one: its '{name}' has other widths. "
-                "Choose a LoRA of this FLUX."
+                f"A LoRA on this model was made for another one: its '{name}' is {found[0]} x "
+                f"{found[1]}, and that of this model {wanted[0]} x {wanted[1]}. Choose a LoRA of "
+                "this model."
             )
 
     def add_to(self, y: Tensor, x: Tensor) -> None:

@@ -75,44 +75,24 @@ def apply_lora(
     """
     name = getattr(tensors, "name", "") or ON_THE_WIRE
     _require_known(block_weights, model)
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
-    tensors = comfy.lora_convert.convert_lora(comfy_names(tensors, names.keys() | text_names))
-    patches = comfy.lora.load_lora(tensors, names, log_missing=False)
-    text_patches = comfy.lora.load_lora(tensors, text_names, log_missing=False)
-
-    layers = [*dict.fromkeys(split_name(name)[0] for name in tensors)]
-    of_model = [layer for layer in layers if _is_read(layer, names, patches)]
-    of_clip = [layer for layer in layers if _is_read(layer, text_names, text_patches)]
-    left = [layer for layer in layers if clip is None and is_text_encoder(layer)]
-    known = {*of_model, *of_clip, *left}
-    unknown = [layer for layer in layers if layer not in known]
-    _require_most(layers, unknown, left)
-    if isinstance(model, StorePatcher) and any(map(enlarges, patches.values())):
-        raise ValueError(
-            f"The LoRA '{name}' is a control LoRA (Canny, Depth), which makes a matrix of the "
-            "model larger, and weights of Load Quantized FLUX cannot be. Load the model with Load "
-            "Diffusion Model for it."
-        )
-    _require_widths(name, model.model, patches)
-    if clip is not None:
-        _require_widths(name, clip.cond_stage_model, text_patches)
-
+    found = _found(tensors, model, clip)
+    _require_most(name, found)
+    _require_same_sizes(name, found, model, clip)
     patched, add = ranged(model, span) if span != WHOLE else _whole(model)
-    for weight, some in _by_weight(patches, block_weights).items():
+    for weight, some in _by_weight(found.patches, block_weights).items():
         if strength * weight != 0:
             add(some, strength * weight)
-    if text_patches and strength_clip != 0:
+    if found.text_patches and strength_clip != 0:
         clip = clip.clone()
-        clip.add_patches(text_patches, strength_clip)
+        clip.add_patches(found.text_patches, strength_clip)
     return AppliedLora(
         model=patched,
         clip=clip,
-        num_layers=len(of_model),
-        num_text_layers=len(of_clip),
-        unknown=tuple(unknown),
-        num_left=len(left),
-        idle_patterns=tuple(block_weights.matching_none(map(_key, patches))),
+        num_layers=len(found.of_model),
+        num_text_layers=len(found.of_clip),
+        unknown=found.unknown,
+        num_left=len(found.left),
+        idle_patterns=tuple(block_weights.matching_none(map(_key, found.patches))),
         reads_file_again=span != WHOLE and is_paged(model),
     )
 
@@ -127,6 +107,40 @@ def base_format(model: Any) -> str:
         "fp8"
         if model.model_size() < 1.5 * num_weights
         else _FORMATS.get(model.model_dtype(), "bf16")
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    """What ComfyUI finds of a LoRA in a MODEL and a CLIP: patches, and names of layers."""
+
+    patches: Patches
+    text_patches: Patches
+    of_model: tuple[str, ...]
+    of_clip: tuple[str, ...]
+    left: tuple[str, ...]
+    """For text encoders, without a CLIP."""
+    unknown: tuple[str, ...]
+
+
+def _found(tensors: dict[str, Tensor], model: Any, clip: Any) -> _Found:
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
+    tensors = comfy.lora_convert.convert_lora(comfy_names(tensors, names.keys() | text_names))
+    patches = comfy.lora.load_lora(tensors, names, log_missing=False)
+    text_patches = comfy.lora.load_lora(tensors, text_names, log_missing=False)
+    layers = dict.fromkeys(split_name(name)[0] for name in tensors)
+    of_model = tuple(layer for layer in layers if _is_read(layer, names, patches))
+    of_clip = tuple(layer for layer in layers if _is_read(layer, text_names, text_patches))
+    left = tuple(layer for layer in layers if clip is None and is_text_encoder(layer))
+    known = {*of_model, *of_clip, *left}
+    return _Found(
+        patches=patches,
+        text_patches=text_patches,
+        of_model=of_model,
+        of_clip=of_clip,
+        left=left,
+        unknown=tuple(layer for layer in layers if layer not in known),
     )
 
 
@@ -145,21 +159,22 @@ def _require_known(block_weights: BlockWeights, model: Any) -> None:
         )
 
 
-def _require_most(layers: list[str], unknown: list[str], left: list[str]) -> None:
-    num_asked = len(layers) - len(left)
+def _require_most(lora: str, found: _Found) -> None:
+    unknown = found.unknown
+    num_asked = len({*found.of_model, *found.of_clip}) + len(unknown)
     if not num_asked:
         raise ValueError(
-            "This LoRA is one of text encoders only, so it changes nothing in a MODEL. Connect the "
-            "CLIP to the clip input."
+            f"The LoRA '{lora}' is one of text encoders only, so it changes nothing in a MODEL. "
+            "Connect the CLIP to the clip input."
         )
     if len(unknown) == num_asked:
         raise ValueError(
-            f"This LoRA changes nothing in this MODEL: it was made for another kind of model, with "
-            f"layers such as '{unknown[0]}'. Choose a LoRA of the same kind."
+            f"The LoRA '{lora}' changes nothing in this MODEL: it was made for another kind of "
+            f"model, with layers such as '{unknown[0]}'. Choose a LoRA of the same kind."
         )
     if 2 * len(unknown) >= num_asked:
         raise ValueError(
-            f"{len(unknown)} of the {num_asked} layers of this LoRA are not in this MODEL "
+            f"{len(unknown)} of the {num_asked} layers of the LoRA '{lora}' are not in this MODEL "
             f"({some_of(unknown)}), so nothing was applied. It was made for another model: choose "
             "a LoRA of this one."
         )
@@ -169,6 +184,18 @@ def some_of(names: Sequence[str]) -> str:
     """The first few of some names, and that there are more."""
     shown = ", ".join(names[:3])
     return f"{shown}, …" if len(names) > 3 else shown
+
+
+def _require_same_sizes(lora: str, found: _Found, model: Any, clip: Any) -> None:
+    if isinstance(model, StorePatcher) and any(map(enlarges, found.patches.values())):
+        raise ValueError(
+            f"The LoRA '{lora}' is a control LoRA (Canny, Depth), which makes a matrix of the "
+            "model larger, and weights of Load Quantized FLUX cannot be. Load the model with Load "
+            "Diffusion Model for it."
+        )
+    _require_widths(lora, model.model, found.patches)
+    if clip is not None:
+        _require_widths(lora, clip.cond_stage_model, found.text_patches)
 
 
 def _require_widths(lora: str, network: Any, patches: Patches) -> None:

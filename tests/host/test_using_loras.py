@@ -316,7 +316,9 @@ def test_a_few_unknown_layers_are_told_and_the_others_applied(model: Any) -> Non
 
 
 def test_half_of_the_layers_unknown_is_one_sentence(model: Any) -> None:
-    with pytest.raises(ValueError, match=r"3 of the 6 layers of this LoRA are not in .*blocks\.7"):
+    with pytest.raises(
+        ValueError, match=r"3 of the 6 layers of the LoRA .* are not in .*blocks\.7"
+    ):
         apply_lora(model, {**lora_tensors("plain"), **of_block(7)}, 1.0)
 
 
@@ -621,6 +623,19 @@ def diffusers_velocity(network: Any) -> Tensor:
 def test_an_empty_mix_is_one_sentence(models: dict[str, Any], mix: Called, loras: Path) -> None:
     with pytest.raises(ValueError, match="has no LoRA: choose at least one file"):
         mix(models["ours"], lora_1=NONE)
+
+
+def test_a_mix_says_which_of_its_loras_does_not_fit(
+    models: dict[str, Any], loras: Path, mix: Called
+) -> None:
+    strange = {"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": torch.ones(2, 9)}
+    strange["lora_unet_input_blocks_1_1_proj_in.lora_up.weight"] = torch.ones(9, 2)
+    cases = {"strange": strange, "words": text_lora(), "large": OTHER_WIDTHS["lora"]}
+    cases["deep"] = {**lora_tensors("plain"), **of_block(7)}
+    for name, tensors in cases.items():
+        save_lora(loras / f"{name}.safetensors", tensors, {})
+        with pytest.raises(ValueError, match=f"LoRA '{name}'"):
+            mix(models["ours"], lora_1="plain.safetensors", lora_2=f"{name}.safetensors")
 
 
 def test_a_file_that_is_in_the_mix_twice_is_told(
