@@ -127,9 +127,18 @@ def comfy_names(
         module, ending, part = split_name(name)
         if part == "dora_scale" and tensor.dim() == 1:
             tensor = tensor.unsqueeze(1)
-        name = module if module in known else _comfy_module(module)
-        renamed[name + _comfy_ending(ending)] = tensor
+        renamed[read_module(module, known) + _comfy_ending(ending)] = tensor
     return renamed
+
+
+def read_module(module: str, known: Container[str]) -> str:
+    """A module's name in `comfy_names`."""
+    if module in known:
+        return module
+    # Attention of Stable Diffusion, which diffusers has written without its processors since 2023.
+    of_processor = module[_prefix_length(module) :].replace(".to_", ".processor.to_")
+    of_processor = of_processor.replace(".to_out.0", ".to_out")
+    return of_processor if of_processor in known else _comfy_module(module)
 
 
 def split_name(name: str) -> tuple[str, str, str]:

@@ -469,6 +469,26 @@ def test_a_lora_of_sd_15_goes_through_comfyuis_own_names() -> None:
         apply_lora(model, lora_tensors("plain"), 1.0)
 
 
+@pytest.mark.parametrize("prefix", ["unet.", "", "base_model.model."])
+@pytest.mark.parametrize("ends", ["lora_A.weight lora_B.weight", "lora.down.weight lora.up.weight"])
+def test_a_lora_of_sd_15_that_diffusers_wrote(prefix: str, ends: str) -> None:
+    """It changes what ComfyUI's loader changes by the older names, which it reads."""
+    model, tensors, older = sd_15(), {}, {}
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    for layer, old in (
+        ("attn1.to_q", "attn1.processor.to_q"),
+        ("attn2.to_out.0", "attn2.processor.to_out"),
+        ("ff.net.2", "ff.net.2"),
+    ):
+        columns = 1280 if "ff" in layer else 320
+        for end, shape in zip(ends.split(), ((4, columns), (320, 4)), strict=True):
+            tensors[f"{prefix}{block}.{layer}.{end}"] = torch.ones(shape)
+            older[f"unet.{block}.{old}.{end}"] = torch.ones(shape)
+    applied = apply_lora(model, tensors, 1.0)
+    assert applied.model.patches.keys() == by_core(model, older).patches.keys()
+    assert (applied.num_layers, applied.unknown) == (3, ())
+
+
 class Called:
     """A node as ComfyUI calls it, and what it shows."""
 
