@@ -69,13 +69,14 @@ def apply_lora(
     Block weights and range are for the MODEL. A strength of 0 puts nothing on.
 
     Raises:
-        ValueError: if half or more of the LoRA's layers are in neither, if it has other widths, if
-            it makes a matrix of a quantized model larger, or if a pattern of the block weights
-            matches no layer of the MODEL.
+        ValueError: if half or more of the LoRA's layers are in neither, if it has other widths or
+            biases of its own, if it makes a matrix of a quantized model larger, or if a pattern of
+            the block weights matches no layer of the MODEL.
     """
     name = getattr(tensors, "name", "") or ON_THE_WIRE
     _require_known(block_weights, model)
     found = _found(tensors, model, clip)
+    _require_no_bias(name, found.tensors)
     _require_most(name, found)
     _require_same_sizes(name, found, model, clip)
     patched, add = ranged(model, span) if span != WHOLE else _whole(model)
@@ -114,6 +115,8 @@ def base_format(model: Any) -> str:
 class _Found:
     """What ComfyUI finds of a LoRA in a MODEL and a CLIP: patches, and names of layers."""
 
+    tensors: dict[str, Tensor]
+    """By names that ComfyUI reads."""
     patches: Patches
     text_patches: Patches
     of_model: tuple[str, ...]
@@ -135,6 +138,7 @@ def _found(tensors: dict[str, Tensor], model: Any, clip: Any) -> _Found:
     left = tuple(layer for layer in layers if clip is None and is_text_encoder(layer))
     known = {*of_model, *of_clip, *left}
     return _Found(
+        tensors=tensors,
         patches=patches,
         text_patches=text_patches,
         of_model=of_model,
@@ -157,6 +161,15 @@ def _require_known(block_weights: BlockWeights, model: Any) -> None:
             f"The block weight '{pattern}' matches no layer of this MODEL. Write a part of its "
             "names, such as 'double_blocks.0-9' or 'single_blocks', with * for any letters."
         )
+
+
+def _require_no_bias(lora: str, tensors: dict[str, Tensor]) -> None:
+    for name in tensors:
+        if split_name(name)[2] == "bias":
+            raise ValueError(
+                f"The LoRA '{lora}' was trained with lora_bias of peft, which ComfyUI does not "
+                f"compute: it has '{name}'. Choose a LoRA that was trained without."
+            )
 
 
 def _require_most(lora: str, found: _Found) -> None:

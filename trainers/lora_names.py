@@ -27,6 +27,8 @@ _ENDINGS = tuple(
         ("dora_scale", r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*"),
         ("", r"\.(?:alpha|diff|diff_b|set_weight|reshape_weight|w_norm|b_norm)"),
         ("", r"\.(?:lokr_(?:w1|w2|t2)(?:_a|_b)?|hada_(?:w1|w2)_[ab]|hada_t[12])"),
+        ("", r"\.(?:oft_blocks|rescale)"),
+        ("bias", r"\.lora_B(?:\.\w+)?\.bias"),
     )
 )
 _PREFIXES = re.compile(
@@ -143,8 +145,8 @@ def read_module(module: str, known: Container[str]) -> str:
 
 def split_name(name: str) -> tuple[str, str, str]:
     """A tensor's module, the rest of its name, and what it is: `down`, `up`, `mid`, `dora_scale`,
-    or the rest without its dot (`alpha`, `lokr_w1`, …). The rest is empty if it is no part of a
-    LoRA."""
+    `bias` (of the up matrix), or the rest without its dot (`alpha`, `lokr_w1`, …). The rest is
+    empty if it is no part of a LoRA."""
     for part, pattern in _ENDINGS:
         if match := pattern.search(name):
             ending = match.group()

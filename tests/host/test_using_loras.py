@@ -38,7 +38,7 @@ from dense import dense_transformer, stored_tensors
 from executor import Give, Keep, Runner
 from flux_files import write_flux
 from graphs import Graph, node
-from lora_files import KINDS, QKV, lora_tensors, write_loras
+from lora_files import ATTENTION, KINDS, PROJ, QKV, lora_tensors, write_loras
 from torch import Tensor
 
 FORMAT, STEPS, SHAPE = "nf4", 4, (1, 16, 8, 8)
@@ -368,6 +368,24 @@ def test_magnitudes_that_do_not_fit_are_one_sentence(model: Any, kind: str) -> N
     scale = {f"{QKV}.dora_scale": torch.ones(256, 1)}
     with pytest.raises(ValueError, match=r"qkv\.weight' have the shape \[256, 1\], and 768 x 1 or"):
         apply_lora(model, DORAS[kind] | scale, 1.0)
+
+
+def test_an_oft_draws_what_it_draws_by_the_core_loader(models: dict[str, Any]) -> None:
+    blocks = 0.3 * torch.randn(8, 32, 32, generator=torch.Generator().manual_seed(2))
+    tensors = {f"{PROJ}.oft_blocks": blocks, f"{PROJ}.rescale": torch.full((256, 1), 1.2)}
+    applied = apply_lora(models["ours"], tensors, 0.8)
+    assert (applied.num_layers, applied.unknown) == (1, ())
+    expected = drawn(by_core(models["core"], tensors, 0.8))
+    assert close(drawn(applied.model), expected)
+    assert not torch.allclose(expected, drawn(models["core"]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("end", ["lora_B.bias", "lora_B.default.bias"])
+def test_pefts_biases_are_one_sentence(model: Any, end: str) -> None:
+    """ComfyUI's loader leaves them out without a word."""
+    tensors = {**lora_tensors("plain"), f"{ATTENTION}.to_q.{end}": torch.ones(256)}
+    with pytest.raises(ValueError, match=f"with lora_bias of peft, .*to_q.{end}"):
+        apply_lora(model, tensors, 1.0)
 
 
 def control_lora() -> Tensors:
