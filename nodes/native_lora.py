@@ -17,7 +17,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
 from ..trainers.block_weights import BlockWeights
-from ..trainers.lora_names import comfy_names, is_text_encoder, split_name
+from ..trainers.lora_names import comfy_names, is_text_encoder, read_module, split_name
 from .linear import enlarges
 from .lora_choice import ON_THE_WIRE
 from .native import StorePatcher
@@ -70,12 +70,12 @@ def apply_lora(
 
     Raises:
         ValueError: if half or more of the LoRA's layers are in neither, if it has other widths or
-            biases of its own, if it makes a matrix of a quantized model larger, or if a pattern of
-            the block weights matches no layer of the MODEL.
+            biases of its own, or two tensors for one thing, if it makes a matrix of a quantized
+            model larger, or if a pattern of the block weights matches no layer of the MODEL.
     """
     name = getattr(tensors, "name", "") or ON_THE_WIRE
     _require_known(block_weights, model)
-    found = _found(tensors, model, clip)
+    found = _found(name, tensors, model, clip)
     _require_no_bias(name, found.tensors)
     _require_most(name, found)
     _require_same_sizes(name, found, model, clip)
@@ -126,9 +126,10 @@ class _Found:
     unknown: tuple[str, ...]
 
 
-def _found(tensors: dict[str, Tensor], model: Any, clip: Any) -> _Found:
+def _found(lora: str, tensors: dict[str, Tensor], model: Any, clip: Any) -> _Found:
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
+    _require_one_spelling(lora, tensors, {**names, **text_names})
     tensors = comfy.lora_convert.convert_lora(comfy_names(tensors, names.keys() | text_names))
     patches = comfy.lora.load_lora(tensors, names, log_missing=False)
     text_patches = comfy.lora.load_lora(tensors, text_names, log_missing=False)
@@ -161,6 +162,20 @@ def _require_known(block_weights: BlockWeights, model: Any) -> None:
             f"The block weight '{pattern}' matches no layer of this MODEL. Write a part of its "
             "names, such as 'double_blocks.0-9' or 'single_blocks', with * for any letters."
         )
+
+
+def _require_one_spelling(lora: str, tensors: dict[str, Tensor], names: dict[str, Any]) -> None:
+    """ComfyUI would take one of two tensors for the same thing, and leave the other out."""
+    taken: dict[Any, str] = {}
+    for name in tensors:
+        module, _, part = split_name(name)
+        target = names.get(read_module(module, names))
+        other = taken.setdefault((target, part), name)
+        if target is not None and other != name:
+            raise ValueError(
+                f"The LoRA '{lora}' has two tensors for the same matrix: '{other}' and '{name}'. "
+                "Choose another file."
+            )
 
 
 def _require_no_bias(lora: str, tensors: dict[str, Tensor]) -> None:

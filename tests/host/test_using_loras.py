@@ -388,6 +388,27 @@ def test_pefts_biases_are_one_sentence(model: Any, end: str) -> None:
         apply_lora(model, tensors, 1.0)
 
 
+SPELLINGS = {
+    "that ComfyUI reads": "lora_unet_double_blocks_0_img_attn_proj",
+    "of diffusers": "transformer.transformer_blocks.0.attn.to_out.0",
+    "of XLabs": "double_blocks.0.processor.proj_lora1",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_one_matrix_under_two_names_is_one_sentence(model: Any, spelling: str) -> None:
+    tensors = {f"{PROJ}.lora_A.weight": torch.ones(4, 256)}
+    tensors[f"{PROJ}.lora_B.weight"] = torch.ones(256, 4)
+    twice = dict(tensors)
+    for name, tensor in tensors.items():
+        end = {"lora_A.weight": "down.weight", "lora_B.weight": "up.weight"}[name[-13:]]
+        dot = "." if "XLabs" in spelling else ".lora_"
+        twice[f"{SPELLINGS[spelling]}{dot}{end}"] = tensor
+    assert apply_lora(model, tensors, 1.0).num_layers == 1
+    with pytest.raises(ValueError, match="has two tensors for the same matrix"):
+        apply_lora(model, twice, 1.0)
+
+
 def control_lora() -> Tensors:
     """As Black Forest Labs' for Canny and Depth, whose picture doubles the channels of `img_in`."""
     generator, tensors = torch.Generator().manual_seed(6), {}
