@@ -47,11 +47,13 @@ class RuntimeLora:
 
     def check_shape(self, name: str, out_features: int, in_features: int) -> None:
         """Raises ValueError if the Linear `name` has other widths: it is another model's LoRA."""
-        rows = len(range(*self.rows.indices(out_features)))
-        if (self.down.shape[1], self.up.shape[0]) != (in_features, rows):
+        wanted = len(range(*self.rows.indices(out_features))), in_features
+        found = self.up.shape[0], self.down.shape[1]
+        if found != wanted:
             raise ValueError(
-                f"A LoRA on this model was made for another one: its '{name}' has other widths. "
-                "Choose a LoRA of this FLUX."
+                f"A LoRA on this model was made for another one: its '{name}' is {found[0]} x "
+                f"{found[1]}, and that of this model {wanted[0]} x {wanted[1]}. Choose a LoRA of "
+                "this model."
             )
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
@@ -173,8 +175,14 @@ class StoreLinear(_InStore, nn.Linear):
         """Replace the patches (ComfyUI's tuples) that run on top of the stored weight.
 
         Raises:
-            ValueError: if a LoRA has the widths of another model.
+            ValueError: if a LoRA has the widths of another model, or makes the matrix larger.
         """
+        if any(enlarges(value) for _, value, *_ in weight):
+            raise ValueError(
+                f"A control LoRA (Canny, Depth) on this model makes its '{self._name}' larger, "
+                "which weights of Load Quantized FLUX cannot be. Load the model with Load "
+                "Diffusion Model for it."
+            )
         loras = [runtime_lora(patch) for patch in weight]
         for lora in loras:
             if lora is not None:
@@ -301,6 +309,11 @@ def runtime_lora(patch: tuple) -> RuntimeLora | None:
     rows = slice(None) if offset is None else slice(offset[1], offset[1] + offset[2])
     scale = strength * (alpha / down.shape[0] if alpha is not None else 1.0)
     return RuntimeLora(down, up, scale, rows, function)
+
+
+def enlarges(value: Any) -> bool:
+    """Whether a patch pads its matrix first, as control LoRAs do for their picture's channels."""
+    return isinstance(value, LoRAAdapter) and value.weights[5] is not None
 
 
 def kind_of_patch(patch: tuple) -> str:

@@ -11,7 +11,8 @@ from ..trainers.lora_file import LoraTensors, lora_facts, read_lora
 from . import host
 from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
 from .lora_words import said_of, warned_of
-from .native_lora import SamplingRange, apply_lora, base_format
+from .native_lora import apply_lora, base_format
+from .native_ranges import SamplingRange
 
 NUM_SLOTS = 5
 _NO_CLIP = (

@@ -12,6 +12,8 @@ from . import folders
 
 FROM_WIRE = "from the lora input"
 NONE = "none"
+ON_THE_WIRE = "on the wire"
+"""What a LoRA is called that has no file."""
 _STYLES = Path(__file__).parent.parent / "assets" / "nano" / "styles"
 
 
@@ -62,7 +64,7 @@ def chosen_lora(node: str, lora_name: str, lora: Any) -> LoraTensors:
         return read_lora(lora_file(lora_name))
     if lora is None:
         raise ValueError(f"{node} has no LoRA: connect one to its lora input, or choose a file.")
-    require_sound(lora, "on the wire")
+    require_sound(lora, ON_THE_WIRE)
     return lora if isinstance(lora, LoraTensors) else LoraTensors(lora)
 
 

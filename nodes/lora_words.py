@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..trainers.lora_file import LoraFacts
-from .native_lora import AppliedLora, some_of
+from .native_fit import some_of
+from .native_lora import AppliedLora
 
 _NOT_PACKED = {"bf16", "fp16", "fp32"}
 

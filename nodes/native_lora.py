@@ -2,68 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import comfy.hooks
 import comfy.lora
 import comfy.lora_convert
 import torch
-from comfy.patcher_extension import WrappersMP
-from comfy.weight_adapter.loha import LoHaAdapter
-from comfy.weight_adapter.lokr import LoKrAdapter
-from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
 from ..trainers.block_weights import BlockWeights
-from ..trainers.config import require
 from ..trainers.lora_names import comfy_names, is_text_encoder, split_name
+from .lora_choice import ON_THE_WIRE
 from .native import StorePatcher
+from .native_fit import (
+    Patches,
+    require_known,
+    require_most,
+    require_no_bias,
+    require_no_larger,
+    require_one_spelling,
+    require_widths,
+)
+from .native_ranges import WHOLE, SamplingRange, is_paged, ranged
 
 _FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_TOLERANCE = 1e-4
-"""A step at the border of a range belongs to what begins there, also where the float32 of the
-schedule is not the float64 of the percent."""
-
-Patches = dict[Any, Any]
-"""What `comfy.lora.load_lora` gives: by a key of the model, or by it with rows, an adapter."""
 Add = Callable[[Patches, float], object]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingRange:
-    """The part of the sampling in which a LoRA acts, as ComfyUI counts it for prompts."""
-
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.start_percent < self.end_percent <= 1,
-            f"A LoRA acts from start_percent to end_percent, got {self.start_percent} to "
-            f"{self.end_percent}. Set start_percent below end_percent, both in 0 to 1.",
-        )
-
-    @property
-    def is_whole(self) -> bool:
-        return (self.start_percent, self.end_percent) == (0.0, 1.0)
-
-    def holds(self, sigma: float, model_sampling: Any) -> bool:
-        """Whether a step at `sigma` is in it: after the sigma of the start (which is in it) and
-        before that of the end (which is not), so that two ranges that meet share no step."""
-        start, end = (
-            float(model_sampling.percent_to_sigma(percent)) * (1 + _TOLERANCE)
-            for percent in (self.start_percent, self.end_percent)
-        )
-        return end < sigma <= start
-
-
-WHOLE = SamplingRange()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,43 +71,35 @@ def apply_lora(
     Block weights and range are for the MODEL. A strength of 0 puts nothing on.
 
     Raises:
-        ValueError: if half or more of the LoRA's layers are in neither, if it has other widths, or
-            if a pattern of the block weights matches no layer of the MODEL.
+        ValueError: if half or more of the LoRA's layers are in neither, if it has other widths or
+            biases of its own, or two tensors for one thing, if it makes a matrix of a quantized
+            model larger, or if a pattern of the block weights matches no layer of the MODEL.
     """
-    _require_known(block_weights, model)
-    tensors = comfy.lora_convert.convert_lora(comfy_names(tensors))
-    names = comfy.lora.model_lora_keys_unet(model.model, {})
-    text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
-    patches = comfy.lora.load_lora(tensors, names, log_missing=False)
-    text_patches = comfy.lora.load_lora(tensors, text_names, log_missing=False)
-
-    layers = [*dict.fromkeys(split_name(name)[0] for name in tensors)]
-    of_model = [layer for layer in layers if _is_read(layer, names, patches)]
-    of_clip = [layer for layer in layers if _is_read(layer, text_names, text_patches)]
-    left = [layer for layer in layers if clip is None and is_text_encoder(layer)]
-    known = {*of_model, *of_clip, *left}
-    unknown = [layer for layer in layers if layer not in known]
-    _require_most(layers, unknown, left)
-    _require_widths(model.model, patches)
+    name = getattr(tensors, "name", "") or ON_THE_WIRE
+    require_known(block_weights, model)
+    found = _found(name, tensors, model, clip)
+    require_no_bias(name, found.tensors)
+    require_most(name, len({*found.of_model, *found.of_clip}), found.unknown)
+    require_no_larger(name, found.patches, model)
+    require_widths(name, found.patches, model.model)
     if clip is not None:
-        _require_widths(clip.cond_stage_model, text_patches)
-
-    patched, add = _ranged(model, span) if span != WHOLE else _whole(model)
-    for weight, some in _by_weight(patches, block_weights).items():
+        require_widths(name, found.text_patches, clip.cond_stage_model)
+    patched, add = ranged(model, span) if span != WHOLE else _whole(model)
+    for weight, some in _by_weight(found.patches, block_weights).items():
         if strength * weight != 0:
             add(some, strength * weight)
-    if text_patches and strength_clip != 0:
+    if found.text_patches and strength_clip != 0:
         clip = clip.clone()
-        clip.add_patches(text_patches, strength_clip)
+        clip.add_patches(found.text_patches, strength_clip)
     return AppliedLora(
         model=patched,
         clip=clip,
-        num_layers=len(of_model),
-        num_text_layers=len(of_clip),
-        unknown=tuple(unknown),
-        num_left=len(left),
-        idle_patterns=tuple(block_weights.matching_none(map(_key, patches))),
-        reads_file_again=span != WHOLE and _is_paged(model),
+        num_layers=len(found.of_model),
+        num_text_layers=len(found.of_clip),
+        unknown=found.unknown,
+        num_left=len(found.left),
+        idle_patterns=tuple(block_weights.matching_none(map(_key, found.patches))),
+        reads_file_again=span != WHOLE and is_paged(model),
     )
 
 
@@ -150,84 +107,55 @@ def base_format(model: Any) -> str:
     """What the weights of a MODEL are kept in: a name of `formats.FORMATS`, fp16 or fp32."""
     if isinstance(model, StorePatcher):
         return model.model.atelier.format
-    return _FORMATS.get(model.model_dtype(), "fp8")
+    # Not the model's dtype, which for fp8 files with factors is the one that computes.
+    num_weights = sum(one.numel() for one in model.model.diffusion_model.parameters())
+    if model.model_size() < 1.5 * num_weights:
+        return "fp8"
+    return _FORMATS.get(model.model_dtype(), "bf16")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    """What ComfyUI finds of a LoRA in a MODEL and a CLIP: patches, and names of layers."""
+
+    tensors: dict[str, Tensor]
+    """By names that ComfyUI reads."""
+    patches: Patches
+    text_patches: Patches
+    of_model: tuple[str, ...]
+    of_clip: tuple[str, ...]
+    left: tuple[str, ...]
+    """For text encoders, without a CLIP."""
+    unknown: tuple[str, ...]
+
+
+def _found(lora: str, tensors: dict[str, Tensor], model: Any, clip: Any) -> _Found:
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
+    require_one_spelling(lora, tensors, {**names, **text_names})
+    tensors = comfy.lora_convert.convert_lora(comfy_names(tensors, names.keys() | text_names))
+    patches = comfy.lora.load_lora(tensors, names, log_missing=False)
+    text_patches = comfy.lora.load_lora(tensors, text_names, log_missing=False)
+    layers = dict.fromkeys(split_name(name)[0] for name in tensors)
+    of_model = tuple(layer for layer in layers if _is_read(layer, names, patches))
+    of_clip = tuple(layer for layer in layers if _is_read(layer, text_names, text_patches))
+    left = tuple(layer for layer in layers if clip is None and is_text_encoder(layer))
+    known = {*of_model, *of_clip, *left}
+    return _Found(
+        tensors=tensors,
+        patches=patches,
+        text_patches=text_patches,
+        of_model=of_model,
+        of_clip=of_clip,
+        left=left,
+        unknown=tuple(layer for layer in layers if layer not in known),
+    )
 
 
 def _is_read(layer: str, names: dict[str, Any], patches: Patches) -> bool:
     key = names.get(layer)
     has_bias = isinstance(key, str) and f"{key.removesuffix('.weight')}.bias" in patches
     return key in patches or has_bias
-
-
-def _require_known(block_weights: BlockWeights, model: Any) -> None:
-    names = (name for name, _ in model.model.named_modules())
-    for pattern in block_weights.matching_none(names) if block_weights.lines else ():
-        raise ValueError(
-            f"The block weight '{pattern}' matches no layer of this MODEL. Write a part of its "
-            "names, such as 'double_blocks.0-9' or 'single_blocks', with * for any letters."
-        )
-
-
-def _require_most(layers: list[str], unknown: list[str], left: list[str]) -> None:
-    num_asked = len(layers) - len(left)
-    if not num_asked:
-        raise ValueError(
-            "This LoRA is one of text encoders only, so it changes nothing in a MODEL. Connect the "
-            "CLIP to the clip input."
-        )
-    if len(unknown) == num_asked:
-        raise ValueError(
-            f"This LoRA changes nothing in this MODEL: it was made for another kind of model, with "
-            f"layers such as '{unknown[0]}'. Choose a LoRA of the same kind."
-        )
-    if 2 * len(unknown) >= num_asked:
-        raise ValueError(
-            f"{len(unknown)} of the {num_asked} layers of this LoRA are not in this MODEL "
-            f"({some_of(unknown)}), so nothing was applied. It was made for another model: choose "
-            "a LoRA of this one."
-        )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first few of some names, and that there are more."""
-    shown = ", ".join(names[:3])
-    return f"{shown}, …" if len(names) > 3 else shown
-
-
-def _require_widths(network: Any, patches: Patches) -> None:
-    for key, patch in patches.items():
-        name, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
-        layer = network.get_submodule(name.rpartition(".")[0])
-        found = _shape(patch)
-        if not name.endswith(".weight") or not hasattr(layer, "in_features") or found is None:
-            continue
-        wanted = (rows[2] if rows else layer.out_features, layer.in_features)
-        if found != wanted and (rows is None or rows[0] == 0):
-            raise ValueError(
-                f"This LoRA was made for another model: its '{name}' is {found[0]} x {found[1]}, "
-                f"and that of this MODEL {wanted[0]} x {wanted[1]}. Choose a LoRA of this model."
-            )
-
-
-def _shape(patch: Any) -> tuple[int, int] | None:
-    """Rows and columns of the matrix that a patch changes, where it can say that."""
-    weights = getattr(patch, "weights", None)
-    match patch:
-        case LoRAAdapter() if weights[3] is None and weights[5] is None:
-            rows, columns = weights[0], weights[1]
-        case LoHaAdapter() if weights[5] is None:
-            rows, columns = weights[0], weights[1]
-        case LoKrAdapter() if weights[7] is None:
-            w1, w2, _, w1_a, w1_b, w2_a, w2_b, _, _ = weights
-            tall = (w1 if w1 is not None else w1_a), (w2 if w2 is not None else w2_a)
-            wide = (w1 if w1 is not None else w1_b), (w2 if w2 is not None else w2_b)
-            shape = math.prod(one.shape[0] for one in tall), math.prod(one.shape[1] for one in wide)
-            return shape if all(one.dim() == 2 for one in (*tall, *wide)) else None
-        case ("diff", (Tensor() as rows, *_)):
-            columns = rows
-        case _:
-            return None
-    return (rows.shape[0], columns.shape[1]) if rows.dim() == columns.dim() == 2 else None
 
 
 def _key(key: Any) -> str:
@@ -245,63 +173,3 @@ def _by_weight(patches: Patches, block_weights: BlockWeights) -> dict[float, Pat
 def _whole(model: Any) -> tuple[Any, Add]:
     patched = model.clone()
     return patched, patched.add_patches
-
-
-def _ranged(model: Any, span: SamplingRange) -> tuple[Any, Add]:
-    """A clone whose further patches act in a part of the sampling.
-
-    They are patches of a hook, which ComfyUI puts on and takes off; prompts name the hooks that act
-    while they are computed, so each call to the network gets it named while the range lasts.
-    """
-    if _is_paged(model):
-        model = _with_weights_that_stay(model)
-    patched, hook = model.clone(), comfy.hooks.WeightHook()
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "atelier", _InRange(hook, span))
-    return patched, partial(patched.add_hook_patches, hook)
-
-
-def _is_paged(model: Any) -> bool:
-    return hasattr(model, "is_dynamic") and model.is_dynamic()
-
-
-def _with_weights_that_stay(model: Any) -> Any:
-    """What newer hosts take themselves where a prompt has hooks: weights that they page in and out
-    (dynamic VRAM) can have none, so the model's file is read once more."""
-    if model.cached_patcher_init is None:
-        raise ValueError(
-            "ComfyUI pages the weights of this MODEL in and out (dynamic VRAM), so a LoRA cannot "
-            "act in a part of the sampling. Set start_percent to 0 and end_percent to 1, or load "
-            "the model by Load Quantized FLUX."
-        )
-    return model.get_non_dynamic_delegate()
-
-
-class _InRange:
-    """What ComfyUI calls around each computation of the prompts of a step."""
-
-    def __init__(self, hook: comfy.hooks.WeightHook, span: SamplingRange) -> None:
-        self._hook, self._span = hook, span
-        self._alone = self._beside(comfy.hooks.HookGroup())
-        # ComfyUI tells groups by what object they are: the same one at each step, or it would take
-        # patches off and on again.
-        self._groups: WeakKeyDictionary[Any, comfy.hooks.HookGroup] = WeakKeyDictionary()
-
-    def __call__(
-        self, executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict
-    ) -> Any:
-        if self._span.holds(float(timestep.max()), model.model_sampling):
-            conds = [some and [self._hooked(one) for one in some] for some in conds]
-        return executor(model, conds, x, timestep, options)
-
-    def _hooked(self, cond: dict) -> dict:
-        group = cond.get("hooks")
-        if group is None:
-            return {**cond, "hooks": self._alone}
-        if group not in self._groups:
-            self._groups[group] = self._beside(group)
-        return {**cond, "hooks": self._groups[group]}
-
-    def _beside(self, group: comfy.hooks.HookGroup) -> comfy.hooks.HookGroup:
-        both = group.clone()
-        both.add(self._hook)
-        return both

@@ -22,8 +22,8 @@ HOST_MODULES = {
 HOST_BORDER = {
     f"nodes/{name}.py"
     for name in (
-        *("host", "folders", "native", "native_clip", "native_lora", "native_fuse"),
-        *("encoders", "linear", "sampling", "graph_queue", "adaptive_guider"),
+        *("host", "folders", "encoders", "linear", "sampling", "graph_queue", "adaptive_guider"),
+        *("native", "native_clip", "native_lora", "native_fit", "native_ranges", "native_fuse"),
     )
 }
 SCHEMA_MODULE = "comfy_api"

@@ -144,6 +144,13 @@ def test_facts_of_kohyas_files() -> None:
     assert (found.base_name, found.trainer) == ("flux1-dev.safetensors", "sd-scripts")
 
 
+@pytest.mark.parametrize("key", ["ss_fp8_base", "ss_fp8_base_unet"])
+def test_kohyas_fp8_bases_are_known(key: str) -> None:
+    assert facts(**{key: "True"}).base_format == "fp8"
+    assert facts(**{key: "False"}).base_format is None
+    assert facts(**{key: "True", "atelier.base_format": "nf4"}).base_format == "nf4"
+
+
 def test_facts_of_ai_toolkits_files() -> None:
     found = facts(
         name="my_lora",

@@ -136,7 +136,7 @@ def lora_facts(tensors: Mapping[str, Tensor]) -> LoraFacts:
     lora, train = _json(ours.get("lora")), _json(ours.get("train"))
     return LoraFacts(
         trigger_words=_trigger_words(metadata),
-        base_format=first("atelier.base_format"),
+        base_format=first("atelier.base_format") or _kohya_format(metadata),
         base_name=first("ss_sd_model_name") or first("ss_base_model_version"),
         architecture=first("modelspec.architecture"),
         title=first("modelspec.title") or first("name") or first("ss_output_name"),
@@ -209,6 +209,11 @@ def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     most = max(counts.values(), default=0)
     frequent = [tag for tag, count in counts.items() if tag and count >= 0.9 * most]
     return tuple(sorted(frequent, key=lambda tag: -counts[tag])[:_MANY_TAGS])
+
+
+def _kohya_format(metadata: Mapping[str, str]) -> str | None:
+    in_fp8 = {metadata.get(key) for key in ("ss_fp8_base", "ss_fp8_base_unet")}
+    return "fp8" if "True" in in_fp8 else None
 
 
 def _trainer(metadata: Mapping[str, str]) -> str | None:

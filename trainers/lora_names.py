@@ -7,7 +7,7 @@ SimpleTuner, OneTrainer, x-flux), and ComfyUI's `comfy/lora.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ _ENDINGS = tuple(
         ("dora_scale", r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*"),
         ("", r"\.(?:alpha|diff|diff_b|set_weight|reshape_weight|w_norm|b_norm)"),
         ("", r"\.(?:lokr_(?:w1|w2|t2)(?:_a|_b)?|hada_(?:w1|w2)_[ab]|hada_t[12])"),
+        ("", r"\.(?:oft_blocks|rescale)"),
+        ("bias", r"\.lora_B(?:\.\w+)?\.bias"),
     )
 )
 _PREFIXES = re.compile(
@@ -110,10 +112,13 @@ def _spellings() -> dict[str, str]:
 _SPELLINGS = _spellings()
 
 
-def comfy_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def comfy_names(
+    tensors: Mapping[str, Tensor], known: Container[str] = frozenset()
+) -> dict[str, Tensor]:
     """The same tensors under names that ComfyUI reads for FLUX; what it reads stays untouched.
 
-    Names of other kinds of models, and unknown ones, stay as they are. peft's magnitudes [out] of
+    `known` are the modules that ComfyUI reads for the model at hand: other kinds of models have
+    modules called as FLUX's are. Unknown names stay as they are. peft's magnitudes [out] of
     a DoRA become a `dora_scale` [out, 1]. A control LoRA of Black Forest Labs is left to ComfyUI,
     which knows it by its names.
     """
@@ -124,14 +129,24 @@ def comfy_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module, ending, part = split_name(name)
         if part == "dora_scale" and tensor.dim() == 1:
             tensor = tensor.unsqueeze(1)
-        renamed[_comfy_module(module) + _comfy_ending(ending)] = tensor
+        renamed[read_module(module, known) + _comfy_ending(ending)] = tensor
     return renamed
+
+
+def read_module(module: str, known: Container[str]) -> str:
+    """A module's name in `comfy_names`."""
+    if module in known:
+        return module
+    # Attention of Stable Diffusion, which diffusers has written without its processors since 2023.
+    of_processor = module[_prefix_length(module) :].replace(".to_", ".processor.to_")
+    of_processor = of_processor.replace(".to_out.0", ".to_out")
+    return of_processor if of_processor in known else _comfy_module(module)
 
 
 def split_name(name: str) -> tuple[str, str, str]:
     """A tensor's module, the rest of its name, and what it is: `down`, `up`, `mid`, `dora_scale`,
-    or the rest without its dot (`alpha`, `lokr_w1`, …). The rest is empty if it is no part of a
-    LoRA."""
+    `bias` (of the up matrix), or the rest without its dot (`alpha`, `lokr_w1`, …). The rest is
+    empty if it is no part of a LoRA."""
     for part, pattern in _ENDINGS:
         if match := pattern.search(name):
             ending = match.group()

@@ -16,7 +16,8 @@ from atelier.nodes import host
 from atelier.nodes.adaptive_guider import AdaptiveGuider
 from atelier.nodes.guidance import DynamicThresholdCfg
 from atelier.nodes.native import build_model
-from atelier.nodes.native_lora import SamplingRange, apply_lora
+from atelier.nodes.native_lora import apply_lora
+from atelier.nodes.native_ranges import SamplingRange
 from atelier.trainers.load import load_flux
 from flux_files import write_flux
 from lora_files import lora_tensors

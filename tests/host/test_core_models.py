@@ -22,7 +22,8 @@ import torch
 from atelier.nodes import host
 from atelier.nodes.lora import ApplyLora
 from atelier.nodes.native import build_model
-from atelier.nodes.native_lora import SamplingRange, add_lora, apply_lora
+from atelier.nodes.native_lora import add_lora, apply_lora, base_format
+from atelier.nodes.native_ranges import SamplingRange
 from atelier.nodes.parameters import flux_of_parameters
 from atelier.nodes.train import TrainLora
 from atelier.nodes.trainable import base_flux, model_to_train, without_patches
@@ -771,12 +772,33 @@ def test_a_merged_model_is_refused(models: Path) -> None:
     assert "a patch of the kind 'model merge'" in refusal(merged)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "format"),
+    [
+        ("tiny", {"dtype": torch.bfloat16}, "bf16"),
+        ("fp8_file", {"dtype": torch.float16}, "fp16"),
+        ("fp8_file", {"dtype": FP8}, "fp8"),
+        ("scaled", {}, "fp8"),
+        ("old", {}, "fp8"),
+    ],
+)
+def test_the_format_of_a_core_model_is_that_of_its_weights(
+    models: Path, tmp_path: Path, name: str, options: dict, format: str
+) -> None:
+    write_old_scaled(tmp_path / "old.safetensors")
+    model = load(tmp_path if name == "old" else models, name, **options)
+    assert base_format(model) == format
+
+
 def test_a_lora_of_another_flux_is_refused(models: Path) -> None:
     tensors = {f"{QKV}.lora_A.weight": torch.ones(2, 384), f"{QKV}.lora_B.weight": torch.ones(9, 2)}
     for loader in (ours, lambda models, name: given(load(models, name))):
         loader(models, "tiny")
         patched, _ = comfy.sd.load_lora_for_models(Give.values["model"], None, tensors, 1.0, 0.0)
-        assert "its 'double_blocks.0.img_attn.qkv' has other widths" in refusal(patched)
+        assert (
+            "its 'double_blocks.0.img_attn.qkv' is 9 x 384, and that of this model 768"
+            in refusal(patched)
+        )
 
 
 def test_a_lora_for_a_part_of_the_sampling_takes_paged_weights_from_their_file(paged: Any) -> None:

@@ -22,7 +22,8 @@ from allocated import profiled
 from atelier.nodes import host, native_fuse
 from atelier.nodes.fuse import AS_THE_MODEL, FuseLora
 from atelier.nodes.native import build_model
-from atelier.nodes.native_lora import SamplingRange, apply_lora
+from atelier.nodes.native_lora import apply_lora
+from atelier.nodes.native_ranges import SamplingRange
 from atelier.nodes.trainable import base_flux
 from atelier.trainers.fuse import working_bytes
 from atelier.trainers.load import load_flux

@@ -299,7 +299,7 @@ def test_a_grid_whose_server_was_killed_goes_on_in_another(
         ({"guidances": ""}, "guidances must be numbers from 0 to 100 with commas"),
         ({"cfgs": "1, -2"}, "cfgs must be numbers from 0 to 100 with commas"),
         ({"loras": "none\nnowhere"}, "There is no LoRA file 'nowhere'."),
-        ({"loras": "plain\nstrange"}, "This LoRA changes nothing in this MODEL: it was made for"),
+        ({"loras": "plain\nstrange"}, "The LoRA 'strange' changes nothing in this MODEL: it was"),
         ({"name": "../up"}, "The name '../up' cannot be a file name."),
         ({"checkpoints": "last"}, "checkpoints must be steps with commas between them"),
         ({"checkpoints": "4", "run": True}, "has no checkpoint of step 4. It has those of 1, 2, 3"),

@@ -13,8 +13,10 @@ import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
+import comfy.samplers
 import comfy.sd
 import comfy.supported_models
+import comfy.supported_models_base
 import executor
 import folder_paths
 import pytest
@@ -23,19 +25,20 @@ from atelier.nodes import host, loaders
 from atelier.nodes.lora import ApplyLora, LoraMixer
 from atelier.nodes.lora_choice import FROM_WIRE, NONE
 from atelier.nodes.native import build_model
-from atelier.nodes.native_lora import SamplingRange, add_lora, apply_lora
+from atelier.nodes.native_lora import add_lora, apply_lora
+from atelier.nodes.native_ranges import SamplingRange
 from atelier.nodes.trainable import base_flux
 from atelier.trainers.adapters import lora_metadata, save_lora
 from atelier.trainers.block_weights import parse_block_weights
 from atelier.trainers.config import LoraSettings
 from atelier.trainers.load import load_flux
-from atelier.trainers.lora_file import read_lora
+from atelier.trainers.lora_file import LoraTensors, read_lora
 from core_flux import core_model
 from dense import dense_transformer, stored_tensors
 from executor import Give, Keep, Runner
 from flux_files import write_flux
 from graphs import Graph, node
-from lora_files import KINDS, QKV, lora_tensors, write_loras
+from lora_files import ATTENTION, KINDS, PROJ, QKV, lora_tensors, write_loras
 from torch import Tensor
 
 FORMAT, STEPS, SHAPE = "nf4", 4, (1, 16, 8, 8)
@@ -163,6 +166,54 @@ def test_two_ranges_that_meet_are_one_lora(model: Any) -> None:
     assert close(drawn(twice), drawn(by_core(model, tensors, 0.8)))
 
 
+def computed_with(model: Any, sampler: str, **options: float) -> tuple[list[float], list[bool]]:
+    """The sigma of each computation of a sampling, and whether a LoRA on `QKV` was on in it."""
+    layer = model.model.get_submodule(QKV)
+    matrix = layer.patched_weight if hasattr(layer, "patched_weight") else layer.weight.clone
+    comfy.model_management.unload_all_models()
+    before, sigmas, on = matrix(), [], []
+
+    def look(network: Any, args: dict) -> Tensor:
+        sigmas.append(float(args["timestep"].max()))
+        on.append(not torch.equal(matrix(), before))
+        return network(args["input"], args["timestep"], **args["c"])
+
+    looked = model.clone()
+    looked.set_model_unet_function_wrapper(look)
+    schedule = comfy.samplers.calculate_sigmas(
+        model.get_model_object("model_sampling"), "simple", STEPS
+    )
+    kind, empty = comfy.samplers.ksampler(sampler, options), torch.zeros(SHAPE)
+    torch.manual_seed(5)  # of the noise between steps
+    with torch.inference_mode():
+        noise = comfy.sample.prepare_noise(empty, 5)
+        comfy.sample.sample_custom(
+            looked, noise, 1.0, kind, schedule, *prompts(), empty, disable_pbar=True, seed=5
+        )
+    return sigmas, on
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "seeds_2"])
+def test_each_computation_of_a_step_is_on_or_off_by_its_own_sigma(model: Any, sampler: str) -> None:
+    span = SamplingRange(start_percent=0.25, end_percent=0.5)
+    ranged = apply_lora(model, lora_tensors("without_alpha"), 1.0, span=span).model
+    sigmas, on = computed_with(ranged, sampler)
+    sampling = model.get_model_object("model_sampling")
+    first, last = (sampling.percent_to_sigma(percent) for percent in (0.25, 0.5))
+    assert len(sigmas) > STEPS
+    assert on == [last + 1e-3 < sigma < first + 1e-3 for sigma in sigmas]
+    assert any(on)
+
+
+def test_a_range_from_the_start_holds_where_noise_lifts_the_first_sigma(model: Any) -> None:
+    span, tensors = SamplingRange(end_percent=0.5), lora_tensors("without_alpha")
+    ranged = apply_lora(model, tensors, 1.0, span=span).model
+    sigmas, on = computed_with(ranged, "euler", s_churn=2.0)
+    last = model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    assert sigmas[0] > 1.01
+    assert on == [sigma > last + 1e-3 for sigma in sigmas]
+
+
 def test_a_range_acts_beside_a_prompt_with_a_hook(model: Any) -> None:
     """The hook's LoRA is on the positive prompt only; over the whole sampling two ranges, which
     are compared with the same LoRA without a range."""
@@ -265,7 +316,9 @@ def test_a_few_unknown_layers_are_told_and_the_others_applied(model: Any) -> Non
 
 
 def test_half_of_the_layers_unknown_is_one_sentence(model: Any) -> None:
-    with pytest.raises(ValueError, match=r"3 of the 6 layers of this LoRA are not in .*blocks\.7"):
+    with pytest.raises(
+        ValueError, match=r"3 of the 6 layers of the LoRA .* are not in .*blocks\.7"
+    ):
         apply_lora(model, {**lora_tensors("plain"), **of_block(7)}, 1.0)
 
 
@@ -294,6 +347,91 @@ def test_a_lora_of_other_widths_is_one_sentence(model: Any, kind: str) -> None:
         apply_lora(model, OTHER_WIDTHS[kind], 1.0)
 
 
+DORAS: dict[str, Tensors] = {
+    "lora": {
+        f"{QKV}.lora_A.weight": torch.ones(2, 256),
+        f"{QKV}.lora_B.weight": torch.ones(768, 2),
+    },
+    "lokr": {f"{QKV}.lokr_w1": torch.ones(4, 4), f"{QKV}.lokr_w2": torch.ones(192, 64)},
+    "loha": {
+        **{f"{QKV}.hada_w{n}_a": torch.ones(768, 2) for n in (1, 2)},
+        **{f"{QKV}.hada_w{n}_b": torch.ones(2, 256) for n in (1, 2)},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DORAS)
+def test_magnitudes_that_do_not_fit_are_one_sentence(model: Any, kind: str) -> None:
+    for shape in ((768, 1), (1, 256)):
+        fits = {f"{QKV}.dora_scale": torch.ones(shape)}
+        assert apply_lora(model, DORAS[kind] | fits, 1.0).num_layers == 1
+    scale = {f"{QKV}.dora_scale": torch.ones(256, 1)}
+    with pytest.raises(ValueError, match=r"qkv\.weight' have the shape \[256, 1\], and 768 x 1 or"):
+        apply_lora(model, DORAS[kind] | scale, 1.0)
+
+
+def test_an_oft_draws_what_it_draws_by_the_core_loader(models: dict[str, Any]) -> None:
+    blocks = 0.3 * torch.randn(8, 32, 32, generator=torch.Generator().manual_seed(2))
+    tensors = {f"{PROJ}.oft_blocks": blocks, f"{PROJ}.rescale": torch.full((256, 1), 1.2)}
+    applied = apply_lora(models["ours"], tensors, 0.8)
+    assert (applied.num_layers, applied.unknown) == (1, ())
+    expected = drawn(by_core(models["core"], tensors, 0.8))
+    assert close(drawn(applied.model), expected)
+    assert not torch.allclose(expected, drawn(models["core"]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("end", ["lora_B.bias", "lora_B.default.bias"])
+def test_pefts_biases_are_one_sentence(model: Any, end: str) -> None:
+    """ComfyUI's loader leaves them out without a word."""
+    tensors = {**lora_tensors("plain"), f"{ATTENTION}.to_q.{end}": torch.ones(256)}
+    with pytest.raises(ValueError, match=f"with lora_bias of peft, .*to_q.{end}"):
+        apply_lora(model, tensors, 1.0)
+
+
+SPELLINGS = {
+    "that ComfyUI reads": "lora_unet_double_blocks_0_img_attn_proj",
+    "of diffusers": "transformer.transformer_blocks.0.attn.to_out.0",
+    "of XLabs": "double_blocks.0.processor.proj_lora1",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_one_matrix_under_two_names_is_one_sentence(model: Any, spelling: str) -> None:
+    tensors = {f"{PROJ}.lora_A.weight": torch.ones(4, 256)}
+    tensors[f"{PROJ}.lora_B.weight"] = torch.ones(256, 4)
+    twice = dict(tensors)
+    for name, tensor in tensors.items():
+        end = {"lora_A.weight": "down.weight", "lora_B.weight": "up.weight"}[name[-13:]]
+        dot = "." if "XLabs" in spelling else ".lora_"
+        twice[f"{SPELLINGS[spelling]}{dot}{end}"] = tensor
+    assert apply_lora(model, tensors, 1.0).num_layers == 1
+    with pytest.raises(ValueError, match="has two tensors for the same matrix"):
+        apply_lora(model, twice, 1.0)
+
+
+def control_lora() -> Tensors:
+    """As Black Forest Labs' for Canny and Depth, whose picture doubles the channels of `img_in`."""
+    generator, tensors = torch.Generator().manual_seed(6), {}
+    for name, columns in (("img_in", 128), ("double_blocks.0.img_attn.proj", 256)):
+        for end, shape in (("A.weight", (4, columns)), ("B.weight", (256, 4)), ("B.bias", (256,))):
+            tensors[f"{name}.lora_{end}"] = torch.randn(shape, generator=generator)
+    for norm in ("query_norm", "key_norm"):
+        tensors[f"single_blocks.0.norm.{norm}.scale"] = torch.ones(128)
+    return tensors
+
+
+def test_a_control_lora_on_our_model_is_one_sentence(models: dict[str, Any]) -> None:
+    """Each loader's own; on ComfyUI's MODEL it is what ComfyUI's loader makes of it."""
+    tensors = LoraTensors(control_lora(), name="canny")
+    with pytest.raises(ValueError, match="The LoRA 'canny' is a control LoRA"):
+        apply_lora(models["ours"], tensors, 1.0)
+    with pytest.raises(ValueError, match=r"A control LoRA .* makes its .*'img_in' larger"):
+        drawn(by_core(models["ours"], tensors))
+    on_core = apply_lora(models["core"], tensors, 1.0)
+    assert on_core.model.patches.keys() == by_core(models["core"], tensors).patches.keys()
+    assert (on_core.num_layers, on_core.unknown) == (4, ())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_lora_draws_what_it_draws_by_the_core_loader(
     models: dict[str, Any], kind: str
@@ -303,18 +441,51 @@ def test_every_kind_of_lora_draws_what_it_draws_by_the_core_loader(
     assert close(ours, drawn(by_core(models["core"], tensors, 0.8)))
 
 
-def test_a_lora_of_sd_15_goes_through_comfyuis_own_names() -> None:
-    """Its patches are those of ComfyUI's loader; the network has no bytes."""
+def without_bytes(kind: type[comfy.supported_models_base.BASE], sizes: dict) -> Any:
+    """A MODEL of any kind whose network has names and shapes only."""
+    config = kind(sizes)
+    config.set_inference_dtype(torch.float32, None)
+    network = config.get_model({}, device=torch.device("meta"))
+    return comfy.model_patcher.ModelPatcher(network, CPU, CPU)
+
+
+def sd_15() -> Any:
     sizes = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320}
     sizes |= {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "num_heads": 8}
     sizes |= {"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_middle": 1}
     sizes |= {"transformer_depth_output": [1] * 9 + [0] * 3, "context_dim": 768}
     sizes |= {"use_spatial_transformer": True, "use_linear_in_transformer": False}
     sizes |= {"adm_in_channels": None, "legacy": False, "use_temporal_attention": False}
-    config = comfy.supported_models.SD15(sizes)
-    config.set_inference_dtype(torch.float32, None)
-    network = config.get_model({}, device=torch.device("meta"))
-    model = comfy.model_patcher.ModelPatcher(network, CPU, CPU)
+    return without_bytes(comfy.supported_models.SD15, sizes)
+
+
+OTHER_KINDS = {
+    "ltxv": lambda: without_bytes(
+        comfy.supported_models.LTXV,
+        {"image_model": "ltxv", "num_layers": 1, "attention_head_dim": 64},
+    ),
+    "ace": lambda: without_bytes(
+        comfy.supported_models.ACEStep, {"audio_model": "ace", "num_layers": 1}
+    ),
+}
+"""Models with modules that FLUX also has, by other names in ComfyUI."""
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_lora_of_another_kind_of_model_is_on_all_of_its_layers(kind: str) -> None:
+    model, tensors = OTHER_KINDS[kind](), {}
+    for name, layer in model.model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            tensors[f"{name}.lora_A.weight"] = torch.ones(1, layer.in_features)
+            tensors[f"{name}.lora_B.weight"] = torch.ones(layer.out_features, 1)
+    applied = apply_lora(model, tensors, 1.0)
+    assert applied.model.patches.keys() == by_core(model, tensors).patches.keys()
+    assert (applied.num_layers, applied.unknown) == (len(tensors) // 2, ())
+
+
+def test_a_lora_of_sd_15_goes_through_comfyuis_own_names() -> None:
+    """Its patches are those of ComfyUI's loader; the network has no bytes."""
+    model = sd_15()
     kohya = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {
         f"{kohya}.lora_down.weight": torch.ones(4, 320),
@@ -335,6 +506,26 @@ def test_a_lora_of_sd_15_goes_through_comfyuis_own_names() -> None:
         assert all(one is other or one == other for one, other in pairs)
     with pytest.raises(ValueError, match="changes nothing in this MODEL"):
         apply_lora(model, lora_tensors("plain"), 1.0)
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "", "base_model.model."])
+@pytest.mark.parametrize("ends", ["lora_A.weight lora_B.weight", "lora.down.weight lora.up.weight"])
+def test_a_lora_of_sd_15_that_diffusers_wrote(prefix: str, ends: str) -> None:
+    """It changes what ComfyUI's loader changes by the older names, which it reads."""
+    model, tensors, older = sd_15(), {}, {}
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    for layer, old in (
+        ("attn1.to_q", "attn1.processor.to_q"),
+        ("attn2.to_out.0", "attn2.processor.to_out"),
+        ("ff.net.2", "ff.net.2"),
+    ):
+        columns = 1280 if "ff" in layer else 320
+        for end, shape in zip(ends.split(), ((4, columns), (320, 4)), strict=True):
+            tensors[f"{prefix}{block}.{layer}.{end}"] = torch.ones(shape)
+            older[f"unet.{block}.{old}.{end}"] = torch.ones(shape)
+    applied = apply_lora(model, tensors, 1.0)
+    assert applied.model.patches.keys() == by_core(model, older).patches.keys()
+    assert (applied.num_layers, applied.unknown) == (3, ())
 
 
 class Called:
@@ -491,6 +682,19 @@ def diffusers_velocity(network: Any) -> Tensor:
 def test_an_empty_mix_is_one_sentence(models: dict[str, Any], mix: Called, loras: Path) -> None:
     with pytest.raises(ValueError, match="has no LoRA: choose at least one file"):
         mix(models["ours"], lora_1=NONE)
+
+
+def test_a_mix_says_which_of_its_loras_does_not_fit(
+    models: dict[str, Any], loras: Path, mix: Called
+) -> None:
+    strange = {"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": torch.ones(2, 9)}
+    strange["lora_unet_input_blocks_1_1_proj_in.lora_up.weight"] = torch.ones(9, 2)
+    cases = {"strange": strange, "words": text_lora(), "large": OTHER_WIDTHS["lora"]}
+    cases["deep"] = {**lora_tensors("plain"), **of_block(7)}
+    for name, tensors in cases.items():
+        save_lora(loras / f"{name}.safetensors", tensors, {})
+        with pytest.raises(ValueError, match=f"LoRA '{name}'"):
+            mix(models["ours"], lora_1="plain.safetensors", lora_2=f"{name}.safetensors")
 
 
 def test_a_file_that_is_in_the_mix_twice_is_told(
