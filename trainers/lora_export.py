@@ -49,8 +49,8 @@ def exported(lora: FluxLora, format: str, dtype: torch.dtype = torch.float32) ->
     diffusers: `transformer.` and diffusers' names, `lora_A` / `lora_B`. comfyui:
     `diffusion_model.` and the original names, `lora_down` / `lora_up`. kohya: `lora_unet_` and the
     original names with underscores. The last two have fused matrices: the parts of one become a
-    LoRA with a block-diagonal `lora_up`, whose rank is the sum of theirs, and such a one is taken
-    apart again, exactly. Alphas stay float32.
+    LoRA with a block-diagonal `lora_up`, whose rank is the sum of theirs, with zeros for parts
+    that have none, and such a one is taken apart again, exactly. Alphas stay float32.
 
     Raises:
         ValueError: if the format cannot hold what the LoRA is, or a value is too large for `dtype`.
@@ -199,10 +199,30 @@ def _modules(adapters: Sequence[Adapter], format: str) -> Iterator[Adapter]:
             rows = [adapter.rows for adapter in found]  # ComfyUI reads diffusers' modules too
         else:
             width = found[0].shape[1]
-            if format != "diffusers":
-                parts = (("", 0, parts[-1][2]),)
             rows = [slice(start * width, stop * width) for _, start, stop in parts]
+            if format != "diffusers":
+                found += _empty_parts(name, found, rows)
+                rows = [slice(0, rows[-1].stop)]
         yield from (module for part in rows if (module := _on_rows(name, found, part)))
+
+
+def _empty_parts(name: str, adapters: Sequence[Adapter], rows: Sequence[slice]) -> list[Adapter]:
+    """LoRAs of zeros for the parts of a fused matrix that have none, if others have their own.
+
+    diffusers takes a fused LoRA apart only where every part has as many ranks as the others.
+    """
+    taken = [adapter.rows for adapter in adapters]
+    if any(own not in rows for own in taken):
+        return []
+    products = [adapter.low_rank() for adapter in adapters]
+    rank, scale = max(product.rank for product in products), products[0].scale
+    down = torch.zeros(rank, adapters[0].shape[1])
+    empty: list[Adapter] = []
+    for part in rows:
+        if part not in taken:
+            up = torch.zeros(part.stop - part.start, rank)
+            empty.append(_lora(name, part.start, LowRank(down=down, up=up, scale=scale)))
+    return empty
 
 
 def _on_rows(name: str, adapters: Sequence[Adapter], rows: slice) -> Adapter | None:
@@ -215,7 +235,9 @@ def _on_rows(name: str, adapters: Sequence[Adapter], rows: slice) -> Adapter | N
     for adapter in hits:
         first, last = max(adapter.start, rows.start), min(adapter.rows.stop, rows.stop)
         own = slice(first - adapter.start, last - adapter.start)
-        piece = adapter.low_rank().on_rows(own)
+        piece = adapter.low_rank()
+        if len(piece.up) > own.stop - own.start:
+            piece = piece.on_rows(own)
         if piece is not None:
             pieces.append((first - rows.start, piece))
         if adapter.dora_scale is not None and adapter.dora_scale.shape[1] == 1:

@@ -18,6 +18,7 @@ import executor
 import pytest
 import torch
 from atelier.nodes.native import build_model
+from atelier.trainers.config import LORA_TARGETS
 from atelier.trainers.flux_lora import FluxLora, parse_flux_lora
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_export import FORMATS, exported, merged, resized, save_export
@@ -133,6 +134,35 @@ def test_an_export_does_the_same_in_diffusers(
     save_export(path, exported(lora, format), {"modelspec.architecture": "flux-1-dev/lora"})
     expected = in_comfyui(exported(lora, "comfyui"))
     assert_equal(in_diffusers(path), to_diffusers(expected))
+
+
+def ours(targets: str, rank: int = 4) -> dict[str, Tensor]:
+    """A LoRA on one of our choices of layers, as Train LoRA writes it."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name, module in dense_transformer(dict(PLAIN())).named_modules():
+        if "blocks." in name and name.endswith(tuple(f".{end}" for end in LORA_TARGETS[targets])):
+            rows, columns = module.weight.shape
+            for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                values = 0.05 * torch.randn(shape, generator=generator)
+                tensors[f"transformer.{name}.lora_{part}.weight"] = values
+            tensors[f"transformer.{name}.alpha"] = torch.tensor(float(rank))
+    return tensors
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("targets", LORA_TARGETS)
+def test_a_lora_of_ours_keeps_its_strength_in_diffusers(
+    targets: str, format: str, tmp_path: Path, diffusers_of_this_width: None
+) -> None:
+    tensors = ours(targets)
+    path = tmp_path / "lora.safetensors"
+    made = exported(parse_flux_lora(tensors), format)
+    save_export(path, made, {})
+    assert_equal(in_diffusers(path), to_diffusers(in_comfyui(comfy_names(tensors))))
+    back = exported(parse_flux_lora(made), "diffusers")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("trainer", ["simpletuner_comfyui", "kohya", "xlabs"])
