@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.config import require, require_file_name
-from ..trainers.flux_lora import FluxLora, parse_flux_lora
+from ..trainers.flux_lora import parse_flux_lora
 from ..trainers.lora_export import (
     DTYPES,
     FORMATS,
@@ -17,12 +17,12 @@ from ..trainers.lora_export import (
     ranks,
     resized,
     save_export,
-    share_kept,
 )
 from ..trainers.lora_extract import extract_lora
 from ..trainers.lora_file import LoraTensors
 from . import folders, host
 from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
+from .lora_losses import cut, left_out, unlike_in_diffusers
 from .native import to_training_device
 from .trainable import model_to_train
 
@@ -124,7 +124,13 @@ class ExportLora(io.ComfyNode):
         return io.NodeOutput(
             path.name,
             LoraTensors(tensors, metadata=metadata, name=name),
-            ui=host.report(cls.hidden.unique_id, said, *_warnings(parsed, whole)),
+            ui=host.report(
+                cls.hidden.unique_id,
+                said,
+                *left_out(parsed),
+                *cut(parsed, whole),
+                *unlike_in_diffusers(whole, format),
+            ),
         )
 
 
@@ -184,8 +190,8 @@ class MergeLoras(io.ComfyNode):
                 cls.hidden.unique_id,
                 f"LoRAs merged: {len(given)}; modules: {modules}, of rank {span}.",
                 *warnings,
-                *(warning for lora in parsed for warning in _left_out(lora)),
-                *_warnings(whole, smaller),
+                *(warning for lora in parsed for warning in left_out(lora)),
+                *cut(whole, smaller),
             ),
         )
 
@@ -280,19 +286,3 @@ def _slots() -> list[Any]:
             ),
         ]
     return slots
-
-
-def _left_out(lora: FluxLora) -> list[str]:
-    if not lora.unknown:
-        return []
-    some = ", ".join(lora.unknown[:3])
-    return [f"Left out, because FLUX.1 has no such modules: {len(lora.unknown)}, such as {some}."]
-
-
-def _warnings(lora: FluxLora, smaller: FluxLora) -> list[str]:
-    """What is not in the file any more."""
-    warnings = _left_out(lora)
-    if smaller is not lora:
-        kept = share_kept(lora, smaller)
-        warnings.append(f"Of what the LoRA did, its new rank keeps {kept:.1%} (squared).")
-    return warnings

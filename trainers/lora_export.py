@@ -135,6 +135,17 @@ def ranks(tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     return len({module for module, _, _ in names.values()}), span or "?"
 
 
+def ranks_of_parts(lora: FluxLora) -> list[int]:
+    """The ranks of its plain LoRAs, each once and in their order, where every part of a fused
+    matrix has its own.
+
+    From the formats comfyui and kohya, diffusers (0.39, `get_peft_kwargs`) gives the alpha of the
+    first module to all: with one rank that is right.
+    """
+    plain = [adapter for adapter in lora.adapters if _is_plain(adapter)]
+    return sorted({len(module.parts["down"]) for module in _modules(plain, "diffusers")})
+
+
 def merged_metadata(loras: Sequence[tuple[LoraTensors, float]]) -> dict[str, str]:
     """What is known of the sum of LoRAs with their weights, in the modelspec convention."""
     facts = [lora_facts(lora) for lora, _ in loras]

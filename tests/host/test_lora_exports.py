@@ -165,6 +165,13 @@ def test_a_lora_of_ours_keeps_its_strength_in_diffusers(
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
+def test_different_ranks_keep_their_strength_in_diffusers_own_format(tmp_path: Path) -> None:
+    tensors = ours("all") | {n: t for n, t in ours("qlora", rank=2).items() if ".to_out.0" in n}
+    path = tmp_path / "lora.safetensors"
+    save_export(path, exported(parse_flux_lora(tensors), "diffusers"), {})
+    assert_equal(in_diffusers(path), to_diffusers(in_comfyui(comfy_names(tensors))))
+
+
 @pytest.mark.parametrize("trainer", ["simpletuner_comfyui", "kohya", "xlabs"])
 def test_there_and_back_is_the_first(trainer: str) -> None:
     first = exported(parse_flux_lora(written_by(trainer)), "diffusers")

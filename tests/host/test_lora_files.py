@@ -181,6 +181,25 @@ def test_unknown_modules_are_left_out_and_told(loras: Path) -> None:
     ]
 
 
+def test_different_ranks_are_told_for_the_formats_that_diffusers_gets_wrong(loras: Path) -> None:
+    lora, texts = written_by("xlabs"), {}
+    for part, dim in (("down", 0), ("up", 1)):
+        name = f"double_blocks.0.processor.proj_lora1.{part}.weight"
+        lora[name] = torch.cat([lora[name]] * 2, dim)
+    for format in ("diffusers", "comfyui", "kohya"):
+        runner = Runner()
+        runner.run(export(FROM_WIRE, lora=lora, format=format))
+        texts[format] = runner.texts["node"][1:]
+    told = (
+        "The modules have different ranks, 4 to 8: diffusers would read this file at another "
+        "strength. Choose the format diffusers for it."
+    )
+    assert texts == {"diffusers": [], "comfyui": [told], "kohya": [told]}
+    runner = Runner()
+    runner.run(export(FROM_WIRE, lora=written_by("xlabs"), format="kohya"))
+    assert runner.texts["node"][1:] == []
+
+
 def test_a_merge_says_what_it_is(loras: Path) -> None:
     runner = Runner()
     files = [("kohya.safetensors", 0.5), ("ai_toolkit.safetensors", -1.0)]

@@ -1,0 +1,32 @@
+"""What Export and Merge LoRA say of what is not in the new file, or not read by other programs."""
+
+from __future__ import annotations
+
+from ..trainers.flux_lora import FluxLora
+from ..trainers.lora_export import ranks_of_parts, share_kept
+
+
+def left_out(lora: FluxLora) -> list[str]:
+    if not lora.unknown:
+        return []
+    some = ", ".join(lora.unknown[:3])
+    return [f"Left out, because FLUX.1 has no such modules: {len(lora.unknown)}, such as {some}."]
+
+
+def cut(lora: FluxLora, smaller: FluxLora) -> list[str]:
+    """What a new rank took away."""
+    if smaller is lora:
+        return []
+    kept = share_kept(lora, smaller)
+    return [f"Of what the LoRA did, its new rank keeps {kept:.1%} (squared)."]
+
+
+def unlike_in_diffusers(lora: FluxLora, format: str) -> list[str]:
+    """What diffusers does otherwise with a file of this format."""
+    found = ranks_of_parts(lora)
+    if format == "diffusers" or len(found) < 2:
+        return []
+    return [
+        f"The modules have different ranks, {found[0]} to {found[-1]}: diffusers would read this "
+        "file at another strength. Choose the format diffusers for it."
+    ]
