@@ -13,13 +13,12 @@ from ..trainers.lora_export import (
     FORMATS,
     exported,
     merged,
-    merged_metadata,
     ranks,
     resized,
-    save_export,
 )
 from ..trainers.lora_extract import extract_lora
 from ..trainers.lora_file import LoraTensors
+from ..trainers.lora_metadata import merged_metadata, resized_metadata, save_export
 from . import folders, host
 from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
 from .lora_losses import cut, left_out, unlike_in_diffusers
@@ -114,7 +113,7 @@ class ExportLora(io.ComfyNode):
         given = chosen_lora("Export LoRA", lora_name, lora)
         parsed = parse_flux_lora(given, given.name or "on the wire")
         whole = resized(parsed, rank) if rank else parsed
-        metadata = dict(given.metadata)
+        metadata = resized_metadata(given.metadata, whole) if rank else dict(given.metadata)
         if trigger_words.strip():
             metadata["modelspec.trigger_phrase"] = trigger_words.strip()
         tensors = exported(whole, format, DTYPES[dtype])

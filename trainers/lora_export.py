@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .adapters import save_lora
 from .config import require
 from .flux import FINAL_MODULATION
 from .flux_lora import Adapter, FluxLora, is_of_text, swapped_halves
-from .lora_file import LoraTensors, lora_facts
 from .lora_names import DIFFUSERS_OF, PARTS, block_zero, in_block, split_name
 from .low_rank import LowRank, stacked
 
 FORMATS = ("diffusers", "comfyui", "kohya")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ARCHITECTURE = "flux-1-dev/lora"
-_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _DIFFUSERS_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight"}
 _OTHER_PARTS = {"down": "lora_down.weight", "up": "lora_up.weight"}
 _TEXT_PREFIXES = {
@@ -39,8 +31,6 @@ _TEXT_PREFIXES = {
     },
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PEFT = "lora_adapter_metadata"
-"""diffusers' metadata with alphas: it refuses a file that has them as tensors too."""
 
 
 def exported(lora: FluxLora, format: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -144,52 +134,6 @@ def ranks_of_parts(lora: FluxLora) -> list[int]:
     """
     plain = [adapter for adapter in lora.adapters if _is_plain(adapter)]
     return sorted({len(module.parts["down"]) for module in _modules(plain, "diffusers")})
-
-
-def merged_metadata(loras: Sequence[tuple[LoraTensors, float]]) -> dict[str, str]:
-    """What is known of the sum of LoRAs with their weights, in the modelspec convention."""
-    facts = [lora_facts(lora) for lora, _ in loras]
-    words = dict.fromkeys(word for fact in facts for word in fact.trigger_words)
-    formats = {fact.base_format for fact in facts}
-    metadata = {
-        "modelspec.merged_from": ", ".join(lora.name for lora, _ in loras),
-        "modelspec.architecture": facts[0].architecture or _ARCHITECTURE,
-        "atelier.merged": json.dumps([[lora.name, weight] for lora, weight in loras]),
-    }
-    if words:
-        metadata["modelspec.trigger_phrase"] = ", ".join(words)
-    if len(formats) == 1 and (format := formats.pop()):
-        metadata["atelier.base_format"] = format
-    return metadata
-
-
-def save_export(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a LoRA file with metadata in the modelspec convention: what `metadata` holds, the date,
-    and the SHA-256 of the tensors' bytes.
-
-    Raises:
-        ValueError: if a value is not finite, or the disk refuses.
-    """
-    from safetensors.torch import save
-
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    body = save(whole)
-    digest = hashlib.sha256(body[8 + int.from_bytes(body[:8], "little") :]).hexdigest()
-    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-    kept = {key: value for key, value in metadata.items() if key not in (*_HASHES, _PEFT, "format")}
-    save_lora(
-        path,
-        whole,
-        {
-            **kept,
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": kept.get("modelspec.architecture", _ARCHITECTURE),
-            "modelspec.implementation": "https://github.com/black-forest-labs/flux",
-            "modelspec.title": path.stem,
-            "modelspec.date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "modelspec.hash_sha256": f"0x{digest}",
-        },
-    )
 
 
 def _all(lora: FluxLora) -> tuple[Adapter, ...]:

@@ -111,6 +111,22 @@ def test_a_lora_on_the_wire_keeps_its_metadata(loras: Path) -> None:
     assert {t.shape[0] for n, t in found.items() if n.endswith("_proj.lora_down.weight")} == {2}
 
 
+OF_OURS = {
+    **{"atelier.rank": "4", "atelier.settings": json.dumps({"lora": {"rank": 4, "alpha": 8.0}})},
+    **{"ss_network_dim": "4", "ss_network_alpha": "8.0"},
+}
+
+
+@pytest.mark.parametrize("metadata", [OF_OURS, {}])
+def test_a_new_rank_is_in_the_metadata_too(loras: Path, metadata: dict[str, str]) -> None:
+    lora = LoraTensors(written_by("ai_toolkit"), metadata=metadata)
+    found = Runner().run(export(FROM_WIRE, lora=lora, format="kohya", rank=2, output=1))
+    for made in (found, read_lora(loras / "made.safetensors")):
+        assert (lora_facts(made).rank, lora_facts(made).alpha) == (2, 2.0)
+        dims = [made.metadata.get(f"ss_network_{which}") for which in ("dim", "alpha")]
+        assert dims == (["2", "2"] if metadata else [None, None])
+
+
 REFUSED = [
     ({"lora_name": FROM_WIRE}, "Export LoRA has no LoRA: "),
     ({"lora_name": "gone.safetensors"}, "is not there any more"),
