@@ -21,7 +21,7 @@ from ..trainers.lora_file import LoraTensors
 from ..trainers.lora_metadata import merged_metadata, resized_metadata, save_export
 from . import folders, host
 from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
-from .lora_losses import cut, left_out, unlike_in_diffusers
+from .lora_losses import cut, left_out, of_different_bases, unlike_in_diffusers
 from .native import to_training_device
 from .trainable import model_to_train
 
@@ -189,6 +189,7 @@ class MergeLoras(io.ComfyNode):
                 cls.hidden.unique_id,
                 f"LoRAs merged: {len(given)}; modules: {modules}, of rank {span}.",
                 *warnings,
+                *of_different_bases(given),
                 *(warning for lora in parsed for warning in left_out(lora)),
                 *cut(whole, smaller),
             ),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..trainers.flux_lora import FluxLora
 from ..trainers.lora_export import ranks_of_parts, share_kept
+from ..trainers.lora_file import LoraTensors
+from ..trainers.lora_metadata import different_bases
 
 
 def left_out(lora: FluxLora) -> list[str]:
@@ -29,4 +33,14 @@ def unlike_in_diffusers(lora: FluxLora, format: str) -> list[str]:
     return [
         f"The modules have different ranks, {found[0]} to {found[-1]}: diffusers would read this "
         "file at another strength. Choose the format diffusers for it."
+    ]
+
+
+def of_different_bases(loras: Sequence[LoraTensors]) -> list[str]:
+    found = different_bases(loras)
+    if not found:
+        return []
+    return [
+        f"The LoRAs were trained on different models: {', '.join(found)}. Their sum may do little "
+        "on any of them."
     ]

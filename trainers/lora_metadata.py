@@ -14,7 +14,7 @@ from .adapters import save_lora
 from .flux_lora import FluxLora
 from .lora_file import LoraTensors, lora_facts
 
-_ARCHITECTURE = "flux-1-dev/lora"
+_OF_BASE = ("modelspec.architecture", "ss_sd_model_name", "ss_base_model_version")
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _PEFT = "lora_adapter_metadata"
 """diffusers' metadata with alphas: it refuses a file that has them as tensors too."""
@@ -34,20 +34,34 @@ def resized_metadata(metadata: Mapping[str, str], lora: FluxLora) -> dict[str, s
 
 
 def merged_metadata(loras: Sequence[tuple[LoraTensors, float]]) -> dict[str, str]:
-    """What is known of the sum of LoRAs with their weights, in the modelspec convention."""
+    """What is known of the sum of LoRAs with their weights, in the modelspec convention; of the
+    models they were trained on, what all say alike."""
     facts = [lora_facts(lora) for lora, _ in loras]
     words = dict.fromkeys(word for fact in facts for word in fact.trigger_words)
     formats = {fact.base_format for fact in facts}
     metadata = {
         "modelspec.merged_from": ", ".join(lora.name for lora, _ in loras),
-        "modelspec.architecture": facts[0].architecture or _ARCHITECTURE,
         "atelier.merged": json.dumps([[lora.name, weight] for lora, weight in loras]),
     }
+    for key in _OF_BASE:
+        said = {lora.metadata.get(key) for lora, _ in loras}
+        if len(said) == 1 and (value := said.pop()):
+            metadata[key] = value
     if words:
         metadata["modelspec.trigger_phrase"] = ", ".join(words)
     if len(formats) == 1 and (format := formats.pop()):
         metadata["atelier.base_format"] = format
     return metadata
+
+
+def different_bases(loras: Sequence[LoraTensors]) -> list[str]:
+    """The architectures of the models that LoRAs were trained on, or else their files, if some
+    that name theirs differ."""
+    for key in _OF_BASE[:2]:
+        said = dict.fromkeys(lora.metadata[key] for lora in loras if lora.metadata.get(key))
+        if len(said) > 1:
+            return [*said]
+    return []
 
 
 def save_export(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -70,7 +84,6 @@ def save_export(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         {
             **kept,
             "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": kept.get("modelspec.architecture", _ARCHITECTURE),
             "modelspec.implementation": "https://github.com/black-forest-labs/flux",
             "modelspec.title": path.stem,
             "modelspec.date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -228,6 +228,37 @@ def test_a_merge_says_what_it_is(loras: Path) -> None:
     assert kept.startswith("Of what the LoRA did, its new rank keeps ")
 
 
+BASE = ("modelspec.architecture", "ss_sd_model_name", "ss_base_model_version")
+
+
+@pytest.mark.parametrize(
+    ("said", "kept", "told"),
+    [
+        ([("a/lora", "a.st", "x"), ("a/lora", "a.st", "x")], ("a/lora", "a.st", "x"), ""),
+        ([("a/lora", "a.st", "x"), ("a/lora", "b.st", "x")], ("a/lora", "", "x"), "a.st, b.st"),
+        ([("a/lora", "a.st", ""), ("b/lora", "a.st", "")], ("", "a.st", ""), "a/lora, b/lora"),
+        ([("a/lora", "", ""), ("", "", "")], ("", "", ""), ""),
+    ],
+)
+def test_a_merge_names_the_base_that_all_name(
+    loras: Path, said: list[tuple[str, ...]], kept: tuple[str, ...], told: str
+) -> None:
+    for number, values in enumerate(said):
+        metadata = {key: value for key, value in zip(BASE, values, strict=True) if value}
+        save_file(written_by("kohya"), loras / f"{number}.safetensors", metadata=metadata)
+    runner = Runner()
+    found = runner.run(merge(("0.safetensors", 1.0), ("1.safetensors", 1.0)))
+    assert tuple(found.metadata.get(key, "") for key in BASE) == kept
+    warning = f"The LoRAs were trained on different models: {told}. Their sum may do little on any "
+    assert runner.texts["node"][1:] == ([f"{warning}of them."] if told else [])
+
+
+def test_an_export_claims_no_base_that_the_file_does_not_name(loras: Path) -> None:
+    Runner().run(export(FROM_WIRE, lora=written_by("kohya")))
+    metadata = read_lora(loras / "made.safetensors").metadata
+    assert [key for key in metadata if "architecture" in key] == []
+
+
 def test_the_same_file_twice_is_told_and_no_file_refused(loras: Path) -> None:
     runner = Runner()
     runner.run(merge(("kohya.safetensors", 0.5), ("kohya.safetensors", 0.5)))
