@@ -21,7 +21,7 @@ from ..trainers.lora_file import LoraTensors
 from ..trainers.lora_metadata import merged_metadata, resized_metadata, save_export
 from . import folders, host
 from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
-from .lora_losses import cut, left_out, of_different_bases, unlike_in_diffusers
+from .lora_losses import cut, cut_lokrs, cut_sum, left_out, of_different_bases, unlike_in_diffusers
 from .native import to_training_device
 from .trainable import model_to_train
 
@@ -191,7 +191,12 @@ class MergeLoras(io.ComfyNode):
                 *warnings,
                 *of_different_bases(given),
                 *(warning for lora in parsed for warning in left_out(lora)),
-                *cut(whole, smaller),
+                *(
+                    said
+                    for name, lora in zip(names.values(), parsed, strict=True)
+                    for said in cut_lokrs(name, lora, rank)
+                ),
+                *cut_sum(whole, smaller),
             ),
         )
 

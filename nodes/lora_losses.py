@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..trainers.flux_lora import FluxLora
-from ..trainers.lora_export import ranks_of_parts, share_kept
+from ..trainers.lora_export import ranks_of_parts, resized, share_kept
 from ..trainers.lora_file import LoraTensors
 from ..trainers.lora_metadata import different_bases
 
@@ -23,6 +23,24 @@ def cut(lora: FluxLora, smaller: FluxLora) -> list[str]:
         return []
     kept = share_kept(lora, smaller)
     return [f"Of what the LoRA did, its new rank keeps {kept:.1%} (squared)."]
+
+
+def cut_lokrs(name: str, lora: FluxLora, rank: int) -> list[str]:
+    """What a merge, which makes LoRAs of them, took away from the LoKrs of a file."""
+    adapters = tuple(a for a in (*lora.adapters, *lora.text) if a.kind == "lokr")
+    if not adapters:
+        return []
+    lokrs = FluxLora(adapters=adapters, rest={})
+    kept = share_kept(lokrs, resized(lokrs, rank))
+    return [f"Of the LoKrs of '{name}', rank {rank} keeps {kept:.1%} (squared)."]
+
+
+def cut_sum(whole: FluxLora, smaller: FluxLora) -> list[str]:
+    """What a new rank took away from the sum, in which LoKrs are LoRAs already."""
+    if smaller is whole:
+        return []
+    kept = share_kept(whole, smaller)
+    return [f"Of the sum of the LoRAs, its new rank keeps {kept:.1%} (squared)."]
 
 
 def unlike_in_diffusers(lora: FluxLora, format: str) -> list[str]:

@@ -223,9 +223,27 @@ def test_a_merge_says_what_it_is(loras: Path) -> None:
     assert {t.shape[0] for n, t in found.items() if "lora_A" in n} <= {4, 8}
     assert lora_facts(found).trigger_words == ("ohwx",)
     assert json.loads(found.metadata["atelier.merged"])[1] == ["ai_toolkit", -1.0]
-    said, kept = runner.texts["node"]
+    said, of_lokrs, kept = runner.texts["node"]
     assert said.startswith("LoRAs merged: 3; modules: ")
-    assert kept.startswith("Of what the LoRA did, its new rank keeps ")
+    assert of_lokrs.startswith("Of the LoKrs of 'simpletuner_lycoris.safetensors', rank 8 keeps ")
+    assert kept.startswith("Of the sum of the LoRAs, its new rank keeps ")
+
+
+def test_a_merge_says_what_a_rank_takes_from_a_lokr(loras: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(size, size, generator=generator) for size in (4, 64)]
+    module = "diffusion_model.double_blocks.0.img_attn.proj"
+    tensors = {f"{module}.lokr_w{n}": factor for n, factor in enumerate(factors, 1)}
+    save_file(tensors, loras / "lokr.safetensors")
+    runner = Runner()
+    runner.run(merge(("lokr.safetensors", 0.3), rank=7))
+    energies = torch.linalg.svdvals(torch.kron(*factors).double()) ** 2
+    share = float(energies[:7].sum() / energies.sum())
+    assert 0.05 < share < 0.9
+    assert runner.texts["node"][1:] == [
+        f"Of the LoKrs of 'lokr.safetensors', rank 7 keeps {share:.1%} (squared).",
+        "Of the sum of the LoRAs, its new rank keeps 100.0% (squared).",
+    ]
 
 
 BASE = ("modelspec.architecture", "ss_sd_model_name", "ss_base_model_version")
