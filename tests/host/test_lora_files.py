@@ -342,13 +342,26 @@ def test_two_models_of_comfyui_give_the_lora_between_them(loras: Path) -> None:
     )
 
 
-def test_models_without_a_difference_or_of_different_sizes_are_refused(loras: Path) -> None:
+def test_models_without_a_difference_are_refused(loras: Path) -> None:
     plain = stored_tensors("bf16")
     with pytest.raises(RuntimeError, match="The two MODELs have the same matrices"):
         Runner().run(extract(core_model_of(plain), core_model_of(plain)))
-    deeper = core_model_of(stored_tensors("bf16", depth=2))
-    with pytest.raises(RuntimeError, match=r"256 x \(2 \+ 1\) blocks and 256 x \(1 \+ 1\)"):
-        Runner().run(extract(deeper, core_model_of(plain)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ({"depth": 2}, "model has 2 double blocks, model_base 1 double blocks. Choose"),
+        (
+            {"guidance": False},
+            "model has no guidance embedding, model_base a guidance embedding. Choose",
+        ),
+    ],
+)
+def test_models_of_two_kinds_are_refused(loras: Path, kind: dict[str, Any], told: str) -> None:
+    other, plain = (core_model_of(stored_tensors("bf16", **one)) for one in (kind, {}))
+    with pytest.raises(RuntimeError, match=told):
+        Runner().run(extract(other, plain))
 
 
 def test_the_nodes_and_comfyuis_loader_work_together(server: ComfyServer) -> None:
