@@ -7,22 +7,21 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.config import require, require_file_name
-from ..trainers.flux_lora import FluxLora, parse_flux_lora
+from ..trainers.flux_lora import parse_flux_lora
 from ..trainers.lora_export import (
     DTYPES,
     FORMATS,
     exported,
     merged,
-    merged_metadata,
     ranks,
     resized,
-    save_export,
-    share_kept,
 )
 from ..trainers.lora_extract import extract_lora
 from ..trainers.lora_file import LoraTensors
+from ..trainers.lora_metadata import merged_metadata, resized_metadata, save_export
 from . import folders, host
 from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
+from .lora_losses import cut, cut_lokrs, cut_sum, left_out, of_different_bases, unlike_in_diffusers
 from .native import to_training_device
 from .trainable import model_to_train
 
@@ -114,7 +113,7 @@ class ExportLora(io.ComfyNode):
         given = chosen_lora("Export LoRA", lora_name, lora)
         parsed = parse_flux_lora(given, given.name or "on the wire")
         whole = resized(parsed, rank) if rank else parsed
-        metadata = dict(given.metadata)
+        metadata = resized_metadata(given.metadata, whole) if rank else dict(given.metadata)
         if trigger_words.strip():
             metadata["modelspec.trigger_phrase"] = trigger_words.strip()
         tensors = exported(whole, format, DTYPES[dtype])
@@ -124,7 +123,13 @@ class ExportLora(io.ComfyNode):
         return io.NodeOutput(
             path.name,
             LoraTensors(tensors, metadata=metadata, name=name),
-            ui=host.report(cls.hidden.unique_id, said, *_warnings(parsed, whole)),
+            ui=host.report(
+                cls.hidden.unique_id,
+                said,
+                *left_out(parsed),
+                *cut(parsed, whole),
+                *unlike_in_diffusers(whole, format),
+            ),
         )
 
 
@@ -184,8 +189,14 @@ class MergeLoras(io.ComfyNode):
                 cls.hidden.unique_id,
                 f"LoRAs merged: {len(given)}; modules: {modules}, of rank {span}.",
                 *warnings,
-                *(warning for lora in parsed for warning in _left_out(lora)),
-                *_warnings(whole, smaller),
+                *of_different_bases(given),
+                *(warning for lora in parsed for warning in left_out(lora)),
+                *(
+                    said
+                    for name, lora in zip(names.values(), parsed, strict=True)
+                    for said in cut_lokrs(name, lora, rank)
+                ),
+                *cut_sum(whole, smaller),
             ),
         )
 
@@ -280,19 +291,3 @@ def _slots() -> list[Any]:
             ),
         ]
     return slots
-
-
-def _left_out(lora: FluxLora) -> list[str]:
-    if not lora.unknown:
-        return []
-    some = ", ".join(lora.unknown[:3])
-    return [f"Left out, because FLUX.1 has no such modules: {len(lora.unknown)}, such as {some}."]
-
-
-def _warnings(lora: FluxLora, smaller: FluxLora) -> list[str]:
-    """What is not in the file any more."""
-    warnings = _left_out(lora)
-    if smaller is not lora:
-        kept = share_kept(lora, smaller)
-        warnings.append(f"Of what the LoRA did, its new rank keeps {kept:.1%} (squared).")
-    return warnings

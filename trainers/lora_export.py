@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .adapters import save_lora
 from .config import require
 from .flux import FINAL_MODULATION
 from .flux_lora import Adapter, FluxLora, is_of_text, swapped_halves
-from .lora_file import LoraTensors, lora_facts
 from .lora_names import DIFFUSERS_OF, PARTS, block_zero, in_block, split_name
 from .low_rank import LowRank, stacked
 
 FORMATS = ("diffusers", "comfyui", "kohya")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ARCHITECTURE = "flux-1-dev/lora"
-_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _DIFFUSERS_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight"}
 _OTHER_PARTS = {"down": "lora_down.weight", "up": "lora_up.weight"}
 _TEXT_PREFIXES = {
@@ -39,8 +31,6 @@ _TEXT_PREFIXES = {
     },
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PEFT = "lora_adapter_metadata"
-"""diffusers' metadata with alphas: it refuses a file that has them as tensors too."""
 
 
 def exported(lora: FluxLora, format: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -49,8 +39,8 @@ def exported(lora: FluxLora, format: str, dtype: torch.dtype = torch.float32) ->
     diffusers: `transformer.` and diffusers' names, `lora_A` / `lora_B`. comfyui:
     `diffusion_model.` and the original names, `lora_down` / `lora_up`. kohya: `lora_unet_` and the
     original names with underscores. The last two have fused matrices: the parts of one become a
-    LoRA with a block-diagonal `lora_up`, whose rank is the sum of theirs, and such a one is taken
-    apart again, exactly. Alphas stay float32.
+    LoRA with a block-diagonal `lora_up`, whose rank is the sum of theirs, with zeros for parts
+    that have none, and such a one is taken apart again, exactly. Alphas stay float32.
 
     Raises:
         ValueError: if the format cannot hold what the LoRA is, or a value is too large for `dtype`.
@@ -135,50 +125,15 @@ def ranks(tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     return len({module for module, _, _ in names.values()}), span or "?"
 
 
-def merged_metadata(loras: Sequence[tuple[LoraTensors, float]]) -> dict[str, str]:
-    """What is known of the sum of LoRAs with their weights, in the modelspec convention."""
-    facts = [lora_facts(lora) for lora, _ in loras]
-    words = dict.fromkeys(word for fact in facts for word in fact.trigger_words)
-    formats = {fact.base_format for fact in facts}
-    metadata = {
-        "modelspec.merged_from": ", ".join(lora.name for lora, _ in loras),
-        "modelspec.architecture": facts[0].architecture or _ARCHITECTURE,
-        "atelier.merged": json.dumps([[lora.name, weight] for lora, weight in loras]),
-    }
-    if words:
-        metadata["modelspec.trigger_phrase"] = ", ".join(words)
-    if len(formats) == 1 and (format := formats.pop()):
-        metadata["atelier.base_format"] = format
-    return metadata
+def ranks_of_parts(lora: FluxLora) -> list[int]:
+    """The ranks of its plain LoRAs, each once and in their order, where every part of a fused
+    matrix has its own.
 
-
-def save_export(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a LoRA file with metadata in the modelspec convention: what `metadata` holds, the date,
-    and the SHA-256 of the tensors' bytes.
-
-    Raises:
-        ValueError: if a value is not finite, or the disk refuses.
+    From the formats comfyui and kohya, diffusers (0.39, `get_peft_kwargs`) gives the alpha of the
+    first module to all: with one rank that is right.
     """
-    from safetensors.torch import save
-
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    body = save(whole)
-    digest = hashlib.sha256(body[8 + int.from_bytes(body[:8], "little") :]).hexdigest()
-    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-    kept = {key: value for key, value in metadata.items() if key not in (*_HASHES, _PEFT, "format")}
-    save_lora(
-        path,
-        whole,
-        {
-            **kept,
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": kept.get("modelspec.architecture", _ARCHITECTURE),
-            "modelspec.implementation": "https://github.com/black-forest-labs/flux",
-            "modelspec.title": path.stem,
-            "modelspec.date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "modelspec.hash_sha256": f"0x{digest}",
-        },
-    )
+    plain = [adapter for adapter in lora.adapters if _is_plain(adapter)]
+    return sorted({len(module.parts["down"]) for module in _modules(plain, "diffusers")})
 
 
 def _all(lora: FluxLora) -> tuple[Adapter, ...]:
@@ -199,10 +154,30 @@ def _modules(adapters: Sequence[Adapter], format: str) -> Iterator[Adapter]:
             rows = [adapter.rows for adapter in found]  # ComfyUI reads diffusers' modules too
         else:
             width = found[0].shape[1]
-            if format != "diffusers":
-                parts = (("", 0, parts[-1][2]),)
             rows = [slice(start * width, stop * width) for _, start, stop in parts]
+            if format != "diffusers":
+                found += _empty_parts(name, found, rows)
+                rows = [slice(0, rows[-1].stop)]
         yield from (module for part in rows if (module := _on_rows(name, found, part)))
+
+
+def _empty_parts(name: str, adapters: Sequence[Adapter], rows: Sequence[slice]) -> list[Adapter]:
+    """LoRAs of zeros for the parts of a fused matrix that have none, if others have their own.
+
+    diffusers takes a fused LoRA apart only where every part has as many ranks as the others.
+    """
+    taken = [adapter.rows for adapter in adapters]
+    if any(own not in rows for own in taken):
+        return []
+    products = [adapter.low_rank() for adapter in adapters]
+    rank, scale = max(product.rank for product in products), products[0].scale
+    down = torch.zeros(rank, adapters[0].shape[1])
+    empty: list[Adapter] = []
+    for part in rows:
+        if part not in taken:
+            up = torch.zeros(part.stop - part.start, rank)
+            empty.append(_lora(name, part.start, LowRank(down=down, up=up, scale=scale)))
+    return empty
 
 
 def _on_rows(name: str, adapters: Sequence[Adapter], rows: slice) -> Adapter | None:
@@ -215,7 +190,9 @@ def _on_rows(name: str, adapters: Sequence[Adapter], rows: slice) -> Adapter | N
     for adapter in hits:
         first, last = max(adapter.start, rows.start), min(adapter.rows.stop, rows.stop)
         own = slice(first - adapter.start, last - adapter.start)
-        piece = adapter.low_rank().on_rows(own)
+        piece = adapter.low_rank()
+        if len(piece.up) > own.stop - own.start:
+            piece = piece.on_rows(own)
         if piece is not None:
             pieces.append((first - rows.start, piece))
         if adapter.dora_scale is not None and adapter.dora_scale.shape[1] == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,17 @@ from .config import require
 from .flux_lora import Adapter, FluxLora
 from .load import BaseFlux
 from .low_rank import low_rank_of, squared_norm
+
+_TOLD = {
+    "guidance": "{a} guidance embedding",
+    "hidden_size": "a width of {number}",
+    "depth": "{number} double blocks",
+    "depth_single": "{number} single blocks",
+    "in_channels": "{number} input channels",
+    "context_dim": "embeddings of T5 of width {number}",
+    "vector_dim": "embeddings of CLIP-L of width {number}",
+}
+"""The fields of `FluxConfig` in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +51,13 @@ def extract_lora(
     squared difference. One matrix is unpacked at a time.
 
     Raises:
-        ValueError: if they are of different sizes, or do not differ.
+        ValueError: if their configurations are different, or they do not differ.
     """
     require(
         tuned.config == base.config,
-        "A LoRA is the difference of two MODELs of one kind, and these are of different sizes: "
-        f"{_size(tuned)} and {_size(base)}. Choose the model that the other was made from.",
+        "A LoRA is the difference of two MODELs of one kind, and these are not: model has "
+        f"{_told(tuned, base)}, model_base {_told(base, tuned)}. Choose the model that the other "
+        "was made from.",
     )
     adapters, total, kept = [], 0.0, 0.0
     names = [*tuned.store.packed]
@@ -74,9 +87,14 @@ def extract_lora(
     )
 
 
-def _size(model: BaseFlux) -> str:
-    config = model.config
-    return f"{config.hidden_size} x ({config.depth} + {config.depth_single}) blocks"
+def _told(model: BaseFlux, other: BaseFlux) -> str:
+    """What of a model's configuration is not the other's."""
+    ours, theirs = (dataclasses.asdict(one.config) for one in (model, other))
+    return ", ".join(
+        words.format(number=ours[field], a="a" if ours[field] else "no")
+        for field, words in _TOLD.items()
+        if ours[field] != theirs[field]
+    )
 
 
 def _matrix(model: BaseFlux, module: str) -> Tensor:

@@ -143,6 +143,7 @@ def lora_facts(tensors: Mapping[str, Tensor]) -> LoraFacts:
         rank=_whole(first("atelier.rank"), first("ss_network_dim"), diffusers.get("transformer.r"))
         or _shape_rank(tensors),
         alpha=_number(
+            first("atelier.alpha"),  # of a file with a new rank, whose settings are the old ones
             lora.get("alpha"),
             first("ss_network_alpha"),
             diffusers.get("transformer.lora_alpha"),

@@ -18,10 +18,12 @@ import executor
 import pytest
 import torch
 from atelier.nodes.native import build_model
+from atelier.trainers.config import LORA_TARGETS
 from atelier.trainers.flux_lora import FluxLora, parse_flux_lora
 from atelier.trainers.load import load_flux
-from atelier.trainers.lora_export import FORMATS, exported, merged, resized, save_export
+from atelier.trainers.lora_export import FORMATS, exported, merged, resized
 from atelier.trainers.lora_file import read_lora
+from atelier.trainers.lora_metadata import save_export
 from atelier.trainers.lora_names import comfy_names
 from core_flux import core_model_of
 from dense import dense_transformer, stored_tensors, to_diffusers
@@ -133,6 +135,42 @@ def test_an_export_does_the_same_in_diffusers(
     save_export(path, exported(lora, format), {"modelspec.architecture": "flux-1-dev/lora"})
     expected = in_comfyui(exported(lora, "comfyui"))
     assert_equal(in_diffusers(path), to_diffusers(expected))
+
+
+def ours(targets: str, rank: int = 4) -> dict[str, Tensor]:
+    """A LoRA on one of our choices of layers, as Train LoRA writes it."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name, module in dense_transformer(dict(PLAIN())).named_modules():
+        if "blocks." in name and name.endswith(tuple(f".{end}" for end in LORA_TARGETS[targets])):
+            rows, columns = module.weight.shape
+            for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                values = 0.05 * torch.randn(shape, generator=generator)
+                tensors[f"transformer.{name}.lora_{part}.weight"] = values
+            tensors[f"transformer.{name}.alpha"] = torch.tensor(float(rank))
+    return tensors
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("targets", LORA_TARGETS)
+def test_a_lora_of_ours_keeps_its_strength_in_diffusers(
+    targets: str, format: str, tmp_path: Path, diffusers_of_this_width: None
+) -> None:
+    tensors = ours(targets)
+    path = tmp_path / "lora.safetensors"
+    made = exported(parse_flux_lora(tensors), format)
+    save_export(path, made, {})
+    assert_equal(in_diffusers(path), to_diffusers(in_comfyui(comfy_names(tensors))))
+    back = exported(parse_flux_lora(made), "diffusers")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_different_ranks_keep_their_strength_in_diffusers_own_format(tmp_path: Path) -> None:
+    tensors = ours("all") | {n: t for n, t in ours("qlora", rank=2).items() if ".to_out.0" in n}
+    path = tmp_path / "lora.safetensors"
+    save_export(path, exported(parse_flux_lora(tensors), "diffusers"), {})
+    assert_equal(in_diffusers(path), to_diffusers(in_comfyui(comfy_names(tensors))))
 
 
 @pytest.mark.parametrize("trainer", ["simpletuner_comfyui", "kohya", "xlabs"])

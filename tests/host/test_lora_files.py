@@ -111,6 +111,22 @@ def test_a_lora_on_the_wire_keeps_its_metadata(loras: Path) -> None:
     assert {t.shape[0] for n, t in found.items() if n.endswith("_proj.lora_down.weight")} == {2}
 
 
+OF_OURS = {
+    **{"atelier.rank": "4", "atelier.settings": json.dumps({"lora": {"rank": 4, "alpha": 8.0}})},
+    **{"ss_network_dim": "4", "ss_network_alpha": "8.0"},
+}
+
+
+@pytest.mark.parametrize("metadata", [OF_OURS, {}])
+def test_a_new_rank_is_in_the_metadata_too(loras: Path, metadata: dict[str, str]) -> None:
+    lora = LoraTensors(written_by("ai_toolkit"), metadata=metadata)
+    found = Runner().run(export(FROM_WIRE, lora=lora, format="kohya", rank=2, output=1))
+    for made in (found, read_lora(loras / "made.safetensors")):
+        assert (lora_facts(made).rank, lora_facts(made).alpha) == (2, 2.0)
+        dims = [made.metadata.get(f"ss_network_{which}") for which in ("dim", "alpha")]
+        assert dims == (["2", "2"] if metadata else [None, None])
+
+
 REFUSED = [
     ({"lora_name": FROM_WIRE}, "Export LoRA has no LoRA: "),
     ({"lora_name": "gone.safetensors"}, "is not there any more"),
@@ -181,6 +197,25 @@ def test_unknown_modules_are_left_out_and_told(loras: Path) -> None:
     ]
 
 
+def test_different_ranks_are_told_for_the_formats_that_diffusers_gets_wrong(loras: Path) -> None:
+    lora, texts = written_by("xlabs"), {}
+    for part, dim in (("down", 0), ("up", 1)):
+        name = f"double_blocks.0.processor.proj_lora1.{part}.weight"
+        lora[name] = torch.cat([lora[name]] * 2, dim)
+    for format in ("diffusers", "comfyui", "kohya"):
+        runner = Runner()
+        runner.run(export(FROM_WIRE, lora=lora, format=format))
+        texts[format] = runner.texts["node"][1:]
+    told = (
+        "The modules have different ranks, 4 to 8: diffusers would read this file at another "
+        "strength. Choose the format diffusers for it."
+    )
+    assert texts == {"diffusers": [], "comfyui": [told], "kohya": [told]}
+    runner = Runner()
+    runner.run(export(FROM_WIRE, lora=written_by("xlabs"), format="kohya"))
+    assert runner.texts["node"][1:] == []
+
+
 def test_a_merge_says_what_it_is(loras: Path) -> None:
     runner = Runner()
     files = [("kohya.safetensors", 0.5), ("ai_toolkit.safetensors", -1.0)]
@@ -188,9 +223,58 @@ def test_a_merge_says_what_it_is(loras: Path) -> None:
     assert {t.shape[0] for n, t in found.items() if "lora_A" in n} <= {4, 8}
     assert lora_facts(found).trigger_words == ("ohwx",)
     assert json.loads(found.metadata["atelier.merged"])[1] == ["ai_toolkit", -1.0]
-    said, kept = runner.texts["node"]
+    said, of_lokrs, kept = runner.texts["node"]
     assert said.startswith("LoRAs merged: 3; modules: ")
-    assert kept.startswith("Of what the LoRA did, its new rank keeps ")
+    assert of_lokrs.startswith("Of the LoKrs of 'simpletuner_lycoris.safetensors', rank 8 keeps ")
+    assert kept.startswith("Of the sum of the LoRAs, its new rank keeps ")
+
+
+def test_a_merge_says_what_a_rank_takes_from_a_lokr(loras: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(size, size, generator=generator) for size in (4, 64)]
+    module = "diffusion_model.double_blocks.0.img_attn.proj"
+    tensors = {f"{module}.lokr_w{n}": factor for n, factor in enumerate(factors, 1)}
+    save_file(tensors, loras / "lokr.safetensors")
+    runner = Runner()
+    runner.run(merge(("lokr.safetensors", 0.3), rank=7))
+    energies = torch.linalg.svdvals(torch.kron(*factors).double()) ** 2
+    share = float(energies[:7].sum() / energies.sum())
+    assert 0.05 < share < 0.9
+    assert runner.texts["node"][1:] == [
+        f"Of the LoKrs of 'lokr.safetensors', rank 7 keeps {share:.1%} (squared).",
+        "Of the sum of the LoRAs, its new rank keeps 100.0% (squared).",
+    ]
+
+
+BASE = ("modelspec.architecture", "ss_sd_model_name", "ss_base_model_version")
+
+
+@pytest.mark.parametrize(
+    ("said", "kept", "told"),
+    [
+        ([("a/lora", "a.st", "x"), ("a/lora", "a.st", "x")], ("a/lora", "a.st", "x"), ""),
+        ([("a/lora", "a.st", "x"), ("a/lora", "b.st", "x")], ("a/lora", "", "x"), "a.st, b.st"),
+        ([("a/lora", "a.st", ""), ("b/lora", "a.st", "")], ("", "a.st", ""), "a/lora, b/lora"),
+        ([("a/lora", "", ""), ("", "", "")], ("", "", ""), ""),
+    ],
+)
+def test_a_merge_names_the_base_that_all_name(
+    loras: Path, said: list[tuple[str, ...]], kept: tuple[str, ...], told: str
+) -> None:
+    for number, values in enumerate(said):
+        metadata = {key: value for key, value in zip(BASE, values, strict=True) if value}
+        save_file(written_by("kohya"), loras / f"{number}.safetensors", metadata=metadata)
+    runner = Runner()
+    found = runner.run(merge(("0.safetensors", 1.0), ("1.safetensors", 1.0)))
+    assert tuple(found.metadata.get(key, "") for key in BASE) == kept
+    warning = f"The LoRAs were trained on different models: {told}. Their sum may do little on any "
+    assert runner.texts["node"][1:] == ([f"{warning}of them."] if told else [])
+
+
+def test_an_export_claims_no_base_that_the_file_does_not_name(loras: Path) -> None:
+    Runner().run(export(FROM_WIRE, lora=written_by("kohya")))
+    metadata = read_lora(loras / "made.safetensors").metadata
+    assert [key for key in metadata if "architecture" in key] == []
 
 
 def test_the_same_file_twice_is_told_and_no_file_refused(loras: Path) -> None:
@@ -258,13 +342,26 @@ def test_two_models_of_comfyui_give_the_lora_between_them(loras: Path) -> None:
     )
 
 
-def test_models_without_a_difference_or_of_different_sizes_are_refused(loras: Path) -> None:
+def test_models_without_a_difference_are_refused(loras: Path) -> None:
     plain = stored_tensors("bf16")
     with pytest.raises(RuntimeError, match="The two MODELs have the same matrices"):
         Runner().run(extract(core_model_of(plain), core_model_of(plain)))
-    deeper = core_model_of(stored_tensors("bf16", depth=2))
-    with pytest.raises(RuntimeError, match=r"256 x \(2 \+ 1\) blocks and 256 x \(1 \+ 1\)"):
-        Runner().run(extract(deeper, core_model_of(plain)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ({"depth": 2}, "model has 2 double blocks, model_base 1 double blocks. Choose"),
+        (
+            {"guidance": False},
+            "model has no guidance embedding, model_base a guidance embedding. Choose",
+        ),
+    ],
+)
+def test_models_of_two_kinds_are_refused(loras: Path, kind: dict[str, Any], told: str) -> None:
+    other, plain = (core_model_of(stored_tensors("bf16", **one)) for one in (kind, {}))
+    with pytest.raises(RuntimeError, match=told):
+        Runner().run(extract(other, plain))
 
 
 def test_the_nodes_and_comfyuis_loader_work_together(server: ComfyServer) -> None:
