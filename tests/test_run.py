@@ -22,7 +22,8 @@ from atelier.trainers.config import (
     TimestepSettings,
     TrainSettings,
 )
-from atelier.trainers.run import Checkpoint, Run, RunIdentity
+from atelier.trainers.run import Checkpoint, Run
+from atelier.trainers.run_identity import RunIdentity
 from atelier.trainers.status import State, Status
 from safetensors import SafetensorError
 from small_disk import fill, small_disk
@@ -196,7 +197,8 @@ from pathlib import Path
 from pack import load_pack
 load_pack()
 from atelier.trainers.config import JobSettings
-from atelier.trainers.run import Run, RunIdentity
+from atelier.trainers.run import Run
+from atelier.trainers.run_identity import RunIdentity
 names = ("base", "base_format", "latents", "prompts")
 identity = RunIdentity(**dict.fromkeys(names, "x"), job=JobSettings())
 with Run(Path(sys.argv[1]), identity, {}).locked():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .run import RunIdentity
+from .run_identity import RunIdentity
 
 _NAMES = {
     "base": "the base model",

@@ -24,7 +24,8 @@ from .hooks import Hooks, Step, Trained
 from .load import BaseFlux
 from .memory import Workload
 from .rhythm import Rhythm
-from .run import FROZEN_FILE, Run, RunIdentity, run_name
+from .run import FROZEN_FILE, Run, run_name
+from .run_identity import RunIdentity
 from .status import State, Status
 from .step import TrainState, optimizer_step
 

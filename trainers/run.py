@@ -8,7 +8,6 @@ checkpoint is written under a temporary name, synced and renamed, so it is whole
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout  # a package that torch needs
 from torch import Tensor
 
-from .config import JobSettings, LoraSettings, LossSettings, TimestepSettings, to_json
+from .config import LoraSettings
 from .files import (
     not_written,
     read_safetensors,
@@ -32,56 +31,14 @@ from .files import (
     write_safetensors,
 )
 from .frozen import FrozenLora, save_frozen
+from .run_identity import RunIdentity
 from .status import Status, read_status, write_status
 
 RUN_FILE, LOCK_FILE = "run.json", "lock"
 PROMPT_FILE = "prompt.json"
 """The graph that asked for the run, as ComfyUI's queue takes it, and the id of its node."""
 FROZEN_FILE = "frozen_loras.safetensors"
-_VERSION = 1
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunIdentity:
-    """Everything that determines the weights of a run, its length aside."""
-
-    base: str
-    """Identity of the base model's file."""
-    base_format: str
-    latents: str
-    """Fingerprint of the latent cache."""
-    prompts: str
-    """Fingerprint of the prompt cache."""
-    job: JobSettings
-    frozen: str = ""
-    """Fingerprint of the LoRAs that belong to the base model; empty if it has none."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Length, name and checkpoint distance do not change what a step computes."""
-        job = to_json(self.job)
-        job["lora"]["alpha"] = self.job.lora.resolved_alpha
-        # Recomputing blocks gives the same gradients; turning it on must not lose a run.
-        del job["train"]["gradient_checkpointing"]
-        # Runs from before there were any, and those of the recipe, are the same.
-        for name, default in (("timesteps", TimestepSettings()), ("loss", LossSettings())):
-            if getattr(self.job.train, name) == default:
-                del job["train"][name]
-        values = {
-            "version": _VERSION,
-            "base": self.base,
-            "base_format": self.base_format,
-            "latents": self.latents,
-            "prompts": self.prompts,
-            "lora": job["lora"],
-            "train": job["train"],
-        }
-        # Runs from before there were any, and those without, are the same.
-        return values | ({"frozen_loras": self.frozen} if self.frozen else {})
-
-    def hash8(self) -> str:
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def run_name(run_id: str) -> str:
