@@ -155,7 +155,13 @@ def other(name: str, tensor: Tensor) -> LoraTensors:
 
 
 QKV = "double_blocks.0.processor.qkv_lora1"
+PROJ = "transformer.transformer_blocks.0.attn.to_out.0"
 BAD_ON_THE_WIRE = [
+    (
+        other(f"{PROJ}.lora_B.bias", torch.ones(256)),
+        "has biases, first 'transformer.tr.* lora_bias",
+    ),
+    (other(f"{PROJ}.lora_B.style.bias", torch.ones(256)), "has biases, first 'transformer.tr"),
     (
         {"lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(2, 2)},
         "was not made for FLUX.1: of its 1 modules 1 are unknown, such as lora_unet_input",
