@@ -46,7 +46,11 @@ def exported(lora: FluxLora, format: str, dtype: torch.dtype = torch.float32) ->
         ValueError: if the format cannot hold what the LoRA is, or a value is too large for `dtype`.
     """
     tensors: dict[str, Tensor] = {}
-    for adapter in (*_modules(lora.adapters, format), *lora.text):
+    modules = [*_modules(lora.adapters, format)]
+    if format == "diffusers":
+        for of_one_model in (modules, lora.text):
+            _require_one_kind(of_one_model)
+    for adapter in (*modules, *lora.text):
         tensors |= _spelled(adapter, format)
     if lora.rest:
         require(
@@ -138,6 +142,16 @@ def ranks_of_parts(lora: FluxLora) -> list[int]:
 
 def _all(lora: FluxLora) -> tuple[Adapter, ...]:
     return (*lora.adapters, *lora.text)
+
+
+def _require_one_kind(modules: Sequence[Adapter]) -> None:
+    """diffusers (0.39) fails at a file in which only some modules are DoRAs."""
+    plain = [module.name for module in modules if module.dora_scale is None]
+    require(
+        not plain or len(plain) == len(modules),
+        "diffusers has no LoRA of which only some modules are DoRAs: "
+        f"'{next(iter(plain), '')}' is none. Choose comfyui.",
+    )
 
 
 def _modules(adapters: Sequence[Adapter], format: str) -> Iterator[Adapter]:

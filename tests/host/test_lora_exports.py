@@ -173,6 +173,16 @@ def test_different_ranks_keep_their_strength_in_diffusers_own_format(tmp_path: P
     assert_equal(in_diffusers(path), to_diffusers(in_comfyui(comfy_names(tensors))))
 
 
+def test_diffusers_fails_at_a_dora_in_some_modules_only(tmp_path: Path) -> None:
+    """Why such an export is refused."""
+    whole = exported(parse_flux_lora(written_by("peft_dora")), "diffusers")
+    magnitudes = [name for name in whole if name.endswith("lora_magnitude_vector")]
+    path = tmp_path / "lora.safetensors"
+    save_export(path, {n: t for n, t in whole.items() if n != magnitudes[0]}, {})
+    with pytest.raises(RuntimeError, match="device meta"):
+        in_diffusers(path)
+
+
 @pytest.mark.parametrize("trainer", ["simpletuner_comfyui", "kohya", "xlabs"])
 def test_there_and_back_is_the_first(trainer: str) -> None:
     first = exported(parse_flux_lora(written_by(trainer)), "diffusers")

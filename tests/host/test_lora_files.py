@@ -157,6 +157,7 @@ def other(name: str, tensor: Tensor) -> LoraTensors:
 QKV = "double_blocks.0.processor.qkv_lora1"
 PROJ = "transformer.transformer_blocks.0.attn.to_out.0"
 BAD_ON_THE_WIRE = [
+    (other(f"{QKV}.dora_scale", torch.ones(768, 1)), "only some modules are DoRAs: .* comfyui"),
     (
         other(f"{PROJ}.lora_B.bias", torch.ones(256)),
         "has biases, first 'transformer.tr.* lora_bias",
