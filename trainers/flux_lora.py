@@ -149,7 +149,7 @@ def parse_flux_lora(tensors: Mapping[str, Tensor], name: str = "") -> FluxLora:
         ValueError: if half of its modules or more are not FLUX.1's, two sets of tensors are for
             the same module, shapes are not FLUX.1's, or `up` matrices have biases.
     """
-    biases = [key for key in tensors if ".lora_B." in key and key.endswith(".bias")]
+    biases = [key for key in tensors if split_name(key)[2] == "bias"]
     if biases:
         raise ValueError(
             f"The LoRA '{name}' has biases, first '{biases[0]}', as control LoRAs of Black Forest "

@@ -99,7 +99,8 @@ def test_an_export_says_what_it_is(loras: Path) -> None:
     assert (facts.trigger_words, facts.steps) == (("my cat",), 70)
     kinds = {name.endswith(".alpha"): dtype for name, dtype in dtypes.items()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
-    (said,) = runner.texts["node"]
+    said, of_t5 = runner.texts["node"]
+    assert of_t5.startswith("The part for T5 does nothing in diffusers")
     assert said.startswith("Written: made.safetensors, 0.")
 
 
