@@ -15,13 +15,22 @@ from ..trainers.lora_export import (
     merged,
     ranks,
     resized,
+    rounded,
 )
 from ..trainers.lora_extract import extract_lora
 from ..trainers.lora_file import LoraTensors
 from ..trainers.lora_metadata import merged_metadata, resized_metadata, save_export
 from . import folders, host
 from .lora_choice import FROM_WIRE, NONE, checked, chosen_lora, lora_file, lora_input, versions
-from .lora_losses import cut, cut_lokrs, cut_sum, left_out, of_different_bases, unlike_in_diffusers
+from .lora_losses import (
+    cut,
+    cut_lokrs,
+    cut_sum,
+    left_out,
+    of_different_bases,
+    rounded_to_zero,
+    unlike_in_diffusers,
+)
 from .native import to_training_device
 from .trainable import model_to_train
 
@@ -116,7 +125,8 @@ class ExportLora(io.ComfyNode):
         metadata = resized_metadata(given.metadata, whole) if rank else dict(given.metadata)
         if trigger_words.strip():
             metadata["modelspec.trigger_phrase"] = trigger_words.strip()
-        tensors = exported(whole, format, DTYPES[dtype])
+        exact = exported(whole, format)
+        tensors = rounded(exact, DTYPES[dtype])
         save_export(path, tensors, metadata)
         size, (modules, span) = path.stat().st_size / 1e6, ranks(tensors)
         said = f"Written: {path.name}, {size:.1f} MB; modules: {modules}, of rank {span}."
@@ -128,6 +138,7 @@ class ExportLora(io.ComfyNode):
                 said,
                 *left_out(parsed),
                 *cut(parsed, whole),
+                *rounded_to_zero(exact, tensors),
                 *unlike_in_diffusers(whole, format),
             ),
         )

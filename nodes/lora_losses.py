@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from ..trainers.flux_lora import FluxLora
 from ..trainers.lora_export import ranks_of_parts, resized, share_kept
@@ -45,12 +47,29 @@ def cut_sum(whole: FluxLora, smaller: FluxLora) -> list[str]:
 
 def unlike_in_diffusers(lora: FluxLora, format: str) -> list[str]:
     """What diffusers does otherwise with a file of this format."""
-    found = ranks_of_parts(lora)
-    if format == "diffusers" or len(found) < 2:
+    said, found = [], ranks_of_parts(lora)
+    if format != "diffusers" and len(found) > 1:
+        said.append(
+            f"The modules have different ranks, {found[0]} to {found[-1]}: diffusers would read "
+            "this file at another strength. Choose the format diffusers for it."
+        )
+    if format == "diffusers" and any(adapter.name.startswith("t5xxl.") for adapter in lora.text):
+        said.append(
+            "The part for T5 does nothing in diffusers, which loads none. For ComfyUI choose the "
+            "format comfyui."
+        )
+    return said
+
+
+def rounded_to_zero(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of which a dtype left nothing."""
+    gone = [name for name, tensor in before.items() if tensor.any() and not after[name].any()]
+    if not gone:
         return []
+    dtype = str(after[gone[0]].dtype).removeprefix("torch.")
     return [
-        f"The modules have different ranks, {found[0]} to {found[-1]}: diffusers would read this "
-        "file at another strength. Choose the format diffusers for it."
+        f"Too small for {dtype}, and now 0: {len(gone)} tensors, such as '{gone[0]}'. Choose fp32 "
+        "or bf16."
     ]
 
 

@@ -147,8 +147,15 @@ def parse_flux_lora(tensors: Mapping[str, Tensor], name: str = "") -> FluxLora:
 
     Raises:
         ValueError: if half of its modules or more are not FLUX.1's, two sets of tensors are for
-            the same module, or shapes are not FLUX.1's.
+            the same module, shapes are not FLUX.1's, or `up` matrices have biases.
     """
+    biases = [key for key in tensors if split_name(key)[2] == "bias"]
+    if biases:
+        raise ValueError(
+            f"The LoRA '{name}' has biases, first '{biases[0]}', as control LoRAs of Black Forest "
+            "Labs and those trained with lora_bias of peft have. No other file can hold them: "
+            "choose a LoRA without."
+        )
     modules: dict[str, dict[str, str]] = {}
     unknown: dict[str, None] = {}
     for key in tensors:

@@ -33,20 +33,24 @@ _TEXT_PREFIXES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def exported(lora: FluxLora, format: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def exported(lora: FluxLora, format: str) -> dict[str, Tensor]:
     """The tensors of a file of this format, one of `FORMATS`, with an alpha for each module.
 
     diffusers: `transformer.` and diffusers' names, `lora_A` / `lora_B`. comfyui:
     `diffusion_model.` and the original names, `lora_down` / `lora_up`. kohya: `lora_unet_` and the
     original names with underscores. The last two have fused matrices: the parts of one become a
     LoRA with a block-diagonal `lora_up`, whose rank is the sum of theirs, with zeros for parts
-    that have none, and such a one is taken apart again, exactly. Alphas stay float32.
+    that have none, and such a one is taken apart again, exactly.
 
     Raises:
-        ValueError: if the format cannot hold what the LoRA is, or a value is too large for `dtype`.
+        ValueError: if the format cannot hold what the LoRA is.
     """
     tensors: dict[str, Tensor] = {}
-    for adapter in (*_modules(lora.adapters, format), *lora.text):
+    modules = [*_modules(lora.adapters, format)]
+    if format == "diffusers":
+        for of_one_model in (modules, lora.text):
+            _require_one_kind(of_one_model)
+    for adapter in (*modules, *lora.text):
         tensors |= _spelled(adapter, format)
     if lora.rest:
         require(
@@ -55,6 +59,15 @@ def exported(lora: FluxLora, format: str, dtype: torch.dtype = torch.float32) ->
             f"'{next(iter(lora.rest))}'. Choose comfyui.",
         )
         tensors |= lora.rest
+    return tensors
+
+
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a file in another dtype; alphas stay float32.
+
+    Raises:
+        ValueError: if a value is too large for `dtype`.
+    """
     return {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
 
 
@@ -138,6 +151,16 @@ def ranks_of_parts(lora: FluxLora) -> list[int]:
 
 def _all(lora: FluxLora) -> tuple[Adapter, ...]:
     return (*lora.adapters, *lora.text)
+
+
+def _require_one_kind(modules: Sequence[Adapter]) -> None:
+    """diffusers (0.39) fails at a file in which only some modules are DoRAs."""
+    plain = [module.name for module in modules if module.dora_scale is None]
+    require(
+        not plain or len(plain) == len(modules),
+        "diffusers has no LoRA of which only some modules are DoRAs: "
+        f"'{next(iter(plain), '')}' is none. Choose comfyui.",
+    )
 
 
 def _modules(adapters: Sequence[Adapter], format: str) -> Iterator[Adapter]:

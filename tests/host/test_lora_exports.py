@@ -33,6 +33,7 @@ from drawing import draw
 from flux_files import write_flux
 from lora_keys import LISTS, shapes_of, written_by
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
 WIDTH = 256
 LORAS = [name for name in LISTS if not name.endswith(("_lycoris", "_dora", "_loha"))]
@@ -58,17 +59,19 @@ def in_comfyui(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def in_diffusers(path: Path) -> dict[str, Tensor]:
-    """The weights of diffusers' transformer, with the LoRA fused by peft."""
+def in_diffusers(path: Path, clip: CLIPTextModel | None = None) -> dict[str, Tensor]:
+    """The weights of diffusers' transformer, or of CLIP-L, with the LoRA fused by peft."""
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         transformer=dense_transformer({name: t.clone() for name, t in PLAIN().items()}),
-        **dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
+        text_encoder=clip,
+        **dict.fromkeys(("vae", "tokenizer", "text_encoder_2", "tokenizer_2")),
     )
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
-    pipeline.fuse_lora(components=["transformer"])
+    part = "text_encoder" if clip else "transformer"
+    pipeline.fuse_lora(components=[part])
     pipeline.unload_lora_weights()
-    return {k: v.detach() for k, v in pipeline.transformer.state_dict().items()}
+    return {k: v.detach().clone() for k, v in getattr(pipeline, part).state_dict().items()}
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -171,6 +174,38 @@ def test_different_ranks_keep_their_strength_in_diffusers_own_format(tmp_path: P
     path = tmp_path / "lora.safetensors"
     save_export(path, exported(parse_flux_lora(tensors), "diffusers"), {})
     assert_equal(in_diffusers(path), to_diffusers(in_comfyui(comfy_names(tensors))))
+
+
+def test_diffusers_fails_at_a_dora_in_some_modules_only(tmp_path: Path) -> None:
+    """Why such an export is refused."""
+    whole = exported(parse_flux_lora(written_by("peft_dora")), "diffusers")
+    magnitudes = [name for name in whole if name.endswith("lora_magnitude_vector")]
+    path = tmp_path / "lora.safetensors"
+    save_export(path, {n: t for n, t in whole.items() if n != magnitudes[0]}, {})
+    with pytest.raises(RuntimeError, match="device meta"):
+        in_diffusers(path)
+
+
+def test_diffusers_reads_the_part_for_clip_at_its_strength(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    clip = CLIPTextModel(CLIPTextConfig(**sizes, num_hidden_layers=2, vocab_size=100))
+    generator = torch.Generator().manual_seed(0)
+    tensors, deltas = ours("qlora"), {}
+    for layer, alpha in enumerate((4.0, 1.0)):
+        module = f"encoder.layers.{layer}.self_attn.q_proj"
+        down, up = (torch.randn(s, generator=generator) for s in ((4, 64), (64, 4)))
+        name = f"lora_te1_text_model_{module.replace('.', '_')}"
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        deltas[f"{module}.weight"] = alpha / 4 * up @ down
+    path = tmp_path / "lora.safetensors"
+    save_export(path, exported(parse_flux_lora(tensors), "diffusers"), {})
+    plain = {name: t.clone() for name, t in clip.state_dict().items()}
+    fused = in_diffusers(path, clip)
+    for name, tensor in plain.items():
+        delta = next((d for end, d in deltas.items() if name.endswith(end)), None)
+        expected = tensor if delta is None else tensor + delta
+        torch.testing.assert_close(fused[name], expected, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("trainer", ["simpletuner_comfyui", "kohya", "xlabs"])

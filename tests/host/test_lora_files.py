@@ -99,7 +99,8 @@ def test_an_export_says_what_it_is(loras: Path) -> None:
     assert (facts.trigger_words, facts.steps) == (("my cat",), 70)
     kinds = {name.endswith(".alpha"): dtype for name, dtype in dtypes.items()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
-    (said,) = runner.texts["node"]
+    said, of_t5 = runner.texts["node"]
+    assert of_t5.startswith("The part for T5 does nothing in diffusers")
     assert said.startswith("Written: made.safetensors, 0.")
 
 
@@ -155,7 +156,14 @@ def other(name: str, tensor: Tensor) -> LoraTensors:
 
 
 QKV = "double_blocks.0.processor.qkv_lora1"
+PROJ = "transformer.transformer_blocks.0.attn.to_out.0"
 BAD_ON_THE_WIRE = [
+    (other(f"{QKV}.dora_scale", torch.ones(768, 1)), "only some modules are DoRAs: .* comfyui"),
+    (
+        other(f"{PROJ}.lora_B.bias", torch.ones(256)),
+        "has biases, first 'transformer.tr.* lora_bias",
+    ),
+    (other(f"{PROJ}.lora_B.style.bias", torch.ones(256)), "has biases, first 'transformer.tr"),
     (
         {"lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(2, 2)},
         "was not made for FLUX.1: of its 1 modules 1 are unknown, such as lora_unet_input",
@@ -190,7 +198,7 @@ def test_a_lora_that_is_wrong_is_one_sentence(
 def test_unknown_modules_are_left_out_and_told(loras: Path) -> None:
     runner, tensors = Runner(), written_by("kohya")
     tensors["lora_unet_double_blocks_0_img_new.alpha"] = torch.tensor(1.0)
-    runner.run(export(FROM_WIRE, lora=tensors))
+    runner.run(export(FROM_WIRE, lora=tensors, format="comfyui"))
     assert runner.texts["node"][1:] == [
         "Left out, because FLUX.1 has no such modules: 1, such as "
         "lora_unet_double_blocks_0_img_new."
@@ -214,6 +222,34 @@ def test_different_ranks_are_told_for_the_formats_that_diffusers_gets_wrong(lora
     runner = Runner()
     runner.run(export(FROM_WIRE, lora=written_by("xlabs"), format="kohya"))
     assert runner.texts["node"][1:] == []
+
+
+def told_of(lora: dict[str, Tensor], **inputs: Any) -> list[str]:
+    """What an export says beside what it wrote."""
+    runner = Runner()
+    runner.run(export(FROM_WIRE, lora=lora, **inputs))
+    return runner.texts["node"][1:]
+
+
+def test_what_diffusers_does_not_load_is_told(loras: Path) -> None:
+    t5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    lora = written_by("xlabs")
+    lora |= {f"{t5}.lora_down.weight": torch.ones(4, 64), f"{t5}.lora_up.weight": torch.ones(64, 4)}
+    assert told_of(lora, format="diffusers") == [
+        "The part for T5 does nothing in diffusers, which loads none. For ComfyUI choose the "
+        "format comfyui."
+    ]
+    assert told_of(lora, format="comfyui") == []
+
+
+def test_what_a_dtype_makes_0_is_told(loras: Path) -> None:
+    lora = other(f"{QKV}.up.weight", torch.full((768, 4), 2.0**-26))
+    lora |= {"double_blocks.0.processor.proj_lora1.up.weight": torch.zeros(256, 4)}
+    assert told_of(lora, dtype="fp16") == [
+        "Too small for float16, and now 0: 3 tensors, such as "
+        "'transformer.transformer_blocks.0.attn.to_q.lora_B.weight'. Choose fp32 or bf16."
+    ]
+    assert told_of(lora, dtype="bf16") == []
 
 
 def test_a_merge_says_what_it_is(loras: Path) -> None:
