@@ -19,7 +19,7 @@ import executor
 import folder_paths
 import pytest
 import torch
-from atelier.nodes import host
+from atelier.nodes import host, live
 from atelier.nodes.lora import ApplyLora
 from atelier.nodes.native import build_model
 from atelier.nodes.native_lora import add_lora, apply_lora, base_format
@@ -450,11 +450,13 @@ def test_the_file_of_a_paged_model_is_read_when_the_training_starts(
     models: Path, paged: Any, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it once, before the first step."""
-    at_text: list[int] = []
-    monkeypatch.setattr(host, "show_text", lambda text, node_id: at_text.append(len(reads)))
+    at_start: list[int] = []
+    at_step: list[int] = []
+    monkeypatch.setattr(host, "show_text", lambda text, node_id: at_start.append(len(reads)))
+    monkeypatch.setattr(live.Reporter, "step", lambda self, step: at_step.append(len(reads)))
     first = trained(given(paged))
-    assert at_text[0] == 0
-    assert {*at_text[1:]} == {len(flux_tensors())}
+    assert at_start == [0]
+    assert {*at_step} == {len(flux_tensors())}
     assert sorted(reads) == sorted(flux_tensors())
     reads.clear()
     assert_same(trained(given(paged)), first)  # from disk
