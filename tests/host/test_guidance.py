@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sample
-import comfy.supported_models
 import executor
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from atelier.nodes import host
 from atelier.nodes.guidance import DynamicThresholdCfg
 from atelier.nodes.native import build_model
 from atelier.trainers.load import load_flux
+from core_models import small_sd_15
 from flux_files import write_flux
 from torch import Tensor
 from training import CONTEXT, TEXT_TOKENS, VECTOR
@@ -205,32 +204,13 @@ def test_a_range_that_is_empty_is_refused(model: Any) -> None:
         patched(model, start_percent=0.8, end_percent=0.2)
 
 
-def small_sd_15() -> Any:
-    """SD 1.5's kind of network with random weights: noise and timesteps are not those of FLUX."""
-    sizes = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32}
-    sizes |= {"num_res_blocks": [1, 1], "channel_mult": [1, 2], "num_heads": 2}
-    sizes |= {"transformer_depth": [1, 1], "transformer_depth_middle": 1}
-    sizes |= {"transformer_depth_output": [1] * 4, "context_dim": CONTEXT}
-    sizes |= {"use_spatial_transformer": True, "use_linear_in_transformer": False}
-    sizes |= {"adm_in_channels": None, "legacy": False, "use_temporal_attention": False}
-    with torch.inference_mode(False), torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = comfy.supported_models.SD15(sizes)
-        config.set_inference_dtype(torch.float32, None)
-        network = config.get_model({}, device=torch.device("cpu"))
-        for parameter in network.diffusion_model.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(network, cpu, cpu)
-
-
 @pytest.mark.parametrize(
     ("basis", "acts"),
     # The published ramp goes by timesteps, 999 to 249 here; the others begin at 1.
     [("upstream", "0.00 to 3.76"), ("steps", "1.00 to 5.00"), ("sigma", "1.00 to 4.")],
 )
 def test_models_of_other_kinds_are_guided(shown: list[str], basis: str, acts: str) -> None:
-    model = small_sd_15()
+    model = small_sd_15(CONTEXT)
     ramps = {"cfg_mode": "Linear Up", "mimic_mode": "Linear Up", "basis": basis}
     drawn = sample(patched(model, **ramps), 5.0, shape=(1, 4, 8, 8))
     assert shown[0].startswith(f"CFG acts from {acts}")

@@ -16,7 +16,6 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import comfy.supported_models
-import comfy.supported_models_base
 import executor
 import folder_paths
 import pytest
@@ -34,6 +33,7 @@ from atelier.trainers.config import LoraSettings
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_file import LoraTensors, read_lora
 from core_flux import core_model
+from core_models import sd_15, without_bytes
 from dense import dense_transformer, stored_tensors
 from executor import Give, Keep, Runner
 from flux_files import write_flux
@@ -439,24 +439,6 @@ def test_every_kind_of_lora_draws_what_it_draws_by_the_core_loader(
     tensors = lora_tensors(kind)
     ours = drawn(add_lora(models["ours"], tensors, 0.8))
     assert close(ours, drawn(by_core(models["core"], tensors, 0.8)))
-
-
-def without_bytes(kind: type[comfy.supported_models_base.BASE], sizes: dict) -> Any:
-    """A MODEL of any kind whose network has names and shapes only."""
-    config = kind(sizes)
-    config.set_inference_dtype(torch.float32, None)
-    network = config.get_model({}, device=torch.device("meta"))
-    return comfy.model_patcher.ModelPatcher(network, CPU, CPU)
-
-
-def sd_15() -> Any:
-    sizes = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320}
-    sizes |= {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "num_heads": 8}
-    sizes |= {"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_middle": 1}
-    sizes |= {"transformer_depth_output": [1] * 9 + [0] * 3, "context_dim": 768}
-    sizes |= {"use_spatial_transformer": True, "use_linear_in_transformer": False}
-    sizes |= {"adm_in_channels": None, "legacy": False, "use_temporal_attention": False}
-    return without_bytes(comfy.supported_models.SD15, sizes)
 
 
 OTHER_KINDS = {
