@@ -14,7 +14,8 @@ from .importers import HubDataset, ImportDataset
 from .inspect import InspectDataset
 from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora, LoraMixer
-from .lora_files import ExportLora, ExtractLora, MergeLoras
+from .lora_extract import ExtractLora
+from .lora_files import ExportLora, MergeLoras
 from .memory import EstimateMemory
 from .plot import PlotLoss
 from .push import PushToHub

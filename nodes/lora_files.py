@@ -1,4 +1,4 @@
-"""Nodes that make LoRA files: other formats and ranks, several as one, the difference of models."""
+"""Nodes that make LoRA files of others: other formats and ranks, several as one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ..trainers.lora_export import (
     resized,
     rounded,
 )
-from ..trainers.lora_extract import extract_lora
 from ..trainers.lora_file import LoraTensors
 from ..trainers.lora_metadata import merged_metadata, resized_metadata, save_export
 from . import folders, host
@@ -31,8 +30,6 @@ from .lora_losses import (
     rounded_to_zero,
     unlike_in_diffusers,
 )
-from .native import to_training_device
-from .trainable import model_to_train
 
 NUM_MERGED = 4
 
@@ -208,77 +205,6 @@ class MergeLoras(io.ComfyNode):
                     for said in cut_lokrs(name, lora, rank)
                 ),
                 *cut_sum(whole, smaller),
-            ),
-        )
-
-
-class ExtractLora(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return host.schema(
-            node_id="AtelierExtractLoRA",
-            display_name="Extract LoRA",
-            category="Atelier/lora",
-            description="Makes a LoRA of the difference of two FLUX.1 MODELs, such as a fine-tuned "
-            "one and the one it was made from. LoRAs that they carry count.",
-            search_aliases=["lora difference", "svd", "model difference"],
-            hidden=[io.Hidden.unique_id],
-            inputs=[
-                io.Model.Input("model", tooltip="The changed MODEL, of any loader."),
-                io.Model.Input(
-                    "model_base",
-                    tooltip="The one it was made from. Load both in bf16: what packing loses is a "
-                    "difference too.",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=32,
-                    min=1,
-                    max=1024,
-                    tooltip="The highest rank of a matrix. The higher, the nearer, and the larger "
-                    "the file.",
-                ),
-                io.Float.Input(
-                    "energy",
-                    default=1.0,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The share of each matrix's squared difference that is enough: a "
-                    "matrix that reaches it sooner gets a smaller rank. 1: all get the rank above.",
-                ),
-            ],
-            outputs=[
-                io.LoraModel.Output(
-                    display_name="lora", tooltip="The difference, for Apply LoRA or Export LoRA."
-                )
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model: Any, model_base: Any, rank: int, energy: float) -> io.NodeOutput:
-        given = [model_to_train(one) for one in (model_base, model)]
-        for one in given:
-            one.require_memory()
-            to_training_device(one.load(), 0)
-        base, tuned = (one.base for one in given)
-        found = extract_lora(
-            tuned, base, rank=rank, energy=energy, on_progress=host.Progress().update
-        )
-        tensors = exported(found.lora, "comfyui")
-        modules, span = ranks(tensors)
-        variant = "dev" if base.config.guidance else "schnell"
-        metadata = {"modelspec.architecture": f"flux-1-{variant}/lora"}
-        others = (
-            f"Biases and norms that differ too, and that a LoRA cannot hold: {found.num_others}.",
-        )
-        return io.NodeOutput(
-            LoraTensors(tensors, metadata=metadata, name="extracted"),
-            ui=host.report(
-                cls.hidden.unique_id,
-                f"Extracted: {found.kept:.1%} of the squared difference; modules: {modules}, of "
-                f"rank {span}.",
-                *(others if found.num_others else ()),
             ),
         )
 

@@ -14,7 +14,8 @@ import folder_paths
 import pytest
 import torch
 from atelier.nodes.lora_choice import FROM_WIRE, NONE
-from atelier.nodes.lora_files import ExportLora, ExtractLora, MergeLoras
+from atelier.nodes.lora_extract import ExtractLora
+from atelier.nodes.lora_files import ExportLora, MergeLoras
 from atelier.nodes.native import build_model
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_file import LoraTensors, lora_facts, read_lora
