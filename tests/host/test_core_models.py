@@ -31,6 +31,7 @@ from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.job import read_job
 from atelier.trainers.load import load_flux
 from atelier.trainers.tensor_files import TensorFiles
+from core_models import sd_15
 from dense import dense_transformer
 from executor import Give, Keep, Runner
 from flux_files import flux_tensors, write_flux
