@@ -22,7 +22,9 @@ def said_of(
         )
     if facts.trigger_words:
         said.append(f"Trigger words of {name}: {', '.join(facts.trigger_words)}.")
-    if facts.rank is not None and facts.alpha is not None:
+    if facts.rank is not None and not facts.has_alphas:
+        said.append(f"{name} has rank {facts.rank} and no alpha, so its scale is 1.")
+    elif facts.rank is not None and facts.alpha is not None:
         said.append(f"{name} has rank {facts.rank} and alpha {facts.alpha:g}.")
     if facts.steps is not None:
         said.append(f"{name} was trained for {facts.steps} steps.")

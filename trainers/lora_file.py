@@ -68,6 +68,8 @@ class LoraFacts:
     title: str | None = None
     rank: int | None = None
     alpha: float | None = None
+    has_alphas: bool = True
+    """Whether its tensors have alphas; without, every program takes the ranks: a scale of 1."""
     steps: int | None = None
     guidance: float | None = None
     """The guidance it was trained with."""
@@ -142,6 +144,7 @@ def lora_facts(tensors: Mapping[str, Tensor]) -> LoraFacts:
         title=first("modelspec.title") or first("name") or first("ss_output_name"),
         rank=_whole(first("atelier.rank"), first("ss_network_dim"), diffusers.get("transformer.r"))
         or _shape_rank(tensors),
+        has_alphas=any(name.endswith(".alpha") for name in tensors),
         alpha=_number(
             first("atelier.alpha"),  # of a file with a new rank, whose settings are the old ones
             lora.get("alpha"),

@@ -571,7 +571,10 @@ def test_a_lora_without_metadata_has_nothing_odd(
     models: dict[str, Any], apply: Called, loras: Path
 ) -> None:
     apply(models["core"], lora=lora_tensors("without_alpha"))
-    assert apply.shown == ["The LoRA is on the MODEL: strength 1, layers: 1."]
+    assert apply.shown == [
+        "The LoRA is on the MODEL: strength 1, layers: 1.",
+        "The LoRA has rank 4 and no alpha, so its scale is 1.",
+    ]
 
 
 def test_a_diverged_lora_on_the_wire_is_one_sentence(
