@@ -43,6 +43,7 @@ def test_a_server_that_exits_saves_the_run_first(
     assert (status["state"], status["step"], status["error"]) == ("cancelled", steps, None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for another process")
 def test_after_a_training_sigterm_ends_the_server_at_once(
     server: ComfyServer, tmp_path: Path

@@ -85,6 +85,7 @@ def test_the_same_graph_queued_again_trains_nothing(server: ComfyServer, picture
     assert metrics.read_text() == first
 
 
+@pytest.mark.slow
 def test_a_comfyui_that_keeps_no_outputs_trains_once_and_samples_twice(
     server_without_caches: ComfyServer,
 ) -> None:
