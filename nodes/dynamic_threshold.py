@@ -26,8 +26,8 @@ _SHAPES: dict[str, Callable[[float, float], float]] = {
     "Linear Up": lambda frac, value: frac,
     "Cosine Up": lambda frac, value: 1.0 - math.cos(_HALF_PI * frac),
     "Half Cosine Up": lambda frac, value: 1.0 - math.cos(frac),
-    "Power Up": lambda frac, value: max(frac, 0.0) ** value,
-    "Power Down": lambda frac, value: 1.0 - max(frac, 0.0) ** value,
+    "Power Up": lambda frac, value: _power(frac, value),
+    "Power Down": lambda frac, value: 1.0 - _power(frac, value),
     "Linear Repeating": lambda frac, value: abs(2.0 * (frac * value % 1.0) - 1.0),
     "Cosine Repeating": lambda frac, value: (1.0 + math.cos(_TWO_PI * frac * value)) / 2.0,
     "Sawtooth": lambda frac, value: frac * value % 1.0,
@@ -38,6 +38,12 @@ STARTPOINTS = ("MEAN", "ZERO")
 """Around what a prediction is brought back: the mean of each channel, or zero."""
 MEASURES = ("AD", "STD")
 """What its range is: the largest absolute difference, or the standard deviation."""
+
+
+def _power(frac: float, value: float) -> float:
+    """frac ** value, and 0 where that is no real number: models that count timesteps from 1000
+    begin at a place of -0.001."""
+    return frac**value if frac >= 0 or float(value).is_integer() else 0.0
 
 
 def scheduled_scale(scale: float, minimum: float, mode: str, frac: float, value: float) -> float:

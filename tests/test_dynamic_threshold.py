@@ -64,6 +64,18 @@ def test_schedules_have_the_published_values(mode: str) -> None:
     assert PUBLISHED.keys() == set(module.MODES)
 
 
+@pytest.mark.parametrize(
+    ("value", "power"),
+    [(1.0, -0.001), (2.0, 1e-6), (2.5, 0.0)],  # -0.001 ** 2.5 is no real number
+)
+def test_a_place_before_the_first_step_is_no_error(value: float, power: float) -> None:
+    """Where SD3 and others begin."""
+    up, down = (
+        module.scheduled_scale(5.0, 0.0, mode, -0.001, value) for mode in ("Power Up", "Power Down")
+    )
+    assert (up, down) == pytest.approx((5 * power, 5 * (1 - power)))
+
+
 def test_a_minimum_is_where_the_ramp_begins() -> None:
     assert module.scheduled_scale(5.0, 2.0, "Linear Up", 0.0, 1.0) == 2.0
     assert module.scheduled_scale(2.0, 5.0, "Linear Up", 0.5, 1.0) == 3.5  # the other way

@@ -161,11 +161,12 @@ def test_a_sample_without_a_negative_keeps_its_prediction(model: Any) -> None:
         "input_uncond": negative,
         "input": torch.zeros_like(positive),
         "sigma": torch.tensor([0.5, 0.5]),
-        "cond_scale": 5.0,
+        "cond_scale": torch.tensor(5.0),
         "model": model.model,
         "model_options": {},
     }
     guided = -function(args)
+    assert args["cond_scale"] == 5.0  # the known extension writes to it
     assert torch.equal(guided[0], positive[0])
     assert not torch.allclose(guided[1], positive[1])
 

@@ -137,29 +137,16 @@ def test_a_watched_training_draws_and_measures(server: ComfyServer) -> None:
 
 def test_a_negative_prompt_counts_with_dynamic_threshold(server: ComfyServer) -> None:
     """Without it, with it, and with it brought back: three pictures of one prompt and seed."""
-    object_info = server.object_info()
-    graph = workflow.load(ROOT / "workflows" / "atelier_dynamic_threshold.json", object_info)
-    for node in graph.values():
-        if node["class_type"] == "KSampler":
-            node["inputs"]["steps"] = 2
-    outputs = server.run(graph, timeout_s=300)["outputs"].values()
-    images = [image for output in outputs for image in output.get("images", [])]
-    assert len({server.view(image) for image in images}) == 3
+    pictures, _ = drawn_in_two_steps(server, "atelier_dynamic_threshold")
+    assert len(pictures) == 3
 
 
 def test_a_lora_is_fused_and_saved(server: ComfyServer) -> None:
     """Without it, beside the model and in its weights: three pictures; and a file that loads."""
-    object_info = server.object_info()
-    graph = workflow.load(ROOT / "workflows" / "atelier_fuse_and_requantize.json", object_info)
-    for node in graph.values():
-        if node["class_type"] == "KSampler":
-            node["inputs"]["steps"] = 2
-    outputs = server.run(graph, timeout_s=300)["outputs"].values()
-    images = [image for output in outputs for image in output.get("images", [])]
-    assert len({server.view(image) for image in images}) == 3
+    pictures, texts = drawn_in_two_steps(server, "atelier_fuse_and_requantize")
+    assert len(pictures) == 3
     (path,) = (server.base_directory / "output" / "diffusion_models").glob("*.safetensors")
-    shown = [text for output in outputs for text in output.get("text", [])]
-    assert any(path.name in text for text in shown)
+    assert any(path.name in text for text in texts)
     options = inputs_of(server.object_info()["AtelierLoadQuantizedFlux"])["model"]
     assert path.name in (options[1].get("options") or options[0])
     assert inspect_flux(path).config == inspect_flux(NANO / "nano-flux.safetensors").config
@@ -167,16 +154,20 @@ def test_a_lora_is_fused_and_saved(server: ComfyServer) -> None:
 
 def test_styles_take_turns_on_one_base(server: ComfyServer) -> None:
     """No LoRA, three styles and a mix of two: five pictures of one prompt and seed."""
-    object_info = server.object_info()
-    graph = workflow.load(ROOT / "workflows" / "atelier_style_hot_swap.json", object_info)
+    pictures, texts = drawn_in_two_steps(server, "atelier_style_hot_swap")
+    assert len(pictures) == 5
+    assert any("Trigger words of 'sunset': sunset colours." in text for text in texts)
+
+
+def drawn_in_two_steps(server: ComfyServer, name: str) -> tuple[set[bytes], list[str]]:
+    """The different pictures that a graph draws, and the texts that its nodes gave."""
+    graph = workflow.load(ROOT / "workflows" / f"{name}.json", server.object_info())
     for node in graph.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 2
     outputs = server.run(graph, timeout_s=300)["outputs"].values()
-    images = [image for output in outputs for image in output.get("images", [])]
-    assert len({server.view(image) for image in images}) == 5
-    texts = [text for output in outputs for text in output.get("text", [])]
-    assert any("Trigger words of 'sunset': sunset colours." in text for text in texts)
+    pictures = {server.view(image) for output in outputs for image in output.get("images", [])}
+    return pictures, [text for output in outputs for text in output.get("text", [])]
 
 
 def run_briefly(server: ComfyServer, name: str, *settings: str) -> list[str]:
