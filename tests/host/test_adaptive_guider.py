@@ -22,7 +22,7 @@ from atelier.trainers.load import load_flux
 from flux_files import write_flux
 from lora_files import lora_tensors
 from torch import Tensor
-from training import CONTEXT, TEXT_TOKENS, VECTOR
+from training import conditioning
 
 SHAPE = (1, 16, 8, 8)
 STEPS = 6
@@ -42,13 +42,6 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     monkeypatch.setattr(host, "show_text", lambda text, node_id: texts.append(text))
     return texts
-
-
-def conditioning(seed: int, **options: Any) -> list:
-    generator = torch.Generator().manual_seed(seed)
-    embeds = torch.randn(1, TEXT_TOKENS, CONTEXT, generator=generator)
-    pooled = torch.randn(1, VECTOR, generator=generator)
-    return [[embeds, {"pooled_output": pooled, **options}]]
 
 
 POSITIVE, NEGATIVE = conditioning(1), conditioning(2)

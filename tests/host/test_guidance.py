@@ -19,7 +19,7 @@ from atelier.trainers.load import load_flux
 from core_models import small_sd_15
 from flux_files import write_flux
 from torch import Tensor
-from training import CONTEXT, TEXT_TOKENS, VECTOR
+from training import CONTEXT, conditioning
 
 SHAPE = (1, 16, 8, 8)
 STEPS = 4
@@ -49,12 +49,6 @@ def patched(model: Any, **changed: Any) -> Any:
         hidden = type("Hidden", (), {"unique_id": "1"})
 
     return Called.execute(model, **{**defaults, **changed}).args[0]
-
-
-def conditioning(seed: int) -> list:
-    generator = torch.Generator().manual_seed(seed)
-    embeds = torch.randn(1, TEXT_TOKENS, CONTEXT, generator=generator)
-    return [[embeds, {"pooled_output": torch.randn(1, VECTOR, generator=generator)}]]
 
 
 def sample(model: Any, cfg: float, sampler: str = "euler", shape: tuple = SHAPE) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from atelier.trainers.caches import LatentCache, LatentEntry, LatentSubset, PromptCache, PromptEntry
@@ -12,6 +13,14 @@ from atelier.trainers.data import TrainingData
 from atelier.trainers.shards import Shards
 
 CONTEXT, VECTOR, TEXT_TOKENS = 128, 64, 8
+
+
+def conditioning(seed: int, **options: Any) -> list:
+    """A random prompt for a sampler, as ComfyUI's CONDITIONING."""
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(1, TEXT_TOKENS, CONTEXT, generator=generator)
+    pooled = torch.randn(1, VECTOR, generator=generator)
+    return [[embeds, {"pooled_output": pooled, **options}]]
 
 
 def training_data(
