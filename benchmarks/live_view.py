@@ -106,8 +106,9 @@ def train(
     from atelier.nodes.session import Asker, Session
     from atelier.nodes.validation import Validation
     from atelier.trainers import loop
-    from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+    from atelier.trainers.config import JobSettings, Length, TrainSettings
     from atelier.trainers.load import load_flux
+    from atelier.trainers.lora_settings import LoraSettings
     from atelier.trainers.rhythm import NEVER
     from atelier.trainers.run import Run
     from flux_files import write_flux

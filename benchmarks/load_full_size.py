@@ -217,7 +217,8 @@ def copy_of(folder: Path) -> Path:
 def step(folder: Path) -> dict[str, Any]:
     """One optimizer step of the loop itself, on one random picture and caption."""
     from atelier.trainers.batches import BatchOrder
-    from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings
+    from atelier.trainers.config import JobSettings, TrainSettings
+    from atelier.trainers.lora_settings import LoraSettings
     from atelier.trainers.step import TrainState, optimizer_step
     from training import training_data
 

@@ -44,10 +44,10 @@ import comfy.model_management  # noqa: E402, TID251
 from atelier.nodes.native import build_model  # noqa: E402
 from atelier.nodes.native_lora import add_lora  # noqa: E402
 from atelier.trainers.adapters import attach_lora, file_tensors  # noqa: E402
-from atelier.trainers.config import LoraSettings  # noqa: E402
 from atelier.trainers.devices import compute_dtype, default_device  # noqa: E402
 from atelier.trainers.flux import build_transformer  # noqa: E402
 from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
+from atelier.trainers.lora_settings import LoraSettings  # noqa: E402
 from flux_files import write_flux  # noqa: E402
 
 DEVICE = default_device()

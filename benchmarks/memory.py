@@ -52,11 +52,12 @@ load_pack()
 from allocated import Allocated, profiled  # noqa: E402
 from atelier.trainers import loop  # noqa: E402
 from atelier.trainers.batches import BatchOrder  # noqa: E402
-from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings  # noqa: E402
+from atelier.trainers.config import JobSettings, TrainSettings  # noqa: E402
 from atelier.trainers.data import TrainingData  # noqa: E402
 from atelier.trainers.devices import system_memory  # noqa: E402
 from atelier.trainers.flux import FluxConfig, is_block_matrix  # noqa: E402
 from atelier.trainers.load import LoadedFlux, inspect_flux  # noqa: E402
+from atelier.trainers.lora_settings import LoraSettings  # noqa: E402
 from atelier.trainers.memory import estimate_training, placed_bytes, store_bytes  # noqa: E402
 from atelier.trainers.packed_weight import PackedWeight  # noqa: E402
 from atelier.trainers.step import TrainState, optimizer_step  # noqa: E402

@@ -55,7 +55,6 @@ make_comfy_importable(COMFYUI, HOME.name)
 from atelier.nodes.native import build_model  # noqa: E402
 from atelier.nodes.native_lora import add_lora  # noqa: E402
 from atelier.trainers.adapters import attach_lora, file_tensors  # noqa: E402
-from atelier.trainers.config import LoraSettings  # noqa: E402
 from atelier.trainers.evaluate import EVAL_SIGMAS  # noqa: E402
 from atelier.trainers.flow import add_noise, seeded  # noqa: E402
 from atelier.trainers.flux import (  # noqa: E402
@@ -66,6 +65,7 @@ from atelier.trainers.flux import (  # noqa: E402
 )
 from atelier.trainers.formats import FORMATS  # noqa: E402
 from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
+from atelier.trainers.lora_settings import LoraSettings  # noqa: E402
 from atelier.trainers.packed_weight import PackedWeight  # noqa: E402
 from atelier.trainers.store import WeightStore  # noqa: E402
 from drawing import draw  # noqa: E402

@@ -29,10 +29,10 @@ from pack import load_pack  # noqa: E402
 load_pack()
 
 from atelier.trainers.adapters import attach_lora  # noqa: E402
-from atelier.trainers.config import LoraSettings  # noqa: E402
 from atelier.trainers.devices import compute_dtype, default_device  # noqa: E402
 from atelier.trainers.flux import build_transformer, recompute_blocks, velocity  # noqa: E402
 from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
+from atelier.trainers.lora_settings import LoraSettings  # noqa: E402
 from atelier.trainers.packed_copy import PackedCopies  # noqa: E402
 from flux_files import write_flux  # noqa: E402
 

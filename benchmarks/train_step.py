@@ -46,12 +46,13 @@ from atelier.trainers.caches import (  # noqa: E402
     PromptCache,
     PromptEntry,
 )
-from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings  # noqa: E402
+from atelier.trainers.config import JobSettings, TrainSettings  # noqa: E402
 from atelier.trainers.data import Sample, TrainingData  # noqa: E402
 from atelier.trainers.devices import compute_dtype, default_device, dtype_name  # noqa: E402
 from atelier.trainers.flow import add_noise, flow_loss, sample_sigmas, seeded  # noqa: E402
 from atelier.trainers.flux import image_ids, pack_latents, unpack_latents  # noqa: E402
 from atelier.trainers.load import LoadedFlux, load_flux  # noqa: E402
+from atelier.trainers.lora_settings import LoraSettings  # noqa: E402
 from atelier.trainers.step import TrainState, optimizer_step  # noqa: E402
 from flux_files import write_flux  # noqa: E402
 from training import write_entries  # noqa: E402

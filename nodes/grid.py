@@ -11,7 +11,8 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..trainers.config import require, require_file_name
+from ..trainers.checks import require
+from ..trainers.config import require_file_name
 from ..trainers.files import write_atomically
 from ..trainers.grid import parse_numbers, sheet, table
 from ..trainers.prompt_list import prompts_of_lines

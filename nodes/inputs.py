@@ -12,19 +12,22 @@ from comfy_api.latest import io
 
 from ..trainers.buckets import MODES, STEP, Mode, Resolution
 from ..trainers.captions import MISSING_CAPTIONS
-from ..trainers.config import (
-    COMPUTE_DTYPES,
-    LORA_TARGETS,
-    JobSettings,
-    LoraSettings,
-    TrainSettings,
-)
+from ..trainers.config import COMPUTE_DTYPES, JobSettings, TrainSettings
 from ..trainers.dataset import DEFAULT_PICTURES, Dataset, PictureSettings, Subset
+from ..trainers.lora_settings import LORA_TARGETS, LoraSettings
 from ..trainers.scan import ON_BAD_FILE
 from . import host
 from .sampling import SAMPLERS, SCHEDULERS
 from .validation import Sampler
-from .wires import AtelierCaptionSettings, AtelierPictureSettings
+from .wires import (
+    AtelierCaptionSettings,
+    AtelierFlowSettings,
+    AtelierLoraSettings,
+    AtelierOptimizerSettings,
+    AtelierPictureSettings,
+    AtelierPreservationSettings,
+    AtelierSpeedSettings,
+)
 
 SIZE_AND_TRIGGER = ("width", "height", "mode", "repeats", "trigger")
 """What every node that makes a dataset asks, in this order."""
@@ -125,6 +128,39 @@ _INPUTS: dict[str, Callable[..., Any]] = {
         optional=True,
         tooltip="Crop, resampling and mirroring, from Picture Settings. Without it: "
         "the middle of each picture.",
+    ),
+    "lora_settings": partial(
+        host.make_input,
+        AtelierLoraSettings,
+        optional=True,
+        tooltip="Which kind of LoRA, on which layers and from where it starts, from LoRA Settings. "
+        "In place of rank and targets.",
+    ),
+    "optimizer_settings": partial(
+        host.make_input,
+        AtelierOptimizerSettings,
+        optional=True,
+        tooltip="The optimizer and how its learning rate goes, from Optimizer Settings. Without "
+        "it: AdamW8bit at a constant rate, as the recipe has it.",
+    ),
+    "schedule_settings": partial(
+        host.make_input,
+        AtelierFlowSettings,
+        optional=True,
+        tooltip="Which shares of noise are trained and how errors count, from Schedule Settings. "
+        "Without it: all alike.",
+    ),
+    "preservation_settings": partial(
+        host.make_input,
+        AtelierPreservationSettings,
+        optional=True,
+        tooltip="What the model shall not forget, from Preservation Settings.",
+    ),
+    "speed_settings": partial(
+        host.make_input,
+        AtelierSpeedSettings,
+        optional=True,
+        tooltip="What makes a step cheaper in time or memory, from Speed Settings.",
     ),
     "rank": partial(
         host.make_input,

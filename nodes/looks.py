@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..trainers.adapters import file_tensors
-from ..trainers.config import LoraSettings
 from ..trainers.content_hashes import ContentHashes
 from ..trainers.files import read_safetensors
 from ..trainers.lora_file import read_lora
+from ..trainers.lora_settings import LoraSettings
 from ..trainers.run import adapter_file, lora_settings, steps_saved
 from . import folders
 from .lora_choice import lora_file, lora_names

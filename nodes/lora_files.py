@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.config import require, require_file_name
+from ..trainers.checks import require
+from ..trainers.config import require_file_name
 from ..trainers.flux_lora import parse_flux_lora
 from ..trainers.lora_export import (
     DTYPES,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..trainers.captions import listed
-from ..trainers.config import require
+from ..trainers.checks import require
 from ..trainers.data import TrainingData
 from ..trainers.dataset import Dataset
 from ..trainers.evaluate import Predict, held_out_loss

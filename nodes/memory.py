@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..trainers.config import PROMPT_LENGTH, LoraSettings
+from ..trainers.config import PROMPT_LENGTH
 from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.devices import describe_device, system_memory
 from ..trainers.formats import FORMATS
 from ..trainers.hub import inspect_hub_flux
 from ..trainers.load import inspect_flux
+from ..trainers.lora_settings import LoraSettings
 from ..trainers.memory import Workload, store_bytes
+from ..trainers.optimizer_settings import OptimizerSettings
 from ..trainers.plan import Plan
 from ..trainers.preflight import describe
+from ..trainers.speed_settings import SpeedSettings
 from . import host
 from .inputs import shared_input
 from .loaders import model_names, model_path
@@ -82,6 +85,9 @@ class EstimateMemory(io.ComfyNode):
                     "Quantized FLUX. Only the headers of its files are read: no model is "
                     "downloaded.",
                 ),
+                shared_input("lora_settings"),
+                shared_input("optimizer_settings"),
+                shared_input("speed_settings"),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -113,9 +119,20 @@ class EstimateMemory(io.ComfyNode):
         return io.NodeOutput(report, plan.needed.beside_weights / 1e9, ui=ui.PreviewText(report))
 
 
-def _workload(*, rank: int, targets: str, compute_dtype: str, **others) -> Workload:
+def _workload(
+    *,
+    rank: int,
+    targets: str,
+    compute_dtype: str,
+    lora_settings: LoraSettings | None = None,
+    optimizer_settings: OptimizerSettings | None = None,
+    speed_settings: SpeedSettings | None = None,
+    **others,
+) -> Workload:
     return Workload(
-        lora=LoraSettings(rank=rank, targets=targets),
+        lora=lora_settings or LoraSettings(rank=rank, targets=targets),
+        optimizer=optimizer_settings or OptimizerSettings(),
+        speed=speed_settings or SpeedSettings(),
         dtype=resolve_dtype(compute_dtype, host.compute_device()),
         **others,
     )

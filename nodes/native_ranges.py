@@ -12,7 +12,7 @@ import comfy.hooks
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..trainers.config import require
+from ..trainers.checks import require
 
 _TOLERANCE = 1e-4
 """A step at the border of a range belongs to what begins there, also where the float32 of the

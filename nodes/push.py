@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..trainers.config import require
+from ..trainers.checks import require
 from ..trainers.files import write_atomically
 from ..trainers.hub_push import push, require_login, require_repo_id
 from ..trainers.lora_file import lora_facts, read_lora

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..trainers.adapters import file_tensors
-from ..trainers.config import LoraSettings
 from ..trainers.files import write_atomically, write_json
+from ..trainers.lora_settings import LoraSettings
 from .native_lora import add_lora
 from .sampling import draw_latents
 from .validation import Picture, Validation

@@ -7,7 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.config import TrainSettings, require
+from ..trainers.checks import require
+from ..trainers.config import TrainSettings
 from ..trainers.data import TrainingData
 from . import host
 from .lora_choice import FROM_WIRE, checked, chosen_lora, lora_input, versions

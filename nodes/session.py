@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Session:
     Args:
         resume: the id of the run to go on with; empty for the one that belongs to the settings.
         logger: what else hears of the training.
+        remarks: what the node says about its own inputs.
     """
 
     def __init__(
@@ -83,11 +85,12 @@ class Session:
         *,
         resume: str = "",
         logger: LoggerKind = "none",
+        remarks: Sequence[str] = (),
     ) -> None:
         self._data, self._job, self._validation, self._asker = data, job, validation, asker
         self._trained_on = model_to_train(model)
         self._base = self._trained_on.base
-        self._forecast: list[str] = []
+        self._remarks, self._forecast = remarks, list[str]()
         validation.check_fits(self._base)
         self._progress = host.Progress()
         self._resumes = bool(resume)
@@ -220,7 +223,7 @@ class Session:
             lines.append("The LoRAs on this MODEL stay as they are: the new one learns on top.")
         if not host.is_deterministic():
             lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
-        lines += self._without_effect()
+        lines += [*self._remarks, *self._without_effect()]
         if count := self._num_held_out_and_trained():
             lines.append(
                 f"{count} of the held out pictures are trained too: the loss on them also falls "

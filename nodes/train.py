@@ -6,10 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.config import UNITS, JobSettings, Length, LoraSettings, TrainSettings
+from ..trainers.config import UNITS, JobSettings, Length, TrainSettings
 from ..trainers.data import TrainingData
+from ..trainers.flow_settings import FlowSettings
 from ..trainers.loggers import LOGGERS
+from ..trainers.lora_settings import LoraSettings
+from ..trainers.optimizer_settings import OptimizerSettings
+from ..trainers.preservation_settings import PreservationSettings
 from ..trainers.rhythm import NEVER, Rhythm
+from ..trainers.speed_settings import SpeedSettings
 from ..trainers.status import STATUS_FILE
 from . import folders, host
 from .inputs import shared_input
@@ -20,6 +25,10 @@ from .wires import AtelierLatentCache, AtelierPromptCache, AtelierValidation
 
 AUTOMATIC = "automatic"
 _SAMPLE_EVERY = 250
+_SETTINGS = (
+    *("lora_settings", "optimizer_settings", "schedule_settings"),
+    *("preservation_settings", "speed_settings"),
+)
 _NO_SAMPLES = (
     "Train LoRA drew no sample pictures: connect its vae and positive inputs, or disconnect its "
     "samples output."
@@ -83,14 +92,16 @@ class TrainLora(io.ComfyNode):
         data = TrainingData(latents=latents, prompts=prompts)
         asker = Asker(node_id=cls.hidden.unique_id, prompt=cls.hidden.prompt)
         run_id = _run_id(settings.get("resume", AUTOMATIC))
+        job = _job(settings)
         session = Session(
             model,
             data,
-            _job(settings),
+            job,
             asker,
             _validation(settings),
             resume=run_id,
             logger=settings.get("logger", LOGGERS[0]),
+            remarks=_not_used(settings, job),
         )
         result = session.train()
         return io.NodeOutput(
@@ -169,6 +180,7 @@ def _inputs() -> list[Any]:
             "sizes, held out pictures, a score. In place of vae and positive.",
         ),
         *_run_inputs(),
+        *map(shared_input, _SETTINGS),
     ]
 
 
@@ -281,8 +293,13 @@ def _job(settings: dict[str, Any]) -> JobSettings:
     return JobSettings(
         name=settings["name"],
         length=Length(amount=settings["length"], unit=settings["unit"]),
-        lora=LoraSettings(rank=settings["rank"], targets=settings["targets"]),
+        lora=settings.get("lora_settings")
+        or LoraSettings(rank=settings["rank"], targets=settings["targets"]),
         train=TrainSettings(
+            optimizer=settings.get("optimizer_settings") or OptimizerSettings(),
+            flow=settings.get("schedule_settings") or FlowSettings(),
+            preservation=settings.get("preservation_settings") or PreservationSettings(),
+            speed=settings.get("speed_settings") or SpeedSettings(),
             learning_rate=settings["learning_rate"],
             batch_size=settings["batch_size"],
             gradient_accumulation=settings["gradient_accumulation"],
@@ -296,6 +313,21 @@ def _job(settings: dict[str, Any]) -> JobSettings:
         keep_checkpoints=settings.get("keep_checkpoints", JobSettings.keep_checkpoints),
         activations_in_ram=settings.get("activations_in_ram", False),
     )
+
+
+def _not_used(settings: dict[str, Any], job: JobSettings) -> list[str]:
+    """A sentence if the node's own rank and targets say something else than LoRA Settings."""
+    if settings.get("lora_settings") is None:
+        return []
+    recipe = LoraSettings()
+    own = [
+        f"{name} ({settings[name]})"
+        for name in ("rank", "targets")
+        if settings[name] not in (getattr(recipe, name), getattr(job.lora, name))
+    ]
+    if not own:
+        return []
+    return [f"Not used here: {' and '.join(own)}. LoRA Settings is connected and says them."]
 
 
 def _run_id(resume: str) -> str:

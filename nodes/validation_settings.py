@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.buckets import parse_sizes
-from ..trainers.config import UNITS, require
+from ..trainers.checks import require
+from ..trainers.config import UNITS
 from ..trainers.data import TrainingData
 from ..trainers.prompt_list import prompts_of_library, prompts_of_lines
 from ..trainers.rhythm import Rhythm

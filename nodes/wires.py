@@ -19,3 +19,18 @@ AtelierPictureSettings = io.Custom("ATELIER_PICTURE_SETTINGS")
 
 AtelierValidation = io.Custom("ATELIER_VALIDATION")
 """`validation.Validation`"""
+
+AtelierLoraSettings = io.Custom("ATELIER_LORA_SETTINGS")
+"""`trainers.lora_settings.LoraSettings`"""
+
+AtelierOptimizerSettings = io.Custom("ATELIER_OPTIMIZER_SETTINGS")
+"""`trainers.optimizer_settings.OptimizerSettings`"""
+
+AtelierFlowSettings = io.Custom("ATELIER_SCHEDULE_SETTINGS")
+"""`trainers.flow_settings.FlowSettings`"""
+
+AtelierPreservationSettings = io.Custom("ATELIER_PRESERVATION_SETTINGS")
+"""`trainers.preservation_settings.PreservationSettings`"""
+
+AtelierSpeedSettings = io.Custom("ATELIER_SPEED_SETTINGS")
+"""`trainers.speed_settings.SpeedSettings`"""

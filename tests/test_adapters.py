@@ -18,10 +18,10 @@ from atelier.trainers.adapters import (
     lora_metadata,
     save_lora,
 )
-from atelier.trainers.config import LORA_TARGETS, LoraSettings
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.lora_settings import LORA_TARGETS, LoraSettings
 from dense import dense_transformer, stored_tensors
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_files import write_flux

@@ -9,17 +9,15 @@ import math
 import pytest
 from atelier.trainers.config import (
     COMPUTE_DTYPES,
-    LORA_TARGETS,
     PROMPT_LENGTH,
     JobSettings,
     Length,
-    LoraSettings,
-    LossSettings,
-    TimestepSettings,
     TrainSettings,
     job_from_json,
     to_json,
 )
+from atelier.trainers.flow_settings import FlowSettings, LossSettings, TimestepSettings
+from atelier.trainers.lora_settings import LORA_TARGETS, LoraSettings
 
 BAD_SETTINGS = [
     (LoraSettings, {"rank": 0}, r"rank must be between 1 and 4096, got 0\. 4 to 32 is usual\."),
@@ -72,8 +70,10 @@ ALL_SET = JobSettings(
         max_grad_norm=0.5,
         gradient_checkpointing=False,
         compute_dtype="fp16",
-        timesteps=TimestepSettings(sampling="custom", custom=(0.5, 250.0), shift=2.0),
-        loss=LossSettings(loss="huber", weight="bell"),
+        flow=FlowSettings(
+            timesteps=TimestepSettings(sampling="custom", custom=(0.5, 250.0), shift=2.0),
+            loss=LossSettings(loss="huber", weight="bell"),
+        ),
         seed=2**53 - 1,
     ),
     checkpoint_every=7,

@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from atelier.trainers.config import JobSettings, LoraSettings
+from atelier.trainers.config import JobSettings
 from atelier.trainers.data import TrainingData
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.loop import open_run, train
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.run import Run
 from flux_files import write_flux
 from frozen_loras import frozen_loras

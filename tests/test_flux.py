@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers.adapters import attach_lora
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import (
     FluxConfig,
     build_transformer,
@@ -18,6 +17,7 @@ from atelier.trainers.flux import (
 )
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import load_flux
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.packed_weight import PackedWeight
 from atelier.trainers.store import WeightStore
 from dense import dense_transformer, stored_tensors

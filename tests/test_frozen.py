@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers.adapters import attach_lora
-from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.config import JobSettings, Length, TrainSettings
 from atelier.trainers.data import TrainingData
 from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
@@ -18,6 +18,7 @@ from atelier.trainers.hooks import Hooks
 from atelier.trainers.job import read_job, run_job
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.loop import open_run, save_trained, train, workload
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.memory import estimate_training
 from dense import dense_transformer, stored_tensors
 from flux_files import write_flux

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers import job as job_module
-from atelier.trainers.config import STREAMING, JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.config import STREAMING, JobSettings, Length, TrainSettings
 from atelier.trainers.hooks import Hooks
 from atelier.trainers.job import read_job, run_job
 from atelier.trainers.load import load_flux
 from atelier.trainers.loop import open_run
+from atelier.trainers.lora_settings import LoraSettings
 from flux_files import write_flux
 from torch.overrides import TorchFunctionMode
 from training import training_data

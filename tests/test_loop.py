@@ -13,9 +13,10 @@ from atelier.trainers import step as training_step
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.batches import BatchOrder
 from atelier.trainers.caches import LatentSubset
-from atelier.trainers.config import JobSettings, Length, LossSettings, TimestepSettings
+from atelier.trainers.config import JobSettings, Length
 from atelier.trainers.data import TrainingData
 from atelier.trainers.flow import seeded
+from atelier.trainers.flow_settings import FlowSettings, LossSettings, TimestepSettings
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.hooks import Hooks, Step, Trained
@@ -307,7 +308,10 @@ def test_timesteps_and_weights_of_the_job_are_trained_with(run_job) -> None:
     """The first step, whose LoRA does nothing yet: at a sigma of 0.5 the weight sigma^-2 is 4."""
     middle = TimestepSettings(sampling="custom", custom=(0.5,))
     plain, weighted = (
-        run_job(job(1, timesteps=middle, loss=LossSettings(weight=weight)), folder=weight)[0]
+        run_job(
+            job(1, flow=FlowSettings(timesteps=middle, loss=LossSettings(weight=weight))),
+            folder=weight,
+        )[0]
         for weight in ("none", "sigma_sqrt")
     )
     uniform = run_job(job(1), folder="uniform")[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from atelier.trainers.config import LossSettings
 from atelier.trainers.flow import flow_loss
+from atelier.trainers.flow_settings import LossSettings
 from atelier.trainers.losses import huber_c, loss_weight, pointwise_loss, training_loss
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 

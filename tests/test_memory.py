@@ -9,11 +9,12 @@ import torch
 from allocated import profiled
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.batches import BatchOrder
-from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings
+from atelier.trainers.config import JobSettings, TrainSettings
 from atelier.trainers.flow import flow_loss
 from atelier.trainers.flux import FluxConfig, build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.memory import (
     Workload,
     adamw8bit_bytes,

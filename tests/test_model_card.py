@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from atelier.trainers.adapters import lora_metadata
-from atelier.trainers.config import JobSettings, LoraSettings, TrainSettings, to_json
+from atelier.trainers.config import JobSettings, TrainSettings, to_json
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_file import LoraFacts, LoraTensors, lora_facts
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.model_card import (
     DEV,
     SCHNELL,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from atelier.trainers import preflight
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.devices import SystemMemory
 from atelier.trainers.flux import FluxConfig
 from atelier.trainers.load import FluxFile
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.memory import Workload, estimate_training, store_bytes, streamed_bytes
 from atelier.trainers.plan import Plan
 from atelier.trainers.preflight import choose_format

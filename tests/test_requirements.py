@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers.adapters import attach_lora
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.formats import bitsandbytes_functional
 from atelier.trainers.load import load_flux
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.metadata_files import read_metadata
 from atelier.trainers.optimizers import make_adamw8bit
 from atelier.trainers.packages import importing, install_command

@@ -14,14 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers import files, run
-from atelier.trainers.config import (
-    JobSettings,
-    Length,
-    LoraSettings,
-    LossSettings,
-    TimestepSettings,
-    TrainSettings,
-)
+from atelier.trainers.config import JobSettings, Length, TrainSettings
+from atelier.trainers.flow_settings import FlowSettings, LossSettings, TimestepSettings
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.run import Checkpoint, Run
 from atelier.trainers.run_identity import RunIdentity
 from atelier.trainers.status import State, Status
@@ -397,8 +392,8 @@ def train(**change: object) -> dict[str, object]:
         train(max_grad_norm=2.0),
         train(compute_dtype="fp32"),
         train(seed=1),
-        train(timesteps=TimestepSettings(auto_shift=True)),
-        train(loss=LossSettings(weight="cosmap")),
+        train(flow=FlowSettings(timesteps=TimestepSettings(auto_shift=True))),
+        train(flow=FlowSettings(loss=LossSettings(weight="cosmap"))),
     ],
     ids=str,
 )

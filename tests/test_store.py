@@ -10,10 +10,10 @@ import torch
 from allocated import AllocatedBytes
 from atelier.trainers import formats
 from atelier.trainers.adapters import attach_lora
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.packed_weight import PackedWeight
 from atelier.trainers.store import WeightStore
 from bitsandbytes import functional

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from atelier.trainers.config import TIMESTEP_SAMPLING, TimestepSettings
 from atelier.trainers.flow import sample_sigmas, seeded
+from atelier.trainers.flow_settings import TIMESTEP_SAMPLING, TimestepSettings
 from atelier.trainers.timesteps import SIGMA_MIN, draw_sigmas, flux_shift
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import LORA_TARGETS, LoraSettings
 from .files import read_safetensors, write_safetensors
 from .flow import seeded
 from .load import BaseFlux
+from .lora_settings import LORA_TARGETS, LoraSettings
 from .packages import importing
 
 _ADAPTER = "default"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .config import require
+from .checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

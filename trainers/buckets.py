@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal, get_args
 
-from .config import require
+from .checks import require
 
 Size = tuple[int, int]
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ALWAYS, Schedule, require
+from .checks import require
+from .config import ALWAYS, Schedule
 from .shards import Shards
 
 _VERSION = 3

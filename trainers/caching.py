@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .buckets import Size
 from .caches import LatentCache, LatentEntry, LatentSubset, PromptCache, PromptEntry, digest
-from .config import require
+from .checks import require
 from .dataset import Dataset, Record, Subset, mask_weights, open_picture
 from .files import require_room
 from .filling import fill

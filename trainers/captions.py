@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .config import require
+from .checks import require
 from .files import not_read
 from .metadata_files import METADATA_FILES, find_metadata, is_text, one_or_more, read_metadata
 

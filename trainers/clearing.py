@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .config import require
+from .checks import require
 from .picture_files import PictureFiles
 from .shards import Shards
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from .buckets import Size, is_enlarged
-from .config import require
+from .checks import require
 from .dataset import Dataset, Record, Subset, open_mask, open_picture
 from .fonts import Face, drawable
 from .marked_pictures import SHADE, TINT, hatching, marked_picture

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .buckets import Resolution, Size, is_enlarged
 from .captions import CaptionSettings, listed
-from .config import ALWAYS, Schedule, require
+from .checks import require
+from .config import ALWAYS, Schedule
 from .files import read_bytes
 from .masks import Mask, latent_weights, mask_image
 from .pictures import PictureSettings, Transform, decode

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .caches import PromptCache, PromptEmbeds, PromptEntry
 from .captions import listed
-from .config import require
+from .checks import require
 from .dataset import Dataset, Record, open_picture
 from .files import require_room, write_atomically
 from .packages import importing

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from .config import require
+from .checks import require
 from .progress import OnProgress
 from .shards import Shards
 

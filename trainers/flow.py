@@ -10,7 +10,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .config import NUM_TIMESTEPS
+from .flow_settings import NUM_TIMESTEPS
 
 
 def seeded(seed: int, *purpose: int | str) -> torch.Generator:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .buckets import Resolution
 from .captions import CAPTION_SOURCES, CaptionSettings
-from .config import require
+from .checks import require
 from .content_hashes import ContentHashes
 from .dataset import Subset
 from .image_folder import make_records

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from .config import require
+from .checks import require
 from .fonts import Face, drawable
 
 Place = tuple[int, ...]

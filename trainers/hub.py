@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from .config import is_hub_id, require
+from .checks import require
+from .config import is_hub_id
 from .files import not_written
 from .flux import FluxConfig
 from .load import flux_config, inspect_flux

@@ -17,7 +17,7 @@ from typing import Any
 
 from .buckets import Resolution
 from .captions import CaptionSettings, captions_in_folder, filled_in, name_as_caption
-from .config import require
+from .checks import require
 from .dataset import PictureSettings, Subset
 from .files import write_json
 from .hub import refusals, require_hub_id, snapshot

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .config import is_hub_id, require
+from .checks import require
+from .config import is_hub_id
 
 
 def require_repo_id(repo_id: str) -> None:

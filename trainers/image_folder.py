@@ -13,7 +13,7 @@ from pathlib import Path
 from .buckets import Resolution
 from .caption_variants import caption_variants
 from .captions import CaptionSettings, given_captions, listed, read_captions
-from .config import require
+from .checks import require
 from .content_hashes import ContentHashes
 from .dataset import DEFAULT_CAPTIONS, DEFAULT_PICTURES, Record, Subset
 from .masks import ALPHA, Mask, alpha_masks, folder_masks

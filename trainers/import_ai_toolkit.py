@@ -7,7 +7,7 @@ from typing import Any
 
 from .buckets import Resolution
 from .captions import CaptionSettings
-from .config import require
+from .checks import require
 from .dataset import PictureSettings
 from .import_settings import ANY_ASPECT, FolderPlan, Notes, Places, Plan, Settings, sections, sized
 from .masks import ALPHA

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import require
+from .checks import require
 from .dataset import Dataset, Subset
 from .image_folder import image_folder
 from .import_ai_toolkit import is_ai_toolkit, plan_ai_toolkit

@@ -12,7 +12,7 @@ from typing import Any
 
 from .buckets import Resolution
 from .captions import CaptionSettings
-from .config import require
+from .checks import require
 from .dataset import PictureSettings
 from .files import read_bytes
 from .import_settings import (

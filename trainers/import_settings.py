@@ -16,7 +16,8 @@ from typing import Any
 
 from .buckets import STEP, STEPS, Resolution
 from .captions import CaptionSettings
-from .config import ALWAYS, Schedule, require
+from .checks import require
+from .config import ALWAYS, Schedule
 from .dataset import DEFAULT_CAPTIONS, DEFAULT_PICTURES, PictureSettings
 from .files import not_read
 from .scan import Picture

@@ -10,7 +10,8 @@ from typing import Any
 
 from .buckets import Mode, Resolution
 from .captions import CaptionSettings, CaptionSource
-from .config import Schedule, require
+from .checks import require
+from .config import Schedule
 from .dataset import PictureSettings
 from .import_settings import (
     ANY_ASPECT,

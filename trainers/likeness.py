@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import require
+from .checks import require
 from .dataset import Dataset, open_picture
 from .pictures import transform
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .changes import Change, Tensors
-from .config import STREAMING, require
+from .checks import require
+from .config import STREAMING
 from .devices import give_back_memory, require_format_on
 from .flux import (
     FINAL_MODULATION,

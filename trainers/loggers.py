@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from .config import require
+from .checks import require
 from .packages import importing
 
 LoggerKind = Literal["none", "tensorboard", "wandb", "wandb offline"]

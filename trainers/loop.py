@@ -92,6 +92,8 @@ def workload(
         accumulates=job.train.gradient_accumulation > 1,
         activations_in_ram=job.activations_in_ram,
         frozen_bytes=frozen_bytes(base.frozen, dtype),
+        optimizer=job.train.optimizer,
+        speed=job.train.speed,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .config import require
+from .checks import require
 from .flux import FINAL_MODULATION
 from .flux_lora import Adapter, FluxLora, is_of_text, swapped_halves
 from .lora_names import DIFFUSERS_OF, PARTS, block_zero, in_block, split_name

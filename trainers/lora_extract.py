@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import require
+from .checks import require
 from .flux_lora import Adapter, FluxLora
 from .load import BaseFlux
 from .low_rank import low_rank_of, squared_norm

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw
 
-from .config import require
+from .checks import require
 from .fonts import Face, drawable
 
 Point = tuple[float, float]

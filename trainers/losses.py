@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .config import NUM_TIMESTEPS, LossSettings
+from .flow_settings import NUM_TIMESTEPS, LossSettings
 
 
 def training_loss(

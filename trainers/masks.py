@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .config import require
+from .checks import require
 from .content_hashes import ContentHashes
 from .pictures import Transform, decode, transform_mask
 from .progress import OnProgress

@@ -11,7 +11,7 @@ import functools
 import math
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .adapters import attach_lora
-from .config import LoraSettings
 from .flow import add_noise, flow_loss
 from .flux import (
     LATENT_CHANNELS,
@@ -35,7 +34,10 @@ from .flux import (
     recompute_blocks,
     velocity,
 )
+from .lora_settings import LoraSettings
+from .optimizer_settings import OptimizerSettings
 from .packed_weight import PackedWeight
+from .speed_settings import SpeedSettings
 from .store import WeightStore
 
 _SMALLEST_8BIT = 4096
@@ -64,6 +66,8 @@ class Workload:
     """Whether what backward needs of the forward pass leaves the device."""
     frozen_bytes: int = 0
     """What LoRAs of the base model take."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import require
+from .checks import require
 from .files import read_bytes
 from .packages import importing
 

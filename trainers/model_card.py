@@ -14,7 +14,8 @@ from pathlib import PurePosixPath
 from string import Template
 from typing import Any
 
-from .config import is_hub_id, require
+from .checks import require
+from .config import is_hub_id
 from .lora_file import LoraFacts
 
 DEV, SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"

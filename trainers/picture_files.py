@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .config import require
+from .checks import require
 from .files import write_atomically
 from .scan import PICTURE_EXTENSIONS, Picture
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps
 from torch import Tensor
 
 from .buckets import Size, limited_size
-from .config import require
+from .checks import require
 
 Crop = Literal[
     "center",

@@ -9,9 +9,9 @@ from itertools import islice
 
 import torch
 
-from .config import LoraSettings
 from .devices import SystemMemory, has_fp8
 from .load import FluxFile
+from .lora_settings import LoraSettings
 from .memory import store_bytes
 from .packages import is_usable
 from .plan import Plan

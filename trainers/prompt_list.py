@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import require
+from .checks import require
 
 
 class NamedPrompt(NamedTuple):

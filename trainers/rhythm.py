@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .config import require
+from .checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

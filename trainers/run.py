@@ -21,7 +21,6 @@ from typing import Any
 from filelock import FileLock, Timeout  # a package that torch needs
 from torch import Tensor
 
-from .config import LoraSettings
 from .files import (
     not_written,
     read_safetensors,
@@ -31,6 +30,7 @@ from .files import (
     write_safetensors,
 )
 from .frozen import FrozenLora, save_frozen
+from .lora_settings import LoraSettings
 from .run_identity import RunIdentity
 from .status import Status, read_status, write_status
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from .config import JobSettings, LossSettings, TimestepSettings, to_json
+from .config import JobSettings
 
 _VERSION = 1
+_LORA = frozenset({"rank", "alpha", "targets"})
+_TRAIN = frozenset(
+    {
+        *("learning_rate", "batch_size", "gradient_accumulation", "guidance", "max_grad_norm"),
+        *("compute_dtype", "seed"),
+    }
+)
+_NEVER = frozenset({"gradient_checkpointing"})
+"""Settings that give the same weights: changing one must not lose a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,22 +39,15 @@ class RunIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Length, name and checkpoint distance do not change what a step computes."""
-        job = to_json(self.job)
-        job["lora"]["alpha"] = self.job.lora.resolved_alpha
-        # Recomputing blocks gives the same gradients; turning it on must not lose a run.
-        del job["train"]["gradient_checkpointing"]
-        # Runs from before there were any, and those of the recipe, are the same.
-        for name, default in (("timesteps", TimestepSettings()), ("loss", LossSettings())):
-            if getattr(self.job.train, name) == default:
-                del job["train"][name]
+        lora = _that_count(self.job.lora, _LORA) | {"alpha": self.job.lora.resolved_alpha}
         values = {
             "version": _VERSION,
             "base": self.base,
             "base_format": self.base_format,
             "latents": self.latents,
             "prompts": self.prompts,
-            "lora": job["lora"],
-            "train": job["train"],
+            "lora": lora,
+            "train": _that_count(self.job.train, _TRAIN),
         }
         # Runs from before there were any, and those without, are the same.
         return values | ({"frozen_loras": self.frozen} if self.frozen else {})
@@ -52,3 +55,16 @@ class RunIdentity:
     def hash8(self) -> str:
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _that_count(settings: Any, always: frozenset[str]) -> dict[str, Any]:
+    """The fields called `always`, and of the others, also of settings in them, those that are not
+    the recipe's: runs from before there was such a setting are the same as those without it."""
+    values, recipe = {}, type(settings)()
+    for name in (field.name for field in dataclasses.fields(settings)):
+        value = getattr(settings, name)
+        if name in _NEVER or (name not in always and value == getattr(recipe, name)):
+            continue
+        is_group = dataclasses.is_dataclass(value)
+        values[name] = _that_count(value, frozenset()) if is_group else value
+    return values

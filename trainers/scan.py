@@ -17,7 +17,7 @@ from typing import BinaryIO, Literal, NamedTuple
 from PIL import Image
 
 from .buckets import Size
-from .config import require
+from .checks import require
 from .file_index import is_settled, read_rows, write_rows
 from .files import not_read
 from .pictures import display_size, has_unusable_profile

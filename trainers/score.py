@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import require
+from .checks import require
 
 
 def picture_text_scores(pictures: Tensor, texts: Tensor) -> list[float]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from typing import Literal
 
-from .config import require
+from .checks import require
 from .dataset import Dataset, Subset
 
 SplitUnit = Literal["percent", "pictures"]

@@ -16,13 +16,13 @@ from .caches import LatentEntry
 from .config import JobSettings, TrainSettings
 from .data import TrainingBatch, TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
-from .flow import add_noise, flow_target, seeded
+from .draws import Draw, draw
+from .flow import flow_target, seeded
 from .flux import build_transformer, recompute_blocks, velocity
 from .load import BaseFlux
 from .losses import training_loss
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
 from .run import Checkpoint
-from .timesteps import draw_sigmas
 
 _LARGE_BYTES = 1 << 30
 
@@ -129,18 +129,13 @@ def _forward_backward(
     # Draws of their own: another caption or a flip trains with the same noise.
     samples = data.choose(entries, seeded(settings.seed, "choice", micro_step))
     batch = data.load(samples, state.device, generator)
-    noise = torch.randn(batch.latents.shape, generator=generator).to(state.device)
-    height, width = batch.latents.shape[-2:]
-    sigma = draw_sigmas(
-        settings.timesteps, len(entries), num_tokens=height * width // 4, generator=generator
-    ).to(state.device)
-    target = flow_target(batch.latents, noise)
-    if entries[0].is_regularization:  # as are all of its subset: the model without the LoRA teaches
-        with state.lora.disabled(), torch.no_grad():
-            target = _predict(state, batch, noise, sigma)
+    drawn = draw(settings, batch.latents, generator)
+    target = _target(state, entries, batch, drawn)
     with state.saving():
-        prediction = _predict(state, batch, noise, sigma)
-        loss = training_loss(settings.loss, prediction, target, sigma, batch.weights).mean()
+        prediction = _predict(state, batch, drawn)
+        loss = training_loss(
+            settings.flow.loss, prediction, target, drawn.sigma, batch.weights
+        ).mean()
     if not torch.isfinite(loss):
         raise ValueError(_diverged(micro_step // settings.gradient_accumulation, settings))
     if state.gives_back_memory:
@@ -149,12 +144,23 @@ def _forward_backward(
     return float(loss.detach())
 
 
-def _predict(state: TrainState, batch: TrainingBatch, noise: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity [B, C, h, w] of the network on the latents mixed with `noise` at `sigma` [B]."""
+def _target(
+    state: TrainState, entries: list[LatentEntry], batch: TrainingBatch, drawn: Draw
+) -> Tensor:
+    """The velocity [B, C, h, w] to learn: that of the straight path to the pictures; of
+    regularization pictures, as are all of a batch, that of the model without the LoRA."""
+    if entries[0].is_regularization:
+        with state.lora.disabled(), torch.no_grad():
+            return _predict(state, batch, drawn)
+    return flow_target(batch.latents, drawn.noise)
+
+
+def _predict(state: TrainState, batch: TrainingBatch, drawn: Draw) -> Tensor:
+    """The velocity [B, C, h, w] of the network."""
     return velocity(
         state.transformer,
-        add_noise(batch.latents, noise, sigma).to(state.dtype),
-        sigma=sigma,
+        drawn.noisy.to(state.dtype),
+        sigma=drawn.sigma,
         prompt_embeds=batch.prompt_embeds,
         pooled=batch.pooled,
         guidance=state.settings.guidance,

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .config import NUM_TIMESTEPS, TimestepSettings
 from .flow import sample_sigmas
+from .flow_settings import NUM_TIMESTEPS, TimestepSettings
 
 SIGMA_MIN = 1 / NUM_TIMESTEPS
 """The smallest sigma of diffusers' table; below it weights of the loss would grow without limit."""

@@ -10,13 +10,8 @@ import asyncio
 import inspect
 
 import pytest
-from atelier.trainers.config import (
-    PROMPT_LENGTH,
-    JobSettings,
-    Length,
-    LoraSettings,
-    TrainSettings,
-)
+from atelier.trainers.config import PROMPT_LENGTH, JobSettings, Length, TrainSettings
+from atelier.trainers.lora_settings import LoraSettings
 
 FROZEN = {
     "AtelierLoadQuantizedFlux": (
@@ -129,6 +124,11 @@ FROZEN = {
             *("vae? VAE", "positive? CONDITIONING", "activations_in_ram? BOOLEAN"),
             *("validation? ATELIER_VALIDATION", "resume? COMBO", "checkpoint_unit? COMBO"),
             *("keep_checkpoints? INT", "logger? COMBO"),
+            "lora_settings? ATELIER_LORA_SETTINGS",
+            "optimizer_settings? ATELIER_OPTIMIZER_SETTINGS",
+            "schedule_settings? ATELIER_SCHEDULE_SETTINGS",
+            "preservation_settings? ATELIER_PRESERVATION_SETTINGS",
+            "speed_settings? ATELIER_SPEED_SETTINGS",
         ],
         [
             *("lora LORA_MODEL", "model MODEL", "lora_name STRING", "loss LOSS_MAP"),
@@ -219,6 +219,9 @@ FROZEN = {
             *("batch_size INT", "gradient_accumulation INT", "rank INT", "targets COMBO"),
             *("compute_dtype COMBO", "gradient_checkpointing BOOLEAN"),
             *("activations_in_ram BOOLEAN", "hub_id? STRING"),
+            "lora_settings? ATELIER_LORA_SETTINGS",
+            "optimizer_settings? ATELIER_OPTIMIZER_SETTINGS",
+            "speed_settings? ATELIER_SPEED_SETTINGS",
         ],
         ["report STRING", "reserve_gb FLOAT"],
     ),

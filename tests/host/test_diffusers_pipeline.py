@@ -14,9 +14,9 @@ import torch
 from atelier.nodes.native import build_model
 from atelier.nodes.sampling import encode_prompt
 from atelier.trainers.adapters import attach_lora, file_tensors, save_lora
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, pack_latents
 from atelier.trainers.load import load_flux
+from atelier.trainers.lora_settings import LoraSettings
 from dense import dense_transformer
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from drawing import draw

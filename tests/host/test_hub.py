@@ -12,8 +12,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 from atelier.nodes.loaders import LoadQuantizedFlux
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.load import load_flux
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.memory import Workload, estimate_training
 from comfy_server import ComfyServer, GraphError
 from executor import Keep, Runner

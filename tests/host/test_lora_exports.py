@@ -18,13 +18,13 @@ import executor
 import pytest
 import torch
 from atelier.nodes.native import build_model
-from atelier.trainers.config import LORA_TARGETS
 from atelier.trainers.flux_lora import FluxLora, parse_flux_lora
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_export import FORMATS, exported, merged, resized
 from atelier.trainers.lora_file import read_lora
 from atelier.trainers.lora_metadata import save_export
 from atelier.trainers.lora_names import comfy_names
+from atelier.trainers.lora_settings import LORA_TARGETS
 from core_flux import core_model_of
 from dense import dense_transformer, stored_tensors, to_diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline

@@ -9,8 +9,8 @@ import pytest
 import torch
 from atelier.nodes import host
 from atelier.nodes.memory import EstimateMemory
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import FluxConfig
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.memory import Workload, estimate_training, store_bytes
 from comfy_server import ComfyServer, Event
 from executor import Keep, Runner

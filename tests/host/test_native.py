@@ -15,10 +15,10 @@ from atelier.nodes.native import build_model
 from atelier.nodes.native_lora import add_lora
 from atelier.nodes.trainable import base_flux
 from atelier.trainers.adapters import attach_lora, file_tensors
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.lora_settings import LoraSettings
 from drawing import draw
 from flux_files import write_flux
 from lora_files import lora_tensors

@@ -21,12 +21,13 @@ from atelier.nodes.sampling import draw_latents, encode_prompt
 from atelier.nodes.session import Asker, Session
 from atelier.nodes.train import TrainLora
 from atelier.nodes.validation import EncodedPrompt, Sampler, Validation
-from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.config import JobSettings, Length, TrainSettings
 from atelier.trainers.control import Request
 from atelier.trainers.data import TrainingData
 from atelier.trainers.devices import describe_device
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_file import lora_facts
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.memory import Workload, estimate_training
 from atelier.trainers.rhythm import NEVER, Rhythm
 from atelier.trainers.status import Status, read_status

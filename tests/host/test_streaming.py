@@ -20,9 +20,9 @@ from atelier.nodes.native import (
 )
 from atelier.nodes.native_lora import add_lora
 from atelier.trainers.adapters import attach_lora, file_tensors
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
 from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.packed_copy import PackedCopies
 from flux_files import write_flux
 from torch import Tensor

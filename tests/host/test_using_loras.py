@@ -29,9 +29,9 @@ from atelier.nodes.native_ranges import SamplingRange
 from atelier.nodes.trainable import base_flux
 from atelier.trainers.adapters import lora_metadata, save_lora
 from atelier.trainers.block_weights import parse_block_weights
-from atelier.trainers.config import LoraSettings
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_file import LoraTensors, read_lora
+from atelier.trainers.lora_settings import LoraSettings
 from core_flux import core_model
 from core_models import sd_15, without_bytes
 from dense import dense_transformer, stored_tensors

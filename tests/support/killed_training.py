@@ -77,7 +77,8 @@ def train(base: Path) -> None:
 
 
 def job() -> Any:
-    from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+    from atelier.trainers.config import JobSettings, Length, TrainSettings
+    from atelier.trainers.lora_settings import LoraSettings
 
     return JobSettings(
         name="killed",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from atelier.trainers.config import JobSettings, Length, LoraSettings, TrainSettings
+from atelier.trainers.config import JobSettings, Length, TrainSettings
 from atelier.trainers.hooks import Hooks, Trained
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.run import Checkpoint
 
 LORA = LoraSettings(rank=16)  # large enough for an optimizer state of 8 bits
