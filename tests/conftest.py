@@ -16,6 +16,16 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
 
+import pytest  # noqa: E402
 from pack import load_pack  # noqa: E402
 
 load_pack()
+
+
+@pytest.fixture
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels cannot be imported within the test, as if nothing had asked for them before."""
+    from atelier.trainers.formats import bitsandbytes_functional
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    bitsandbytes_functional.cache_clear()

@@ -186,15 +186,14 @@ def test_what_needs_a_missing_package_says_so(
 ) -> None:
     flux = load_flux(write_flux(tmp_path / "flux.safetensors"), format="bf16")
     monkeypatch.setitem(sys.modules, module, None)
+    bitsandbytes_functional.cache_clear()
     with pytest.raises(ValueError, match=f"^The package {module.partition('.')[0]} is missing"):
         MISSING[module](flux)
 
 
-def test_where_bitsandbytes_is_missing_its_formats_name_one_without(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.usefixtures("without_bitsandbytes")
+def test_where_bitsandbytes_is_missing_its_formats_name_one_without() -> None:
     matrix = torch.linspace(-1, 1, 64 * 64, dtype=torch.bfloat16).view(64, 64)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ValueError, match=r"For pictures, choose the format int4") as caught:
         PackedWeight.pack(matrix, "nf4")
     assert str(caught.value).endswith(install_command("bitsandbytes"))

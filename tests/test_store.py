@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from allocated import AllocatedBytes
-from atelier.trainers import formats
+from atelier.trainers import formats, packages
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
 from atelier.trainers.formats import FORMATS
@@ -180,17 +179,27 @@ def test_a_width_that_a_format_cannot_hold_is_one_sentence(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("nf4", "fp4")])
-def test_formats_but_two_need_no_bitsandbytes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_product_looks_for_no_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A step of FLUX.1-dev asks for thousands; each would read the version from the disk."""
+    packed = PackedWeight.pack(matrix(), name)
+
+    def looked_up(package: str) -> str:
+        raise AssertionError(package)
+
+    monkeypatch.setattr(packages, "version", looked_up)
+    packed.linear(torch.ones(1, COLUMNS))
+
+
+@pytest.mark.usefixtures("without_bitsandbytes")
+def test_formats_but_two_need_no_bitsandbytes(name: str) -> None:
     packed = PackedWeight.pack(matrix(), name)
     assert packed.linear(torch.ones(1, COLUMNS)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_without_bitsandbytes_one_sentence_names_it(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+@pytest.mark.usefixtures("without_bitsandbytes")
+def test_without_bitsandbytes_one_sentence_names_it(name: str) -> None:
     with pytest.raises(ValueError, match=r"^The package bitsandbytes is missing, or does not fit"):
         PackedWeight.pack(matrix(), name)
 

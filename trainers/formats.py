@@ -162,6 +162,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+@functools.cache  # asked for at every product
 def bitsandbytes_functional():
     """The module, or ValueError where it cannot be imported."""
     try:
