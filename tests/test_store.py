@@ -178,7 +178,6 @@ def test_a_width_that_a_format_cannot_hold_is_one_sentence(name: str) -> None:
         PackedWeight.pack(matrix(columns=100), name)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("nf4", "fp4")])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_product_looks_for_no_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A step of FLUX.1-dev asks for thousands; each would read the version from the disk."""
@@ -191,6 +190,7 @@ def test_a_product_looks_for_no_package(monkeypatch: pytest.MonkeyPatch, name: s
     packed.linear(torch.ones(1, COLUMNS))
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("nf4", "fp4")])
 @pytest.mark.usefixtures("without_bitsandbytes")
 def test_formats_but_two_need_no_bitsandbytes(name: str) -> None:
     packed = PackedWeight.pack(matrix(), name)
