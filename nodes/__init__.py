@@ -23,6 +23,7 @@ from .routes import add_routes
 from .run_routes import add_run_routes
 from .score_lora import ScoreLora
 from .settings import CaptionSettingsNode, PictureSettingsNode
+from .speed_settings import SpeedSettingsNode
 from .train import TrainLora
 from .validation_settings import ValidationSettings
 
@@ -59,6 +60,7 @@ NODES: list[type[io.ComfyNode]] = [
     CompareGrid,
     PushToHub,
     ScoreLora,
+    SpeedSettingsNode,
 ]
 
 

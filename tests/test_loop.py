@@ -11,11 +11,9 @@ import torch
 from atelier.trainers import loop
 from atelier.trainers import step as training_step
 from atelier.trainers.adapters import attach_lora
-from atelier.trainers.batches import BatchOrder
 from atelier.trainers.caches import LatentSubset
 from atelier.trainers.config import JobSettings, Length
 from atelier.trainers.data import TrainingData
-from atelier.trainers.flow import seeded
 from atelier.trainers.flow_settings import FlowSettings, LossSettings, TimestepSettings
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.formats import FORMATS
@@ -26,10 +24,8 @@ from atelier.trainers.rhythm import Rhythm
 from atelier.trainers.run import Run
 from bitsandbytes.optim import AdamW8bit
 from dense import dense_transformer, stored_tensors
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from flux_files import write_flux
-from peft import LoraConfig, set_peft_model_state_dict
+from plain_loop import plain_loop
 from runs import LORA, Stop, assert_same_checkpoint, job, stop_before
 from small_disk import fill, small_disk
 from training import training_data, write_entries
@@ -114,85 +110,6 @@ def test_a_longer_run_goes_on_from_a_finished_one(run_job) -> None:
     assert all(torch.equal(grown.lora[key], whole.lora[key]) for key in whole.lora)
 
 
-def plain_loop(
-    tensors: dict, data: TrainingData, settings: JobSettings, start: dict[str, torch.Tensor]
-) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms in the manner of diffusers' train_dreambooth_lora_flux.py."""
-    train_settings, lora = settings.train, settings.lora
-    model = dense_transformer(tensors)
-    targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets))
-    assert not set_peft_model_state_dict(model, start).unexpected_keys
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert len(parameters) == len(start)
-    optimizer = AdamW8bit(
-        parameters,
-        lr=train_settings.learning_rate,
-        betas=(0.9, 0.999),
-        weight_decay=1e-4,
-        eps=1e-8,
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    order = BatchOrder(
-        data.latents.subsets, batch_size=train_settings.batch_size, seed=train_settings.seed
-    )
-    accumulation, losses, norms = train_settings.gradient_accumulation, [], []
-    for step in range(settings.length.amount):
-        parts = []
-        for micro_step in range(step * accumulation, (step + 1) * accumulation):
-            generator = seeded(train_settings.seed, "micro-step", micro_step)
-            entries = order.batch(micro_step)
-            pictures = [data.latents.load(entry.name) for entry in entries]
-            mean = torch.stack([picture.mean for picture in pictures])
-            std = torch.stack([picture.std for picture in pictures])
-            latents = mean + std * torch.randn(mean.shape, generator=generator)
-            texts = [data.prompts.load(entry.texts[0][0]) for entry in entries]
-            embeds = torch.stack([text.prompt_embeds for text in texts])
-            pooled = torch.stack([text.pooled for text in texts])
-            noise = torch.randn(latents.shape, generator=generator)
-            density = compute_density_for_timestep_sampling(
-                "none", len(entries), generator=generator
-            )
-            indices = (density * 1000).long()
-            timesteps = scheduler.timesteps[indices]
-            sigmas = scheduler.sigmas[indices].view(-1, 1, 1, 1)
-            noisy = (1.0 - sigmas) * latents + sigmas * noise
-            batch, channels, height, width = latents.shape
-            inputs = dict(
-                hidden_states=FluxPipeline._pack_latents(noisy, batch, channels, height, width),
-                timestep=timesteps / 1000,
-                guidance=torch.full((batch,), train_settings.guidance),
-                pooled_projections=pooled,
-                encoder_hidden_states=embeds,
-                txt_ids=torch.zeros(embeds.shape[1], 3),
-                img_ids=FluxPipeline._prepare_latent_image_ids(
-                    batch, height // 2, width // 2, torch.device("cpu"), torch.float32
-                ),
-                return_dict=False,
-            )
-            target = noise - latents
-            if entries[0].is_regularization:
-                model.disable_adapters()
-                with torch.no_grad():
-                    taught = model(**inputs)[0]
-                target = FluxPipeline._unpack_latents(taught, height * 8, width * 8, 8)
-                model.enable_adapters()
-            prediction = FluxPipeline._unpack_latents(model(**inputs)[0], height * 8, width * 8, 8)
-            error = (prediction - target) ** 2
-            for place, entry in enumerate(entries):
-                if entry.masks:
-                    error[place] *= data.latents.load_mask(entry.masks[0])
-            loss = error.reshape(batch, -1).mean(1).mean()
-            (loss / accumulation).backward()
-            parts.append(loss.item())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train_settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(sum(parts) / accumulation)
-        norms.append(norm.item())
-    return losses, norms
-
-
 @pytest.mark.parametrize(
     ("format", "settings"),
     [
@@ -209,7 +126,8 @@ def test_losses_and_gradients_are_those_of_a_plain_loop_with_the_stored_weights(
     base = load_flux(flux_file, format=format)
     transformer = build_transformer(base.store, base.config, torch.float32)
     start = attach_lora(transformer, LORA, seed=job_of_five.train.seed).state()
-    losses, norms = plain_loop(stored_tensors(format), data, job_of_five, start)
+    model = dense_transformer(stored_tensors(format))
+    losses, norms = plain_loop(model, data, job_of_five, start, AdamW8bit)
     run = open_run(tmp_path, job_of_five, base, data)
     found = train(run, base, data, job_of_five).losses
     # The loss towards a teacher is nearly nothing, and a difference of nearly equal numbers.
@@ -223,7 +141,8 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
     """Two pictures, one of them with a mask, beside two for regularization."""
     folder = tmp_path_factory.mktemp("masked caches")
     data = training_data(folder)
-    write_entries(folder, {"mask": {"mask": torch.rand(8, 8)}})
+    mask = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    write_entries(folder, {"mask": {"mask": mask}})
     first, second, *others = data.latents.entries
     subsets = (
         LatentSubset(name="taught", entries=(dataclasses.replace(first, masks=("mask",)), second)),

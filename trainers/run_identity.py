@@ -18,8 +18,9 @@ _TRAIN = frozenset(
         *("compute_dtype", "seed"),
     }
 )
-_NEVER = frozenset({"gradient_checkpointing"})
-"""Settings that give the same weights: changing one must not lose a run."""
+_NEVER = frozenset({"gradient_checkpointing", "checkpointing", "checkpointing_interval", "compile"})
+"""Settings that give the same weights, or but for their rounding, as another device does: changing
+one must not lose a run."""
 
 
 @dataclass(frozen=True, kw_only=True)

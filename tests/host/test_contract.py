@@ -12,6 +12,7 @@ import inspect
 import pytest
 from atelier.trainers.config import PROMPT_LENGTH, JobSettings, Length, TrainSettings
 from atelier.trainers.lora_settings import LoraSettings
+from atelier.trainers.speed_settings import SpeedSettings
 
 FROZEN = {
     "AtelierLoadQuantizedFlux": (
@@ -254,6 +255,14 @@ FROZEN = {
         ["dataset ATELIER_DATASET", "amount INT", "unit COMBO"],
         ["training ATELIER_DATASET", "held_out ATELIER_DATASET"],
     ),
+    "AtelierSpeedSettings": (
+        [
+            *("tread_ratio FLOAT", "tread_start INT", "tread_end INT", "more_routes STRING"),
+            *("checkpointing COMBO", "checkpointing_interval INT", "compile BOOLEAN"),
+            "products COMBO",
+        ],
+        ["speed ATELIER_SPEED_SETTINGS"],
+    ),
 }
 """Node id to its inputs and outputs in order, as `name TYPE`; `?` marks an optional input."""
 
@@ -274,6 +283,7 @@ SETTINGS = {
     "AtelierEstimateMemory": {**RECIPE, "prompt_length": PROMPT_LENGTH},
     "AtelierEncodePrompts": {"length": PROMPT_LENGTH},
     "AtelierInspectDataset": {**RECIPE, "length": PROMPT_LENGTH},
+    "AtelierSpeedSettings": vars(SpeedSettings()),
 }
 
 
