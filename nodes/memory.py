@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 from ..trainers.config import PROMPT_LENGTH
 from ..trainers.devices import compute_dtype as resolve_dtype
 from ..trainers.devices import describe_device, system_memory
+from ..trainers.eight_bit import require_products
 from ..trainers.formats import FORMATS
 from ..trainers.hub import inspect_hub_flux
 from ..trainers.load import inspect_flux
@@ -113,6 +114,7 @@ class EstimateMemory(io.ComfyNode):
             device=host.compute_device(),
             streaming="auto",
         )
+        require_products(plan.workload.speed.products, plan.device, format)
         lines = describe(plan, host.free_memory(), system_memory())
         report = "\n".join([*lines, describe_device(plan.device)])
         host.show_text(report, cls.hidden.unique_id)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .eight_bit import eight_bit_linear
 from .frozen import FrozenLora
 from .packages import importing
 from .packed_weight import Matrix, PackedWeight
@@ -171,6 +172,7 @@ class LinearView(nn.Linear):
         """`loras` are pairs of `down` [rank, in] and `up` [out, rank]."""
         nn.Module.__init__(self)
         self.store, self.source, self._loras = store, source, loras
+        self.product = Matrix.linear
         packed, bias = store.packed[self._name], store.plain.get(f"{source.name}.bias")
         self.bias = _frozen_copy(bias[source.rows], dtype) if bias is not None else None
         self.in_features = packed.shape[1]
@@ -181,12 +183,17 @@ class LinearView(nn.Linear):
         return f"{self.source.name}.weight"
 
     @property
+    def is_in_block(self) -> bool:
+        """Whether its matrix is one of those that are quantized."""
+        return is_block_matrix(self._name, self.store.packed[self._name].shape)
+
+    @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Empty: tells peft the device and a float dtype for its adapters, and nothing else."""
         return torch.empty(0, dtype=torch.float32, device=self.store.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.store.packed[self._name].linear(x, self.bias, self.source.rows)
+        y = self.product(self.store.packed[self._name], x, self.bias, self.source.rows)
         for down, up in self._loras:
             y = y + up.linear(down.linear(x))
         return y
@@ -264,6 +271,13 @@ def recompute_blocks(transformer) -> None:
         checkpoint, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
     )
     transformer.enable_gradient_checkpointing(rerun)
+
+
+def multiply_in_8_bits(transformer) -> None:
+    """Compute with the block matrices in 8 bits, forward and backward; LoRAs stay as they are."""
+    for module in transformer.modules():
+        if isinstance(module, LinearView) and module.is_in_block:
+            module.product = eight_bit_linear
 
 
 def empty_transformer(config: FluxConfig):

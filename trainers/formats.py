@@ -36,9 +36,10 @@ class Format:
     group: int = 1
 
 
-def row_slices(rows: range, columns: int, dtype: torch.dtype) -> list[slice]:
-    """`rows` in consecutive slices of at most SLICE_BYTES each in `dtype`."""
-    step = max(1, SLICE_BYTES // (columns * dtype.itemsize))
+def row_slices(rows: range, columns: int, dtype: torch.dtype, *, multiple: int = 1) -> list[slice]:
+    """`rows` in consecutive slices of at most SLICE_BYTES each in `dtype`, or of `multiple` rows if
+    those take more; all but the last have a multiple of so many rows."""
+    step = max(1, SLICE_BYTES // (columns * dtype.itemsize * multiple)) * multiple
     return [slice(i, min(i + step, rows.stop)) for i in range(rows.start, rows.stop, step)]
 
 

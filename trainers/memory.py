@@ -29,6 +29,7 @@ from .flux import (
     build_transformer,
     empty_transformer,
     is_block_matrix,
+    multiply_in_8_bits,
     norm_sources,
     original_linears,
     recompute_blocks,
@@ -151,6 +152,8 @@ def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimat
     shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
     store = _shapes_only(config, format, shapes_only)
     transformer = build_transformer(store, config, workload.dtype).train()
+    if workload.speed.products == "8bit":
+        multiply_in_8_bits(transformer)
     attach_lora(transformer, workload.lora, seed=0)
     if workload.gradient_checkpointing:
         recompute_blocks(transformer)

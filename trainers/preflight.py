@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 
 from .devices import SystemMemory, has_fp8
+from .eight_bit import has_products, require_products
 from .load import FluxFile
 from .lora_settings import LoraSettings
 from .memory import store_bytes
@@ -71,8 +72,10 @@ def require_fits(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
         free_bytes: of a GPU those that are free without the model, of a CPU those beside it.
 
     Raises:
-        ValueError: if they are not enough, with what would fit.
+        ValueError: if they are not enough, with what would fit; or if products cannot be computed
+            as wanted.
     """
+    require_products(plan.workload.speed.products, plan.device, plan.format)
     if plan.device.type == "cpu" and plan.streaming != "disk":
         free_bytes += plan.weights  # they are there already
     if plan.least_bytes > free_bytes:
@@ -189,7 +192,10 @@ _Change = tuple[Plan, Callable[[str], str]]
 
 
 def _formats(plan: Plan) -> Iterator[_Change]:
+    products = plan.workload.speed.products
     for name in (*auto_formats(), "int2"):
+        if not has_products(products, plan.device, name):
+            continue
         if plan.is_from_core:
             sentence = partial(_say_loaded, name)
         else:

@@ -17,8 +17,9 @@ from .config import JobSettings, TrainSettings
 from .data import TrainingBatch, TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
 from .draws import Draw, draw
+from .eight_bit import require_products
 from .flow import flow_target, seeded
-from .flux import build_transformer, recompute_blocks, velocity
+from .flux import build_transformer, multiply_in_8_bits, recompute_blocks, velocity
 from .load import BaseFlux
 from .losses import training_loss
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
@@ -35,6 +36,7 @@ class TrainState:
         self.activations_in_ram = job.activations_in_ram
         self.device = base.store.device
         require_trainable_on(self.device)
+        require_products(job.train.speed.products, self.device, base.format)
         # Between forward and backward on a CPU, whose passes each leave holes in the heap: 1 GB for
         # FLUX.1-dev. Small networks leave little, and would pay 7 % of their step.
         self.gives_back_memory = self.device.type == "cpu" and base.store.num_bytes > _LARGE_BYTES
@@ -42,6 +44,8 @@ class TrainState:
         name = saved.values["compute_dtype"] if saved else job.train.compute_dtype
         self.dtype = compute_dtype(name, self.device)
         self.transformer = build_transformer(base.store, base.config, self.dtype, base.frozen)
+        if job.train.speed.products == "8bit":
+            multiply_in_8_bits(self.transformer)
         self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
         self.transformer.train()
         if job.train.gradient_checkpointing:
