@@ -11,7 +11,13 @@ from atelier.trainers.adapters import attach_lora
 from atelier.trainers.batches import BatchOrder
 from atelier.trainers.config import JobSettings, TrainSettings
 from atelier.trainers.flow import flow_loss
-from atelier.trainers.flux import FluxConfig, build_transformer, recompute_blocks, velocity
+from atelier.trainers.flux import (
+    FluxConfig,
+    build_transformer,
+    multiply_in_8_bits,
+    recompute_blocks,
+    velocity,
+)
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.lora_settings import LoraSettings
@@ -23,6 +29,7 @@ from atelier.trainers.memory import (
     streamed_bytes,
 )
 from atelier.trainers.optimizers import make_adamw8bit
+from atelier.trainers.speed_settings import SpeedSettings
 from atelier.trainers.step import TrainState, optimizer_step
 from flux_files import flux_shapes, write_flux
 from pack import load_module
@@ -63,6 +70,8 @@ class Training:
     def __init__(self, base: LoadedFlux, work: Workload) -> None:
         self.config, self.work = base.config, work
         self.transformer = build_transformer(base.store, base.config, work.dtype).train()
+        if work.speed.products == "8bit":
+            multiply_in_8_bits(self.transformer)
         self.lora = attach_lora(self.transformer, work.lora, seed=0)
         if work.gradient_checkpointing:
             recompute_blocks(self.transformer)
@@ -110,8 +119,18 @@ def test_flux_dev_in_nf4_takes_what_its_shapes_say() -> None:
 def test_the_peak_is_that_of_the_allocator(
     file: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    work = workload(**changes)
-    base = load_flux(file, format="nf4")
+    compare_peaks(load_flux(file, format="nf4"), workload(**changes), tmp_path)
+
+
+@pytest.mark.parametrize("format", ["int8", "bf16"])
+def test_the_peak_of_products_in_8_bits_is_that_of_the_allocator(
+    file: Path, tmp_path: Path, format: str
+) -> None:
+    work = workload(speed=SpeedSettings(products="8bit"))
+    compare_peaks(load_flux(file, format=format), work, tmp_path)
+
+
+def compare_peaks(base: LoadedFlux, work: Workload, folder: Path) -> None:
     network = Training(base, work)
 
     def step() -> None:
@@ -120,8 +139,8 @@ def test_the_peak_is_that_of_the_allocator(
             parameter.grad = None
 
     step()  # what is made once
-    peak = profiled(step, tmp_path / "trace.json").peak
-    estimate = estimate_training(base.config, "nf4", work)
+    peak = profiled(step, folder / "trace.json").peak
+    estimate = estimate_training(base.config, base.format, work)
     predicted = estimate.activations + estimate.batch  # the rest is there when the profile begins
     assert predicted == pytest.approx(peak, rel=0.05)
 

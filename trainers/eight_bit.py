@@ -15,11 +15,7 @@ from .formats import FORMATS, row_slices
 from .packed_weight import Matrix
 
 _STORED = ("fp8", "int8")
-_CAPABILITIES = {
-    "bf16": ((8, 9), "RTX 40 series"),
-    "fp8": ((8, 9), "RTX 40 series"),
-    "int8": ((8, 0), "RTX 30 series"),
-}
+_CAPABILITIES = {"bf16": (8, 9), "fp8": (8, 9), "int8": (8, 0)}
 """By format, the compute capability from which on NVIDIA's cards multiply so."""
 _FEW_TOKENS = 16
 """As many are no case for 8 bits: a modulation has one of each picture, on which all others depend.
@@ -58,14 +54,19 @@ def _why_not(capability: tuple[int, int] | None, format: str) -> str | None:
             f"A model in {format} cannot be multiplied in 8 bits: its weights have fewer. Load it "
             "as fp8, int8 or bf16, or set products of Speed Settings to dequantized."
         )
-    needed, card = _CAPABILITIES[format]
-    if capability is not None and capability >= needed:
+    if capability is None:
+        return (
+            "Products in 8 bits need an NVIDIA card: of compute capability 8.0 (RTX 30) or more "
+            "for a model in int8, 8.9 (RTX 40) or more for fp8 and bf16. Set products of Speed "
+            "Settings to dequantized."
+        )
+    needed = _CAPABILITIES[format]
+    if capability >= needed:
         return None
-    found = "This is none" if capability is None else "This card has {}.{}".format(*capability)
     return (
-        f"Products in 8 bits of a model in {format} need an NVIDIA card of compute capability "
-        f"{needed[0]}.{needed[1]} or more ({card} and newer). {found}: set products of Speed "
-        "Settings to dequantized."
+        f"Products in 8 bits of a model in {format} need a card of compute capability {needed[0]}."
+        f"{needed[1]} or more, and this one has {capability[0]}.{capability[1]}; for int8 8.0 is "
+        "enough. Set products of Speed Settings to dequantized."
     )
 
 
@@ -147,11 +148,12 @@ def _product(
     """
     num_tokens, num_outputs = len(left.data), len(right.data)
     y = torch.empty(num_tokens, num_outputs, dtype=dtype, device=left.data.device)
-    scale = right.scale.T.expand(1, num_outputs)
+    # Widened: torch rounds whole numbers times bf16 to bf16.
+    of_tokens, of_outputs = left.scale.float(), right.scale.float().T.expand(1, num_outputs)
     for part in row_slices(range(num_outputs), num_tokens, torch.float32, multiple=_ALIGNED):
         # The kernels read both factors along the sum: of a transposed one, a copy of some rows.
         sums = _sums(left.data, right.data[part].contiguous(), is_fast=is_fast)
-        scaled = (sums * left.scale).mul_(scale[:, part])
+        scaled = (sums * of_tokens).mul_(of_outputs[:, part])
         y[:, part] = scaled.add_(bias[part]) if bias is not None else scaled
     return y
 
