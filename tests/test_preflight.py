@@ -15,6 +15,7 @@ from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.memory import Workload, estimate_training, store_bytes, streamed_bytes
 from atelier.trainers.plan import Plan
 from atelier.trainers.preflight import choose_format
+from atelier.trainers.speed_settings import SpeedSettings
 from flux_files import flux_shapes
 
 SIZES = {"width": 256, "depth": 3, "depth_single": 4, "context": 128, "vector": 64}
@@ -323,3 +324,21 @@ def test_without_bitsandbytes_auto_takes_the_four_bits_that_do_without(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for free, chosen in ((store_bytes(CONFIG, "int8"), "int8"), (0, "int4")):
         assert choose_format(FluxFile(CONFIG, None), free, torch.device("cuda")) == chosen
+
+
+def test_products_that_the_device_lacks_are_refused_before_the_start() -> None:
+    on_cpu = plan("cpu", speed=SpeedSettings(products="8bit"))
+    with pytest.raises(ValueError, match=r"^Products in 8 bits need an NVIDIA card: "):
+        require_fits(on_cpu, 10**12)
+
+
+def test_no_format_is_proposed_that_cannot_be_multiplied_in_8_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    for products, names in (
+        ("dequantized", ["bf16", "int8", "nf4", "int2"]),
+        ("8bit", ["bf16", "int8"]),
+    ):
+        changed = preflight._formats(plan(speed=SpeedSettings(products=products)))
+        assert [other.format for other, _ in changed] == names

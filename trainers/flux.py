@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels (16), H W latent size, L image tokens (H/2 * 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -172,7 +172,7 @@ class LinearView(nn.Linear):
         """`loras` are pairs of `down` [rank, in] and `up` [out, rank]."""
         nn.Module.__init__(self)
         self.store, self.source, self._loras = store, source, loras
-        self.product = Matrix.linear
+        self.product: Callable[[Matrix, Tensor, Tensor | None, slice], Tensor] = Matrix.linear
         packed, bias = store.packed[self._name], store.plain.get(f"{source.name}.bias")
         self.bias = _frozen_copy(bias[source.rows], dtype) if bias is not None else None
         self.in_features = packed.shape[1]
