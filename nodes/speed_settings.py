@@ -148,8 +148,9 @@ def _compute_inputs() -> list[Any]:
             default=SpeedSettings.products,
             tooltip="8bit: the frozen weights of the blocks are multiplied in 8 bits, forward and "
             "backward, and never unpacked; the LoRA is not. Models in fp8 and bf16 need an RTX 40 "
-            "or newer, in int8 an RTX 30. What goes into each layer is rounded too: the error is "
-            "under 1 % with int8, 3 % with fp8, and 4 to 6 % with bf16, which saves no memory "
-            "(torchao's float8 training). How much faster it is was not measured yet.",
+            "or newer, in int8 an RTX 30. What goes into each layer is rounded too: an error of 3 "
+            "% with fp8, of 1 % with int8 (7 % where a few channels are far larger than the rest), "
+            "of 4 to 6 % with bf16, which saves no memory (torchao's float8 training). How much "
+            "faster it is was not measured yet.",
         ),
     ]
