@@ -182,7 +182,7 @@ class _Training:
         self.order = _order(job, data)
         self.steps_per_epoch = steps_per_epoch(job, data)
         all_started = max(subset.schedule.start_step for subset in data.latents.subsets)
-        self.watch = Watch(start=max(start, all_started))
+        self.watch = Watch(max(start, all_started), job.train)
         self.checkpoints = Rhythm(every=job.checkpoint_every, unit=job.checkpoint_unit)
         self.seconds_per_step: float | None = None
         self.started = time.time()
@@ -242,7 +242,7 @@ class _Training:
         )
         self.run.log(step.metrics() | step.parts)
         self.hooks.on_step(step)
-        self.watch.see(self.step, grad_norm, state.parameters, self.job.train)
+        self.watch.see(self.step, grad_norm, state.parameters)
         if self.checkpoints.is_due(self.step, self.steps_per_epoch):
             self._save()
 

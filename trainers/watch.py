@@ -20,13 +20,13 @@ def diverged(step: int, settings: TrainSettings) -> str:
     """The sentence for a loss or a gradient that is no number, in the step after `step` steps."""
     if step == 0:
         return (
-            "The loss is not a number in the first step, before anything was learned: the model's "
-            f"numbers do not fit the compute dtype ({settings.compute_dtype}), or its file is "
-            "damaged. Set the compute dtype to bf16 or fp32, or load the model in another format."
+            "The loss or a gradient is not a number in the first step, before anything is learned: "
+            f"the model's numbers do not fit the compute dtype ({settings.compute_dtype}), or its "
+            "file is damaged. Set the compute dtype to bf16 or fp32, or load another file."
         )
     return (
-        f"The loss is not a number after {step} steps: the training diverged. Lower the learning "
-        f"rate ({settings.learning_rate}), or set the compute dtype to bf16 or fp32. "
+        f"The loss or a gradient is not a number after {step} steps: the training diverged. Lower "
+        f"the learning rate ({settings.learning_rate}), or set the compute dtype to bf16 or fp32. "
         "The last checkpoint with good numbers is kept."
     )
 
@@ -35,22 +35,16 @@ class Watch:
     """Sees whether the first steps of a training change the LoRA.
 
     Args:
-        start: the first step to look at, after which every dataset is trained.
+        start: the steps before those to look at; every dataset is trained from there on.
     """
 
-    def __init__(self, start: int) -> None:
-        self._start = start
+    def __init__(self, start: int, settings: TrainSettings) -> None:
+        self._start, self._settings = start, settings
         self._grad_norms: list[float | None] = []
         self._before: list[Tensor] = []
 
-    def see(
-        self,
-        step: int,
-        grad_norm: float | None,
-        parameters: Sequence[Tensor],
-        settings: TrainSettings,
-    ) -> None:
-        """Look at what is trained after `step` steps.
+    def see(self, step: int, grad_norm: float | None, parameters: Sequence[Tensor]) -> None:
+        """Look at what is trained after `step` steps; the norm is None if float16 overflowed.
 
         Raises:
             ValueError: if WATCHED_STEPS steps changed nothing.
@@ -63,7 +57,7 @@ class Watch:
         if len(self._grad_norms) == WATCHED_STEPS:
             before, self._before = self._before, []
             is_same = all(map(torch.equal, before, (p.detach().cpu() for p in parameters)))
-            sentence = _nothing_learned(self._grad_norms, is_same, settings)
+            sentence = _nothing_learned(self._grad_norms, is_same, self._settings)
             if sentence:
                 raise ValueError(sentence)
 
@@ -72,11 +66,6 @@ def _nothing_learned(
     grad_norms: Sequence[float | None], is_same: bool, settings: TrainSettings
 ) -> str | None:
     """The sentence for watched steps that taught nothing."""
-    if all(norm is None for norm in grad_norms):
-        return (
-            f"float16 overflowed in each of {WATCHED_STEPS} steps, so that nothing was learned. "
-            "Set the compute dtype to bf16 or fp32."
-        )
     if not any(grad_norms):
         return (
             f"All gradients of {WATCHED_STEPS} steps were zero, so that nothing was learned: the "
@@ -102,7 +91,7 @@ def no_progress(losses: Mapping[int, float]) -> str | None:
     if best == 0:
         return (
             f"The loss on held out pictures was not once below that of the start in {PATIENCE} "
-            "evaluations: the LoRA makes the model worse on them. Lower the learning rate, or hold "
+            "evaluations: what is learned does not help there. Change the learning rate, or hold "
             "out pictures that are like those that are trained."
         )
     return (
