@@ -177,7 +177,8 @@ class ScheduleDataset(io.ComfyNode):
                     tooltip="These pictures are of the class of what is learned, such as other "
                     "dogs, and are learned as they are, with captions without the trigger: "
                     "DreamBooth's prior preservation. prior_weight of Preservation Settings says "
-                    "how much. Costs no more than other pictures; is_regularization forgets less.",
+                    "how much. Costs no more than other pictures. Best are pictures that the model "
+                    "drew; for others take is_regularization.",
                 ),
             ],
             outputs=[
