@@ -18,6 +18,7 @@ from .lora_extract import ExtractLora
 from .lora_files import ExportLora, MergeLoras
 from .memory import EstimateMemory
 from .plot import PlotLoss
+from .preservation_settings import PreservationSettingsNode
 from .push import PushToHub
 from .routes import add_routes
 from .run_routes import add_run_routes
@@ -61,6 +62,7 @@ NODES: list[type[io.ComfyNode]] = [
     PushToHub,
     ScoreLora,
     SpeedSettingsNode,
+    PreservationSettingsNode,
 ]
 
 

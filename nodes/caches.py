@@ -13,15 +13,23 @@ from ..trainers.caches import LatentCache, PromptCache
 from ..trainers.caching import LATENTS, LatentSettings
 from ..trainers.config import PROMPT_LENGTH
 from ..trainers.dataset import Dataset
+from ..trainers.preservation import with_class_captions
+from ..trainers.preservation_settings import PreservationSettings
 from ..trainers.shards import Shards
 from . import folders, host
 from .encoders import cut_sentences, latent_encoder, prompt_encoder
 from .loader_memory import LoaderMemory
-from .wires import AtelierDataset, AtelierLatentCache, AtelierPromptCache
+from .wires import (
+    AtelierDataset,
+    AtelierLatentCache,
+    AtelierPreservationSettings,
+    AtelierPromptCache,
+)
 
 HOST_MIN_LENGTH = 256
 """T5 tokens that CLIP Text Encode gives at least for FLUX; longer texts give more."""
 LIMIT_GB = 50.0
+NOTHING_KEPT = PreservationSettings()
 TILES = {"off": 0, "512": 512, "1024": 1024, "2048": 2048}
 """Choice to the side in pixels."""
 
@@ -181,6 +189,13 @@ class EncodePrompts(io.ComfyNode):
                     "memory; the training does not depend on it.",
                 ),
                 _limit_input(tooltip="Fewer caption variants or a shorter length need less."),
+                host.make_input(
+                    AtelierPreservationSettings,
+                    "preservation_settings",
+                    optional=True,
+                    tooltip="If Preservation Settings has a class word: every caption with the "
+                    "trigger is encoded a second time, with the class word in its place.",
+                ),
             ],
             outputs=[
                 AtelierPromptCache.Output(
@@ -195,12 +210,19 @@ class EncodePrompts(io.ComfyNode):
         return Shards(folders.cache_folder("prompts")).generation()
 
     @classmethod
-    def check_lazy_status(cls, dataset: Dataset, length: int, **_: Any) -> list[str]:
+    def check_lazy_status(
+        cls,
+        dataset: Dataset,
+        length: int,
+        preservation_settings: PreservationSettings = NOTHING_KEPT,
+        **_: Any,
+    ) -> list[str]:
         folder = folders.cache_folder("prompts")
         encoder_id = LoaderMemory(cls.hidden, "clip", folder).recall()
         if not encoder_id:
             return ["clip"]
-        wanted = caching.prompt_cache(dataset.texts, encoder_id, length, folder)
+        texts = with_class_captions(preservation_settings, dataset.texts)
+        wanted = caching.prompt_cache(texts, encoder_id, length, folder)
         return ["clip"] if caching.num_missing(wanted) else []
 
     @classmethod
@@ -211,7 +233,9 @@ class EncodePrompts(io.ComfyNode):
         clip: Any = None,
         batch_size: int = 1,
         limit_gb: float = LIMIT_GB,
+        preservation_settings: PreservationSettings = NOTHING_KEPT,
     ) -> io.NodeOutput:
+        texts = with_class_captions(preservation_settings, dataset.texts)
         folder = folders.cache_folder("prompts")
         memory = LoaderMemory(cls.hidden, "clip", folder)
         encoder_id = memory.recall()
@@ -223,7 +247,7 @@ class EncodePrompts(io.ComfyNode):
             "the text encoders in a smaller format."
         ):
             cache = caching.cache_prompts(
-                dataset.texts,
+                texts,
                 encode,
                 encoder_id,
                 length,
@@ -233,7 +257,7 @@ class EncodePrompts(io.ComfyNode):
                 on_progress=host.Progress().update,
             )
         memory.remember(encoder_id)
-        warnings = _length_warnings(dataset.texts, length)
+        warnings = _length_warnings(texts, length)
         done = f"Captions cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
         return io.NodeOutput(cache, ui=host.report(cls.hidden.unique_id, done, *warnings))
 

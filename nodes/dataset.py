@@ -169,6 +169,17 @@ class ScheduleDataset(io.ComfyNode):
                     "draw them as it would without the LoRA. For pictures of the class, such as "
                     "other dogs.",
                 ),
+                host.make_input(
+                    io.Boolean,
+                    "is_prior",
+                    default=False,
+                    optional=True,
+                    tooltip="These pictures are of the class of what is learned, such as other "
+                    "dogs, and are learned as they are, with captions without the trigger: "
+                    "DreamBooth's prior preservation. prior_weight of Preservation Settings says "
+                    "how much. Costs no more than other pictures. Best are pictures that the model "
+                    "drew; for others take is_regularization.",
+                ),
             ],
             outputs=[
                 AtelierDataset.Output(
@@ -179,10 +190,17 @@ class ScheduleDataset(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, dataset: Dataset, probability: float, start_step: int, is_regularization: bool
+        cls,
+        dataset: Dataset,
+        probability: float,
+        start_step: int,
+        is_regularization: bool,
+        is_prior: bool = False,
     ) -> io.NodeOutput:
         schedule = Schedule(probability=probability, start_step=start_step)
-        return io.NodeOutput(dataset.scheduled(schedule, is_regularization=is_regularization))
+        return io.NodeOutput(
+            dataset.scheduled(schedule, is_regularization=is_regularization, is_prior=is_prior)
+        )
 
 
 class CombineDatasets(io.ComfyNode):

@@ -23,6 +23,7 @@ from ..trainers.loggers import Logger, LoggerKind, open_logger, require_logger
 from ..trainers.lora_file import read_lora
 from ..trainers.plan import Plan
 from ..trainers.preflight import require_fits
+from ..trainers.preservation import without_effect
 from ..trainers.run import PROMPT_FILE, Run
 from . import folders, host, live
 from .native import to_training_device
@@ -90,7 +91,7 @@ class Session:
         self._data, self._job, self._validation, self._asker = data, job, validation, asker
         self._trained_on = model_to_train(model)
         self._base = self._trained_on.base
-        self._remarks, self._forecast = remarks, list[str]()
+        self._remarks, self._forecast, self._shown = remarks, list[str](), list[str]()
         validation.check_fits(self._base)
         self._progress = host.Progress()
         self._resumes = bool(resume)
@@ -142,6 +143,7 @@ class Session:
             on_start=self._on_start,
             on_step=self._on_step,
             on_measure=self._on_measure,
+            on_warning=self._on_warning,
             on_status=self._reporter.status,
             on_pause=host.free_device_memory,
             take_device=self._take_device,
@@ -231,6 +233,7 @@ class Session:
             )
         if is_trained:
             lines += [*self._trained_on.sentences, *self._forecast]
+        self._shown = lines
         host.show_text("\n".join(lines), self._asker.node_id)
         self._write_prompt()  # also when the answer is on disk: what is looked at may be new
         if is_trained:
@@ -260,7 +263,7 @@ class Session:
             lines.append("The setting guidance has no effect: this model takes no guidance.")
         if self._job.activations_in_ram and host.compute_device().type == "cpu":
             lines.append("The setting activations_in_ram has no effect: a CPU computes in RAM.")
-        return lines
+        return [*lines, *without_effect(self._job.train.preservation, self._data)]
 
     def _num_held_out_and_trained(self) -> int:
         if self._validation.held_out is None:
@@ -272,7 +275,12 @@ class Session:
         self._reporter.step(step)
         self._progress.show(step.step, step.num_steps)
         numbers = {name: value for name, value in step.metrics().items() if value is not None}
-        self._logger.log(step.step, numbers)
+        self._logger.log(step.step, numbers | step.parts)
+
+    def _on_warning(self, sentence: str) -> None:
+        logger.warning(sentence)
+        self._shown.append(sentence)
+        host.show_text("\n".join(self._shown), self._asker.node_id)
 
     def _on_measure(self, step: int, values: dict[str, float]) -> None:
         self._logger.log(step, values)

@@ -106,7 +106,7 @@ def test_kohyas_settings_are_inherited_from_dataset_and_general(root: Path) -> N
         True,
     ]
     assert [subset.captions.keep_tokens for subset in (cats, dogs, large)] == [2, 2, 1]
-    assert [subset.is_regularization for subset in (cats, dogs, reg, large)] == [0, 0, 1, 0]
+    assert [subset.is_prior for subset in (cats, dogs, reg, large)] == [0, 0, 1, 0]
     assert [subset.num_samples for subset in (cats, dogs)] == [2, 20]
     assert (dogs.pictures.flip, dogs.pictures.crop, dogs.captions.dropout) == (True, "random", 0.1)
     assert cats.captions.default == "sks cat"
@@ -238,7 +238,7 @@ def test_ai_toolkits_datasets_come_at_each_of_their_sizes(root: Path) -> None:
     assert not cats.resolution.upscale
     assert all(record.mask for record in cats.records)
     assert cats.captions.dropout == 0.05
-    assert (reg.is_regularization, reg.pictures.flip) == (True, True)
+    assert (reg.is_prior, reg.is_regularization, reg.pictures.flip) == (True, False, True)
     assert texts(dataset)[0] == ("p3r5on, a_one of cats, red, round",)
     assert texts(dataset)[-1] == ("a person",)
 
@@ -247,7 +247,7 @@ def test_what_ai_toolkit_has_besides_is_listed(root: Path) -> None:
     (root / "masks").mkdir()
     notes = plan(root, "job.yaml", AI_TOOLKIT.replace("is_reg", "unheard_of: 3\n          is_reg"))
     shown = "\n".join(notes.notes)
-    assert "mask_min_value = 0.1 (dataset 1): what is black in a mask is not learned" in shown
+    assert "mask_min_value = 0.1 (dataset 1): set unmasked_weight of Preservation" in shown
     assert "cache_latents_to_disk = True (dataset 1): " in shown
     assert "unheard_of = 3 (dataset 2): this setting is not known here." in shown
     assert "flip_x = True (dataset 2): " in shown

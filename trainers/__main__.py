@@ -85,7 +85,7 @@ def _train() -> int:
         help="folder for the LoRA and the run (default: output)",
     )
     arguments = parser.parse_args()
-    hooks = Hooks(check_stop=StopFlag().check, explain=_explain, on_step=_show)
+    hooks = Hooks(check_stop=StopFlag().check, explain=_explain, on_step=_show, on_warning=_warn)
     try:
         path = run_job(read_job(arguments.job), arguments.output, hooks)
     except Stopped:
@@ -101,6 +101,10 @@ def _explain(error: BaseException) -> str | None:
 
 def _show(step: Step) -> None:
     sys.stderr.write(f"step {step.step}/{step.num_steps}  loss {step.loss:.4f}\n")
+
+
+def _warn(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
 
 
 if __name__ == "__main__":

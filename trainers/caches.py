@@ -63,6 +63,8 @@ class LatentEntry:
     """Share of its samples, 0 to 1, that train with the empty text."""
     is_regularization: bool = False
     """Whether it trains towards what the model draws without the LoRA. All of a subset do."""
+    is_prior: bool = False
+    """Whether it is a picture of the class, whose loss has a weight of its own. As above."""
 
     @property
     def name(self) -> str:
@@ -94,6 +96,7 @@ class LatentSubset:
         """SHA-256 over everything here that training sees, the name aside."""
         entries = sorted(
             [*e.keys, *e.masks, *e.texts, e.repeats, e.dropout, e.is_regularization]
+            + ["prior"] * e.is_prior  # caches from before there were any stay the same
             for e in self.entries
         )
         return digest([entries, dataclasses.astuple(self.schedule)])

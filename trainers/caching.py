@@ -287,6 +287,7 @@ def _latent_entry(
         texts=record.texts,
         dropout=subset.captions.dropout,
         is_regularization=subset.is_regularization,
+        is_prior=subset.is_prior,
         width=transforms[0].width,
         height=transforms[0].height,
         repeats=record.repeats,

@@ -202,6 +202,8 @@ def _subset_facts(subset: Subset) -> Iterator[str]:
         yield f"crop {subset.pictures.crop}"
     if subset.is_regularization:
         yield "regularization"
+    if subset.is_prior:
+        yield "class pictures"
     if schedule.probability:
         yield f"probability {schedule.probability:.3g}"
     if schedule.start_step:

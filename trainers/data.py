@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,18 +93,27 @@ class TrainingData:
     ) -> TrainingBatch:
         """Read what was chosen, and draw the latents."""
         pictures = [self.latents.load(sample.key) for sample in samples]
-        texts = [self.prompts.load(sample.text) for sample in samples]
         mean = torch.stack([picture.mean for picture in pictures])
         std = torch.stack([picture.std for picture in pictures])
         latents = mean + std * torch.randn(mean.shape, generator=generator)
-        prompt_embeds = torch.stack([text.prompt_embeds for text in texts])
-        pooled = torch.stack([text.pooled for text in texts])
+        prompt_embeds, pooled = self._embeds([sample.text for sample in samples], device)
         return TrainingBatch(
             latents=latents.to(device),
-            prompt_embeds=prompt_embeds.to(device),
-            pooled=pooled.to(device),
+            prompt_embeds=prompt_embeds,
+            pooled=pooled,
             weights=self._weights(samples, latents, device),
         )
+
+    def with_texts(self, batch: TrainingBatch, texts: Sequence[str]) -> TrainingBatch:
+        """The same pictures with other texts, one for each."""
+        prompt_embeds, pooled = self._embeds(texts, batch.latents.device)
+        return dataclasses.replace(batch, prompt_embeds=prompt_embeds, pooled=pooled)
+
+    def _embeds(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        loaded = [self.prompts.load(text) for text in texts]
+        prompt_embeds = torch.stack([text.prompt_embeds for text in loaded])
+        pooled = torch.stack([text.pooled for text in loaded])
+        return prompt_embeds.to(device), pooled.to(device)
 
     def _weights(
         self, samples: list[Sample], latents: Tensor, device: torch.device

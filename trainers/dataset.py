@@ -68,6 +68,8 @@ class Subset:
     schedule: Schedule = ALWAYS
     is_regularization: bool = False
     """Whether its pictures train towards what the model draws without the LoRA."""
+    is_prior: bool = False
+    """Whether they are of the class of what is learned, with a weight of their own."""
     told: tuple[str, ...] = ()
     """Warnings of reading it."""
 
@@ -146,8 +148,20 @@ class Dataset:
         )
         return Dataset(subsets=(*self.subsets, *further))
 
-    def scheduled(self, schedule: Schedule, *, is_regularization: bool) -> Dataset:
-        """This with one schedule for all of it: subsets share the probability by their samples."""
+    def scheduled(
+        self, schedule: Schedule, *, is_regularization: bool, is_prior: bool = False
+    ) -> Dataset:
+        """This with one schedule for all of it: subsets share the probability by their samples.
+
+        Raises:
+            ValueError: if it is to be both for regularization and of class pictures.
+        """
+        require(
+            not (is_regularization and is_prior),
+            "A dataset is either for regularization, where the model without the LoRA teaches, or "
+            "of class pictures, which are learned as they are. Turn is_regularization or is_prior "
+            "off.",
+        )
 
         def share(subset: Subset) -> Schedule:
             probability = schedule.probability * subset.num_samples / self.num_samples
@@ -156,7 +170,10 @@ class Dataset:
         return Dataset(
             subsets=tuple(
                 dataclasses.replace(
-                    subset, schedule=share(subset), is_regularization=is_regularization
+                    subset,
+                    schedule=share(subset),
+                    is_regularization=is_regularization,
+                    is_prior=is_prior,
                 )
                 for subset in self.subsets
             )

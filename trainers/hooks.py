@@ -20,6 +20,8 @@ class Step:
     step: int
     num_steps: int
     loss: float
+    parts: dict[str, float] = field(default_factory=dict)
+    """What the loss has beside that of the pictures to learn: see `preservation.Losses`."""
     grad_norm: float | None
     """None when float16 overflowed and the step was left out."""
     learning_rate: float
@@ -37,7 +39,7 @@ class Step:
         return (self.num_steps - self.step) * self.seconds_per_step
 
     def metrics(self) -> dict[str, float | int | None]:
-        """Its line in the run's metrics."""
+        """Its line in the run's metrics, without the parts of the loss."""
         names = ("step", "loss", "grad_norm", "learning_rate", "seconds", "memory", "ram")
         return {name: getattr(self, name) for name in names}
 
@@ -66,6 +68,8 @@ class Hooks:
     on_step: Callable[[Step], None] = lambda step: None
     on_measure: Callable[[int, dict[str, float]], None] = lambda step, values: None
     """Called with a step and what was measured of it besides: the `eval_loss`."""
+    on_warning: Callable[[str], None] = lambda sentence: None
+    """Called with a sentence about what goes wrong and does not end the run."""
     on_status: Callable[[Status], None] = lambda status: None
     """Called when the state of the run changed."""
     on_pause: Callable[[], None] = lambda: None

@@ -18,6 +18,7 @@ _PIXELS = "{0}: pictures are cropped and mirrored, and else stay as they are."
 _LOADING = "{0}: it changes how files are read there, not what is trained."
 _LOSS = "{0}: the loss of all pictures has one weight. Change their repeats or their probability."
 _VIDEO = "{0}: only pictures are trained."
+_CLASS_CAPTIONS = "{0}: set trigger and class_word of Preservation Settings."
 _TAGS = "{0}: tags are shuffled or kept, never left out one by one."
 
 _WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
@@ -37,8 +38,8 @@ _WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
     "control_path_3": ("", _OTHER_PICTURES),
     "controls": ([], _OTHER_PICTURES),
     "debug": (False, "{0}: use Inspect Dataset."),
-    "diff_output_preservation": (False, "{0}: use a dataset for regularization."),
-    "diff_output_preservation_class": ("", "{0}: use a dataset for regularization."),
+    "diff_output_preservation": (False, _CLASS_CAPTIONS),
+    "diff_output_preservation_class": ("", _CLASS_CAPTIONS),
     "do_audio": (False, _VIDEO),
     "do_i2v": (False, _VIDEO),
     "extra_values": ([], _OTHER_PICTURES),
@@ -48,7 +49,7 @@ _WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
     "inpaint_path": ("", _OTHER_PICTURES),
     "load_image_when_caching_latents": (False, _LOADING),
     "loss_multiplier": (1, _LOSS),
-    "mask_min_value": (0, "{0}: what is black in a mask is not learned at all."),
+    "mask_min_value": (0, "{0}: set unmasked_weight of Preservation Settings."),
     "network_weight": (1, "{0}: the LoRA has its full strength on every picture."),
     "num_frames": (1, _VIDEO),
     "num_workers": (None, _LOADING),
@@ -124,12 +125,7 @@ def _folder(dataset: Settings, job_trigger: Any, places: Places) -> FolderPlan:
         dataset.note(
             "{0}: as there, the mirrored pictures come besides: the repeats double.", "flip_x"
         )
-    is_regularization = dataset.flag("is_reg") | dataset.flag("prior_reg")
-    if is_regularization and not dataset.flag("prior_reg"):
-        dataset.note(
-            "{0}: here these pictures are trained towards what the model draws without the LoRA.",
-            "is_reg",
-        )
+    is_regularization, is_class = dataset.flag("prior_reg"), dataset.flag("is_reg")
     masks = dataset.text("mask_path")
     trigger = dataset.text("trigger_word") or (job_trigger if isinstance(job_trigger, str) else "")
     return FolderPlan(
@@ -139,9 +135,10 @@ def _folder(dataset: Settings, job_trigger: Any, places: Places) -> FolderPlan:
         pictures=PictureSettings(
             crop="random" if dataset.flag("random_crop") else "center", flip=flip
         ),
-        captions=_captions(dataset, trigger="" if is_regularization else trigger),
+        captions=_captions(dataset, trigger="" if is_regularization or is_class else trigger),
         masks=ALPHA if dataset.flag("alpha_mask") else places.folder(masks) if masks else None,
         is_regularization=is_regularization,
+        is_prior=is_class and not is_regularization,
         recursive=True,
     )
 

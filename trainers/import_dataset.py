@@ -82,6 +82,7 @@ def read_import(
                 resolution=resolution,
                 schedule=folder.schedule,
                 is_regularization=folder.is_regularization,
+                is_prior=folder.is_prior,
             )
             for resolution in folder.resolutions
         )

@@ -51,10 +51,7 @@ _WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
     "keep_tokens_separator": ("", _MARKS),
     "max_token_length": (None, "{0}: the length is an input of Encode Prompts."),
     "network_multiplier": (1.0, "{0}: the LoRA has its full strength on every picture."),
-    "prior_loss_weight": (
-        1.0,
-        "{0}: the loss of all pictures has one weight. Change their repeats or their probability.",
-    ),
+    "prior_loss_weight": (1.0, "{0}: set prior_weight of Preservation Settings."),
     "secondary_separator": ("", _MARKS),
     "token_warmup_min": (1, _TAGS),
     "token_warmup_step": (0, _TAGS),
@@ -140,7 +137,7 @@ def _folder(subset: Settings, resolution: Resolution, places: Places) -> FolderP
         pictures=_pictures(subset),
         captions=_captions(subset, has_table=bool(table), many_lines=many_lines),
         masks=_masks(subset, places),
-        is_regularization=_is_regularization(subset),
+        is_prior=_is_prior(subset),
         table=places.file(table) if table else None,
         written=_table(places.file(table), many_lines=many_lines) if table else None,
     )
@@ -204,12 +201,12 @@ def _masks(subset: Settings, places: Places) -> str | Path | None:
     return places.folder(folder)
 
 
-def _is_regularization(subset: Settings) -> bool:
+def _is_prior(subset: Settings) -> bool:
     if not subset.flag("is_reg"):
         return False
     subset.note(
-        "{0}: here these pictures are trained towards what the model draws without the LoRA, and "
-        "as often as their repeats say.",
+        "{0}: here these pictures are seen as often as their repeats say, not as often as the "
+        "others.",
         "is_reg",
     )
     return True

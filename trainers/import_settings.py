@@ -75,6 +75,7 @@ class FolderPlan:
     schedule: Schedule = ALWAYS
     """Its probability is for each picture of it, in proportion to those of other folders."""
     is_regularization: bool = False
+    is_prior: bool = False
     recursive: bool = False
     limits: Limits | None = None
     table: Path | None = None

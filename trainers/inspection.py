@@ -85,6 +85,8 @@ def _subset_lines(
         yield f"Dataset {name}: seen from step {schedule.start_step} on."
     if subset.is_regularization:
         yield f"Dataset {name}: regularization, which keeps what the model can draw already."
+    if subset.is_prior:
+        yield f"Dataset {name}: class pictures, learned as they are with prior_weight."
     num_masked = sum(record.mask is not None for record in subset.records)
     if num_masked:
         yield f"Dataset {name}: pictures with a mask {num_masked}."

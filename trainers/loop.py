@@ -23,11 +23,13 @@ from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
 from .load import BaseFlux
 from .memory import Workload
+from .preservation import require_class_captions
 from .rhythm import Rhythm
 from .run import FROZEN_FILE, Run, run_name
 from .run_identity import RunIdentity
 from .status import State, Status
 from .step import TrainState, optimizer_step
+from .watch import Watch, no_progress
 
 _SMOOTHING = 0.9
 """Of the seconds per step: the weight of the steps before."""
@@ -89,7 +91,7 @@ def workload(
         lora=job.lora,
         dtype=dtype,
         gradient_checkpointing=job.train.gradient_checkpointing,
-        accumulates=job.train.gradient_accumulation > 1,
+        accumulates=job.train.gradient_accumulation > 1 or job.train.preservation.keeps_class,
         activations_in_ram=job.activations_in_ram,
         frozen_bytes=frozen_bytes(base.frozen, dtype),
         optimizer=job.train.optimizer,
@@ -135,6 +137,7 @@ def train(
         return _from_disk(run, end, hooks)
 
     data.check_fits(base.config)
+    require_class_captions(job.train.preservation, data)
     hooks.before_start()
     with run.locked():
         end = run.finished_at(length, go_on=go_on)  # another process may have trained until now
@@ -178,6 +181,8 @@ class _Training:
         self.step, self.saved, self.length = start, start, length
         self.order = _order(job, data)
         self.steps_per_epoch = steps_per_epoch(job, data)
+        all_started = max(subset.schedule.start_step for subset in data.latents.subsets)
+        self.watch = Watch(max(start, all_started), job.train)
         self.checkpoints = Rhythm(every=job.checkpoint_every, unit=job.checkpoint_unit)
         self.seconds_per_step: float | None = None
         self.started = time.time()
@@ -215,7 +220,7 @@ class _Training:
         began = time.perf_counter()
         state = self._on_device()
         learning_rate = state.learning_rate
-        loss, grad_norm = optimizer_step(
+        losses, grad_norm = optimizer_step(
             state, self.step, self.order, self.data, self.hooks.check_stop
         )
         seconds = time.perf_counter() - began
@@ -226,7 +231,8 @@ class _Training:
         step = Step(
             step=self.step,
             num_steps=self.length,
-            loss=loss,
+            loss=losses.loss,
+            parts=losses.parts,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             seconds=seconds,
@@ -234,8 +240,9 @@ class _Training:
             memory=memory,
             ram=ram,
         )
-        self.run.log(step.metrics())
+        self.run.log(step.metrics() | step.parts)
         self.hooks.on_step(step)
+        self.watch.see(self.step, grad_norm, state.parameters)
         if self.checkpoints.is_due(self.step, self.steps_per_epoch):
             self._save()
 
@@ -281,6 +288,8 @@ class _Training:
         self.hooks.on_measure(self.step, {"eval_loss": loss})
         if self.run.best_step() == self.step:
             self._save()
+        if sentence := no_progress(self.run.eval_losses()):
+            self.hooks.on_warning(sentence)
 
     def _pause(self) -> None:
         """Wait without anything on the device. What was saved goes on to the same bits."""

@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from .adapters import Lora, attach_lora
 from .batches import BatchOrder
 from .caches import LatentEntry
-from .config import JobSettings, TrainSettings
+from .config import JobSettings
 from .data import TrainingBatch, TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
 from .draws import Draw, draw
@@ -23,7 +23,16 @@ from .flux import build_transformer, multiply_in_8_bits, recompute_blocks, veloc
 from .load import BaseFlux
 from .losses import training_loss
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
+from .preservation import (
+    Losses,
+    Part,
+    class_captions,
+    kind_and_weight,
+    mask_weights,
+    mean_losses,
+)
 from .run import Checkpoint
+from .watch import diverged
 
 _LARGE_BYTES = 1 << 30
 
@@ -97,8 +106,8 @@ def optimizer_step(
     order: BatchOrder,
     data: TrainingData,
     check_stop: Callable[[], None] = lambda: None,
-) -> tuple[float, float | None]:
-    """One optimizer step over all its micro-steps: the mean loss, and the gradient norm, which is
+) -> tuple[Losses, float | None]:
+    """One optimizer step over all its micro-steps: the mean losses, and the gradient norm, which is
     None when float16 overflowed and the step is left out.
 
     Args:
@@ -108,26 +117,26 @@ def optimizer_step(
         ValueError: if the loss or a gradient is not a number; the weights are untouched.
     """
     accumulation = state.settings.gradient_accumulation
-    losses = []
+    parts = []
     for micro_step in range(step * accumulation, (step + 1) * accumulation):
         check_stop()
-        loss = _forward_backward(state, micro_step, order.batch(micro_step), data)
-        losses.append(loss)
+        parts += _forward_backward(state, micro_step, order.batch(micro_step), data)
     state.scaler.unscale_(state.optimizer)
     grad_norm = float(nn.utils.clip_grad_norm_(state.parameters, state.settings.max_grad_norm))
     is_finite = math.isfinite(grad_norm)
-    if not is_finite and not state.scaler.is_enabled():
-        raise ValueError(_diverged(step, state.settings))
+    # A scale of 1 or less scales nothing up: then it is not the scale that overflows.
+    if not is_finite and (not state.scaler.is_enabled() or state.scaler.get_scale() <= 1):
+        raise ValueError(diverged(step, state.settings))
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    return sum(losses) / accumulation, grad_norm if is_finite else None
+    return mean_losses(parts, accumulation), grad_norm if is_finite else None
 
 
 def _forward_backward(
     state: TrainState, micro_step: int, entries: list[LatentEntry], data: TrainingData
-) -> float:
-    """Add the gradients of one batch; returns its loss."""
+) -> list[Part]:
+    """Add the gradients of one batch; returns its losses."""
     settings = state.settings
     generator = seeded(settings.seed, "micro-step", micro_step)
     # Draws of their own: another caption or a flip trains with the same noise.
@@ -137,15 +146,25 @@ def _forward_backward(
     target = _target(state, entries, batch, drawn)
     with state.saving():
         prediction = _predict(state, batch, drawn)
-        loss = training_loss(
-            settings.flow.loss, prediction, target, drawn.sigma, batch.weights
-        ).mean()
+        weights = mask_weights(settings.preservation, batch.weights)
+        loss = training_loss(settings.flow.loss, prediction, target, drawn.sigma, weights).mean()
+    parts = [_backward(state, micro_step, loss, *kind_and_weight(settings.preservation, entries))]
+    if classes := class_captions(settings.preservation, samples):
+        loss = _class_loss(state, data.with_texts(batch, classes.texts), drawn, classes.rows)
+        weight = settings.preservation.class_weight
+        parts.append(_backward(state, micro_step, loss, "class", weight))
+    return parts
+
+
+def _backward(state: TrainState, micro_step: int, loss: Tensor, kind: str, weight: float) -> Part:
+    """Add the gradients of a loss times its weight."""
+    settings = state.settings
     if not torch.isfinite(loss):
-        raise ValueError(_diverged(micro_step // settings.gradient_accumulation, settings))
+        raise ValueError(diverged(micro_step // settings.gradient_accumulation, settings))
     if state.gives_back_memory:
         give_back_memory()
-    state.scaler.scale(loss / settings.gradient_accumulation).backward()
-    return float(loss.detach())
+    state.scaler.scale(loss * weight / settings.gradient_accumulation).backward()
+    return Part(kind, float(loss.detach()), weight)
 
 
 def _target(
@@ -154,9 +173,23 @@ def _target(
     """The velocity [B, C, h, w] to learn: that of the straight path to the pictures; of
     regularization pictures, as are all of a batch, that of the model without the LoRA."""
     if entries[0].is_regularization:
-        with state.lora.disabled(), torch.no_grad():
-            return _predict(state, batch, drawn)
+        return _taught(state, batch, drawn)
     return flow_target(batch.latents, drawn.noise)
+
+
+def _class_loss(state: TrainState, batch: TrainingBatch, drawn: Draw, rows: Tensor) -> Tensor:
+    """How far the LoRA moves what is drawn for class captions: of the `rows` [B] that are 1."""
+    target = _taught(state, batch, drawn)
+    with state.saving():
+        prediction = _predict(state, batch, drawn)
+        losses = training_loss(state.settings.flow.loss, prediction, target, drawn.sigma)
+    return (losses * rows.to(losses)).mean()
+
+
+def _taught(state: TrainState, batch: TrainingBatch, drawn: Draw) -> Tensor:
+    """The velocity [B, C, h, w] of the model without the LoRA."""
+    with state.lora.disabled(), torch.no_grad():
+        return _predict(state, batch, drawn)
 
 
 def _predict(state: TrainState, batch: TrainingBatch, drawn: Draw) -> Tensor:
@@ -168,12 +201,4 @@ def _predict(state: TrainState, batch: TrainingBatch, drawn: Draw) -> Tensor:
         prompt_embeds=batch.prompt_embeds,
         pooled=batch.pooled,
         guidance=state.settings.guidance,
-    )
-
-
-def _diverged(step: int, settings: TrainSettings) -> str:
-    return (
-        f"The loss is not a number after {step} steps: the training diverged. Lower the learning "
-        f"rate ({settings.learning_rate}), or set the compute dtype to bf16 or fp32. "
-        "Every step before it is kept."
     )

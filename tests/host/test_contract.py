@@ -12,6 +12,7 @@ import inspect
 import pytest
 from atelier.trainers.config import PROMPT_LENGTH, JobSettings, Length, TrainSettings
 from atelier.trainers.lora_settings import LoraSettings
+from atelier.trainers.preservation_settings import PreservationSettings
 from atelier.trainers.speed_settings import SpeedSettings
 
 FROZEN = {
@@ -42,7 +43,7 @@ FROZEN = {
     "AtelierScheduleDataset": (
         [
             *("dataset ATELIER_DATASET", "probability FLOAT", "start_step INT"),
-            "is_regularization BOOLEAN",
+            *("is_regularization BOOLEAN", "is_prior? BOOLEAN"),
         ],
         ["dataset ATELIER_DATASET"],
     ),
@@ -103,7 +104,7 @@ FROZEN = {
     "AtelierEncodePrompts": (
         [
             *("dataset ATELIER_DATASET", "clip CLIP", "length INT", "batch_size? INT"),
-            "limit_gb? FLOAT",
+            *("limit_gb? FLOAT", "preservation_settings? ATELIER_PRESERVATION_SETTINGS"),
         ],
         ["prompts ATELIER_PROMPT_CACHE"],
     ),
@@ -178,6 +179,13 @@ FROZEN = {
             *("trigger_words? STRING", "base_model? STRING", "description? STRING"),
         ],
         ["url STRING", "card STRING"],
+    ),
+    "AtelierPreservationSettings": (
+        [
+            *("unmasked_weight FLOAT", "normalize_masks BOOLEAN", "prior_weight FLOAT"),
+            *("trigger STRING", "class_word STRING", "class_weight FLOAT"),
+        ],
+        ["preservation_settings ATELIER_PRESERVATION_SETTINGS"],
     ),
     "AtelierScoreLoRA": (
         [
@@ -282,6 +290,7 @@ SETTINGS = {
     "AtelierTrainLoRA": {**RECIPE, "length": Length().amount, "unit": Length().unit},
     "AtelierEstimateMemory": {**RECIPE, "prompt_length": PROMPT_LENGTH},
     "AtelierEncodePrompts": {"length": PROMPT_LENGTH},
+    "AtelierPreservationSettings": vars(PreservationSettings()),
     "AtelierInspectDataset": {**RECIPE, "length": PROMPT_LENGTH},
     "AtelierSpeedSettings": vars(SpeedSettings()),
 }

@@ -1,17 +1,21 @@
 """A training by diffusers and peft alone, as diffusers' train_dreambooth_lora_flux.py does it.
 
-Of the pack it takes only what is drawn at random: which pictures, their latents, the noise.
+Of the pack it takes only what is drawn at random: which pictures, their latents, the noise. Masks
+count as in OneTrainer, captions of the class as in ai-toolkit.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
 from atelier.trainers.batches import BatchOrder
+from atelier.trainers.caches import LatentEntry
 from atelier.trainers.config import JobSettings
 from atelier.trainers.data import TrainingData
 from atelier.trainers.flow import seeded
+from atelier.trainers.preservation_settings import PreservationSettings
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from peft import LoraConfig, set_peft_model_state_dict
@@ -39,6 +43,7 @@ def plain_loop(
         optimizer_class: AdamW of any kind.
     """
     train_settings, lora = settings.train, settings.lora
+    kept = train_settings.preservation
     targets = TARGETS[lora.targets]
     model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets))
     assert not set_peft_model_state_dict(model, start).unexpected_keys
@@ -100,8 +105,23 @@ def plain_loop(
             error = (prediction - target) ** 2
             for place, entry in enumerate(entries):
                 if entry.masks:
-                    error[place] *= data.latents.load_mask(entry.masks[0])
+                    mask = data.latents.load_mask(entry.masks[0])
+                    mask = torch.where(mask < kept.unmasked_weight, kept.unmasked_weight, mask)
+                    error[place] *= mask / mask.mean() if kept.normalize_masks else mask
             loss = error.reshape(batch, -1).mean(1).mean()
+            if entries[0].is_prior:
+                loss = kept.prior_weight * loss
+            if kept.trigger:
+                texts = [data.prompts.load(_class_text(entry, kept)) for entry in entries]
+                inputs["encoder_hidden_states"] = torch.stack([t.prompt_embeds for t in texts])
+                inputs["pooled_projections"] = torch.stack([t.pooled for t in texts])
+                model.disable_adapters()
+                with torch.no_grad():
+                    taught = model(**inputs)[0]
+                model.enable_adapters()
+                drift = torch.nn.functional.mse_loss(model(**inputs)[0], taught, reduction="none")
+                has_trigger = torch.tensor([kept.trigger in e.texts[0][0] for e in entries])
+                loss = loss + kept.class_weight * drift[has_trigger].sum() / drift.numel()
             (loss / accumulation).backward()
             parts.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(parameters, train_settings.max_grad_norm)
@@ -110,3 +130,7 @@ def plain_loop(
         losses.append(sum(parts) / accumulation)
         norms.append(norm.item())
     return losses, norms
+
+
+def _class_text(entry: LatentEntry, kept: PreservationSettings) -> str:
+    return re.sub(re.escape(kept.trigger), kept.class_word, entry.texts[0][0])

@@ -1,0 +1,102 @@
+"""What tells that a training goes wrong: numbers that are none, a LoRA that does not change, no
+progress on held out pictures. Each is a sentence with the likely cause and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .config import TrainSettings
+
+WATCHED_STEPS = 20
+"""In so many steps the LoRA must have changed."""
+PATIENCE = 5
+"""Evaluations without a smaller loss after which it is told."""
+
+
+def diverged(step: int, settings: TrainSettings) -> str:
+    """The sentence for a loss or a gradient that is no number, in the step after `step` steps."""
+    if step == 0:
+        return (
+            "The loss or a gradient is not a number in the first step, before anything is learned: "
+            f"the model's numbers do not fit the compute dtype ({settings.compute_dtype}), or its "
+            "file is damaged. Set the compute dtype to bf16 or fp32, or load another file."
+        )
+    return (
+        f"The loss or a gradient is not a number after {step} steps: the training diverged. Lower "
+        f"the learning rate ({settings.learning_rate}), or set the compute dtype to bf16 or fp32. "
+        "The last checkpoint with good numbers is kept."
+    )
+
+
+class Watch:
+    """Sees whether the first steps of a training change the LoRA.
+
+    Args:
+        start: the steps before those to look at; every dataset is trained from there on.
+    """
+
+    def __init__(self, start: int, settings: TrainSettings) -> None:
+        self._start, self._settings = start, settings
+        self._grad_norms: list[float | None] = []
+        self._before: list[Tensor] = []
+
+    def see(self, step: int, grad_norm: float | None, parameters: Sequence[Tensor]) -> None:
+        """Look at what is trained after `step` steps; the norm is None if float16 overflowed.
+
+        Raises:
+            ValueError: if WATCHED_STEPS steps changed nothing.
+        """
+        if step <= self._start or len(self._grad_norms) == WATCHED_STEPS:
+            return
+        if not self._grad_norms:
+            self._before = [parameter.detach().cpu().clone() for parameter in parameters]
+        self._grad_norms.append(grad_norm)
+        if len(self._grad_norms) == WATCHED_STEPS:
+            before, self._before = self._before, []
+            is_same = all(map(torch.equal, before, (p.detach().cpu() for p in parameters)))
+            sentence = _nothing_learned(self._grad_norms, is_same, self._settings)
+            if sentence:
+                raise ValueError(sentence)
+
+
+def _nothing_learned(
+    grad_norms: Sequence[float | None], is_same: bool, settings: TrainSettings
+) -> str | None:
+    """The sentence for watched steps that taught nothing."""
+    if not any(grad_norms):
+        return (
+            f"All gradients of {WATCHED_STEPS} steps were zero, so that nothing was learned: the "
+            "masks are black, all pictures are for regularization, or the loss weight is 0 "
+            "everywhere. Look at the pictures with Inspect Dataset, and at the loss settings."
+        )
+    if is_same:
+        return (
+            f"The LoRA did not change in {WATCHED_STEPS} steps: its learning rate "
+            f"({settings.learning_rate}) or what its schedule makes of it is too small. Raise the "
+            "learning rate, or shorten the warm-up."
+        )
+    return None
+
+
+def no_progress(losses: Mapping[int, float]) -> str | None:
+    """A sentence if the last PATIENCE losses on held out pictures, by step in order, are the first
+    so many that are not below the smallest one before them."""
+    best = min(losses, key=losses.__getitem__, default=0)
+    later = [step for step in losses if step > best]
+    if len(later) != PATIENCE:
+        return None
+    if best == 0:
+        return (
+            f"The loss on held out pictures was not once below that of the start in {PATIENCE} "
+            "evaluations: what is learned does not help there. Change the learning rate, or hold "
+            "out pictures that are like those that are trained."
+        )
+    return (
+        f"The loss on held out pictures has not fallen for {PATIENCE} evaluations since step "
+        f"{best}: the LoRA begins to learn the training pictures by heart. A length of {best} "
+        "gives the best one, whose checkpoint is kept; more pictures, a lower learning rate or a "
+        "lower rank go further."
+    )
