@@ -21,6 +21,7 @@ from .plot import PlotLoss
 from .push import PushToHub
 from .routes import add_routes
 from .run_routes import add_run_routes
+from .schedule_settings import ScheduleSettings
 from .score_lora import ScoreLora
 from .settings import CaptionSettingsNode, PictureSettingsNode
 from .speed_settings import SpeedSettingsNode
@@ -61,6 +62,7 @@ NODES: list[type[io.ComfyNode]] = [
     PushToHub,
     ScoreLora,
     SpeedSettingsNode,
+    ScheduleSettings,
 ]
 
 
