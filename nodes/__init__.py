@@ -22,6 +22,7 @@ from .preservation_settings import PreservationSettingsNode
 from .push import PushToHub
 from .routes import add_routes
 from .run_routes import add_run_routes
+from .schedule_settings import ScheduleSettings
 from .score_lora import ScoreLora
 from .settings import CaptionSettingsNode, PictureSettingsNode
 from .speed_settings import SpeedSettingsNode
@@ -63,6 +64,7 @@ NODES: list[type[io.ComfyNode]] = [
     ScoreLora,
     SpeedSettingsNode,
     PreservationSettingsNode,
+    ScheduleSettings,
 ]
 
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..trainers import loop
-from ..trainers.config import JobSettings, TrainSettings, to_json
+from ..trainers.config import JobSettings, to_json
 from ..trainers.control import Control
 from ..trainers.data import TrainingData
 from ..trainers.devices import describe_device, system_memory
 from ..trainers.files import write_json
+from ..trainers.flow_remarks import flow_remarks
 from ..trainers.hooks import Hooks, Step, Trained, explain
 from ..trainers.load import LoadedFlux
 from ..trainers.loggers import Logger, LoggerKind, open_logger, require_logger
@@ -258,9 +259,11 @@ class Session:
 
     def _without_effect(self) -> list[str]:
         """A sentence for every setting that was changed and does nothing here."""
-        lines = []
-        if self._job.train.guidance != TrainSettings.guidance and not self._base.config.guidance:
-            lines.append("The setting guidance has no effect: this model takes no guidance.")
+        lines = flow_remarks(
+            self._job.train,
+            takes_guidance=self._base.config.guidance,
+            num_steps=self._job.length.num_steps(self._steps_per_epoch),
+        )
         if self._job.activations_in_ram and host.compute_device().type == "cpu":
             lines.append("The setting activations_in_ram has no effect: a CPU computes in RAM.")
         return [*lines, *without_effect(self._job.train.preservation, self._data)]

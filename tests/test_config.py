@@ -16,7 +16,12 @@ from atelier.trainers.config import (
     job_from_json,
     to_json,
 )
-from atelier.trainers.flow_settings import FlowSettings, LossSettings, TimestepSettings
+from atelier.trainers.flow_settings import (
+    FlowSettings,
+    LossSettings,
+    RolloutSettings,
+    TimestepSettings,
+)
 from atelier.trainers.lora_settings import LORA_TARGETS, LoraSettings
 
 BAD_SETTINGS = [
@@ -73,6 +78,9 @@ ALL_SET = JobSettings(
         flow=FlowSettings(
             timesteps=TimestepSettings(sampling="custom", custom=(0.5, 250.0), shift=2.0),
             loss=LossSettings(loss="huber", weight="bell"),
+            noise_offset=0.1,
+            guidance_max=4.0,
+            rollout=RolloutSettings(max_offset=5, ramp="cosine"),
         ),
         seed=2**53 - 1,
     ),

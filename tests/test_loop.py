@@ -14,7 +14,12 @@ from atelier.trainers.adapters import attach_lora
 from atelier.trainers.caches import LatentSubset
 from atelier.trainers.config import JobSettings, Length
 from atelier.trainers.data import TrainingData
-from atelier.trainers.flow_settings import FlowSettings, LossSettings, TimestepSettings
+from atelier.trainers.flow_settings import (
+    FlowSettings,
+    LossSettings,
+    RolloutSettings,
+    TimestepSettings,
+)
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.hooks import Hooks, Step, Trained
@@ -66,6 +71,13 @@ RESUMED = {
     "batch of 2": {"batch_size": 2},
     "accumulation of 2": {"gradient_accumulation": 2},
     "checkpointing": {"gradient_checkpointing": True},
+    "random draws": {
+        "flow": FlowSettings(
+            noise_offset=0.1,
+            guidance_max=4.0,
+            rollout=RolloutSettings(max_offset=3, ramp_steps=3, probability=1.0),
+        )
+    },
 }
 
 

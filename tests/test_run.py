@@ -15,7 +15,12 @@ import pytest
 import torch
 from atelier.trainers import files, run
 from atelier.trainers.config import JobSettings, Length, TrainSettings
-from atelier.trainers.flow_settings import FlowSettings, LossSettings, TimestepSettings
+from atelier.trainers.flow_settings import (
+    FlowSettings,
+    LossSettings,
+    RolloutSettings,
+    TimestepSettings,
+)
 from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.run import Checkpoint, Run
 from atelier.trainers.run_identity import RunIdentity
@@ -394,6 +399,10 @@ def train(**change: object) -> dict[str, object]:
         train(seed=1),
         train(flow=FlowSettings(timesteps=TimestepSettings(auto_shift=True))),
         train(flow=FlowSettings(loss=LossSettings(weight="cosmap"))),
+        train(flow=FlowSettings(noise_offset=0.1)),
+        train(flow=FlowSettings(guidance_max=4.0)),
+        train(flow=FlowSettings(bypass_guidance=True)),
+        train(flow=FlowSettings(rollout=RolloutSettings(max_offset=5))),
     ],
     ids=str,
 )

@@ -65,6 +65,12 @@ class TrainSettings:
             f"Gradient accumulation must be at least 1, got {self.gradient_accumulation}.",
         )
         require(self.guidance >= 0, f"The guidance must not be negative, got {self.guidance}.")
+        guidance_max = self.flow.guidance_max
+        require(
+            not guidance_max or guidance_max >= self.guidance,
+            f"The guidance is drawn from {self.guidance} up to {guidance_max}, which is less. "
+            "Raise guidance_max of Schedule Settings, or lower the guidance of Train LoRA.",
+        )
         require(
             self.max_grad_norm > 0,
             f"The largest gradient norm must be above 0, got {self.max_grad_norm}. 1.0 is usual.",

@@ -21,9 +21,20 @@ TIMESTEP_SAMPLING = (
     "fast",
     "custom",
 )
+PARAMETERS = {
+    "logit_normal": ("logit_mean", "logit_std"),
+    "mode": ("mode_scale",),
+    "sigmoid": ("sigmoid_scale",),
+    "shift": ("sigmoid_scale",),
+    "flux_shift": ("sigmoid_scale",),
+    "beta": ("beta_alpha", "beta_beta"),
+}
+"""The settings that only some samplings read."""
 LOSSES = ("mse", "huber", "smooth_l1")
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
 LOSS_WEIGHTS = ("none", "sigma_sqrt", "cosmap", "bell")
+ROLLOUT_OFFSETS = ("uniform", "early", "late")
+RAMPS = ("linear", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +87,18 @@ class TimestepSettings:
             "The timestep sampling 'flux_shift' finds its shift by the size of the pictures. Set "
             "the shift to 0, or choose 'shift'.",
         )
+        require(
+            -10 <= self.logit_mean <= 10,
+            f"The setting logit_mean of the timesteps must be between -10 and 10, got "
+            f"{self.logit_mean}. -1 to 1 is usual.",
+        )
         for name in ("logit_std", "sigmoid_scale", "beta_alpha", "beta_beta"):
             value = getattr(self, name)
-            require(value > 0, f"The setting {name} of the timesteps must be above 0, got {value}.")
+            require(
+                0 < value <= 100,
+                f"The setting {name} of the timesteps must be above 0 and at most 100, got "
+                f"{value}.",
+            )
         require(
             -1 <= self.mode_scale <= 1.75,  # outside of it the formula of SD3 is no distribution
             f"The mode scale must be between -1 and 1.75, got {self.mode_scale}.",
@@ -124,8 +144,86 @@ class LossSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """Scheduled sampling: some samples train where the network's own steps lead, so that it learns
+    to correct its own errors. The names and values of SimpleTuner."""
+
+    max_offset: int = 0
+    """How many timesteps of 1000 before the trained one these steps begin, at most; 0 is off. Each
+    of them is a forward pass without gradient."""
+    offsets: str = "uniform"
+    """How many there are of at most: all numbers alike, early (fewer) or late (more)."""
+    probability: float = 0.5
+    """Share of the samples that begin there, after the ramp."""
+    start_probability: float = 0.0
+    """This share at the first step of the ramp."""
+    ramp_steps: int = 0
+    """Optimizer steps in which the share goes from the one to the other; 0 is at once."""
+    ramp: str = "linear"
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.max_offset <= 100,
+            f"A rollout has 0 (off) to 100 timesteps, got {self.max_offset}. 5 to 10 are usual.",
+        )
+        for kind, value, known in (
+            ("kind of rollout offsets", self.offsets, ROLLOUT_OFFSETS),
+            ("rollout ramp", self.ramp, RAMPS),
+        ):
+            require(value in known, f"Unknown {kind} '{value}'. Choose one of: {', '.join(known)}.")
+        for share in (self.probability, self.start_probability):
+            require(
+                0 <= share <= 1,
+                f"The share of samples with a rollout must be between 0 and 1, got {share}.",
+            )
+        require(
+            self.ramp_steps >= 0,
+            f"The rollout's ramp must be 0 (none) or more steps long, got {self.ramp_steps}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowSettings:
     """The draws of a micro-step, and the loss."""
 
     timesteps: TimestepSettings = TimestepSettings()
     loss: LossSettings = LossSettings()
+    noise_offset: float = 0.0
+    """A constant is added to the noise of each channel, drawn with this deviation: brighter and
+    darker pictures than the average are learned more easily."""
+    guidance_max: float = 0.0
+    """Each sample is given a guidance drawn evenly from `guidance` to this one; 0 is off."""
+    bypass_guidance: bool = False
+    """Train as if the network had no guidance embedding: it is told time and text only."""
+    rollout: RolloutSettings = RolloutSettings()
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.noise_offset <= 1,
+            f"The noise offset must be between 0 (off) and 1, got {self.noise_offset}. 0.05 is "
+            "usual.",
+        )
+        require(
+            0 <= self.guidance_max <= 100,
+            f"The largest guidance must be between 0 (off) and 100, got {self.guidance_max}.",
+        )
+        require(
+            not (self.bypass_guidance and self.guidance_max),
+            f"The guidance is bypassed and drawn up to {self.guidance_max} at once. Turn "
+            "bypass_guidance off, or set guidance_max to 0.",
+        )
+
+
+def parse_sigmas(text: str) -> tuple[float, ...]:
+    """The numbers of a list such as "1, 0.75, 0.5".
+
+    Raises:
+        ValueError: a part of it is no number.
+    """
+    parts = text.replace(",", " ").split()
+    try:
+        return tuple(float(part) for part in parts)
+    except ValueError:
+        raise ValueError(
+            f"Custom timesteps are numbers with commas, such as 1, 0.75, 0.5, got '{text}'."
+        ) from None

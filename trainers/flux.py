@@ -342,7 +342,7 @@ def velocity(
     sigma: Tensor,
     prompt_embeds: Tensor,
     pooled: Tensor,
-    guidance: float,
+    guidance: float | Tensor,
 ) -> Tensor:
     """The network's prediction of noise - image, [B, C, H, W] like `latents`.
 
@@ -351,8 +351,11 @@ def velocity(
         sigma: [B], the share of noise, 0 to 1.
         prompt_embeds: [B, T, D] of the T5 encoder.
         pooled: [B, D2] of the CLIP encoder.
-        guidance: the value embedded by a guidance-distilled network, ignored by others.
+        guidance: the value embedded by a guidance-distilled network, ignored by others; one for
+            all, or [B].
     """
+    if not isinstance(guidance, Tensor):
+        guidance = sigma.new_full(sigma.shape, guidance)
     height, width = latents.shape[-2:]
     device, dtype = latents.device, latents.dtype
     tokens = transformer(
@@ -362,9 +365,7 @@ def velocity(
         timestep=sigma,
         img_ids=image_ids(height, width, device),
         txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
-        guidance=sigma.new_full(sigma.shape, guidance)
-        if transformer.config.guidance_embeds
-        else None,
+        guidance=guidance if transformer.config.guidance_embeds else None,
         return_dict=False,
     )[0]
     return unpack_latents(tokens, height, width)

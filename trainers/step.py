@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .caches import LatentEntry
 from .config import JobSettings
 from .data import TrainingBatch, TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
-from .draws import Draw, draw
+from .draws import Draw, draw, trained_config
 from .eight_bit import require_products
 from .flow import flow_target, seeded
 from .flux import build_transformer, multiply_in_8_bits, recompute_blocks, velocity
@@ -52,7 +53,8 @@ class TrainState:
         # A run keeps the dtype it began with, wherever "auto" would lead now.
         name = saved.values["compute_dtype"] if saved else job.train.compute_dtype
         self.dtype = compute_dtype(name, self.device)
-        self.transformer = build_transformer(base.store, base.config, self.dtype, base.frozen)
+        config = trained_config(base.config, job.train.flow)
+        self.transformer = build_transformer(base.store, config, self.dtype, base.frozen)
         if job.train.speed.products == "8bit":
             multiply_in_8_bits(self.transformer)
         self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
@@ -142,7 +144,7 @@ def _forward_backward(
     # Draws of their own: another caption or a flip trains with the same noise.
     samples = data.choose(entries, seeded(settings.seed, "choice", micro_step))
     batch = data.load(samples, state.device, generator)
-    drawn = draw(settings, batch.latents, generator)
+    drawn = draw(settings, batch.latents, generator, micro_step, partial(_predict, state, batch))
     target = _target(state, entries, batch, drawn)
     with state.saving():
         prediction = _predict(state, batch, drawn)
@@ -200,5 +202,5 @@ def _predict(state: TrainState, batch: TrainingBatch, drawn: Draw) -> Tensor:
         sigma=drawn.sigma,
         prompt_embeds=batch.prompt_embeds,
         pooled=batch.pooled,
-        guidance=state.settings.guidance,
+        guidance=drawn.guidance,
     )

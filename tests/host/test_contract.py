@@ -196,6 +196,18 @@ FROZEN = {
         ],
         ["report STRING", "values STRING"],
     ),
+    "AtelierScheduleSettings": (
+        [
+            *("sampling COMBO", "shift FLOAT", "auto_shift BOOLEAN", "logit_mean FLOAT"),
+            *("logit_std FLOAT", "mode_scale FLOAT", "sigmoid_scale FLOAT", "beta_alpha FLOAT"),
+            *("beta_beta FLOAT", "custom STRING", "loss COMBO", "huber_c FLOAT"),
+            *("huber_schedule COMBO", "weight COMBO", "noise_offset FLOAT", "guidance_max FLOAT"),
+            *("bypass_guidance BOOLEAN", "rollout INT", "rollout_probability FLOAT"),
+            *("rollout_start FLOAT", "rollout_ramp_steps INT", "rollout_ramp COMBO"),
+            *("rollout_offsets COMBO", "width INT", "height INT"),
+        ],
+        ["schedule ATELIER_SCHEDULE_SETTINGS", "picture IMAGE"],
+    ),
     "AtelierDynamicThresholdCFG": (
         [
             *("model MODEL", "mimic_scale FLOAT", "threshold_percentile FLOAT"),
