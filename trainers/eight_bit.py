@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .formats import FORMATS, row_slices
+from .formats import row_slices
 from .packed_weight import Matrix
 
 _STORED = ("fp8", "int8")
@@ -25,7 +25,8 @@ _ALIGNED = 16
 
 
 class _Codes(NamedTuple):
-    """A matrix in 8 bits: `data` [rows, columns] times `scale`, [rows, 1] or [1, 1]."""
+    """A matrix in 8 bits: `data` [rows, columns] times `scale`, [rows, 1] or [1, 1]; in float32
+    where it was rounded here."""
 
     data: Tensor
     scale: Tensor
@@ -121,22 +122,28 @@ def _stored(weight: Matrix, rows: slice) -> _Codes:
 
 
 def _by_rows(matrix: Tensor, format: str) -> _Codes:
-    """With a scale for each row, as the matrices of that format are stored."""
-    data, scale = FORMATS[format].pack(matrix)
-    assert scale is not None
-    return _Codes(data, scale)
+    """With a scale for each row, in float32: compiled, one in bf16 would divide unrounded."""
+    low, high = matrix.aminmax(dim=1, keepdim=True)
+    return _rounded(matrix, low, high, torch.int8 if format == "int8" else torch.float8_e4m3fn)
 
 
 def _by_tensor(matrix: Tensor, dtype: torch.dtype) -> _Codes:
-    """With one scale, by which the largest number becomes the largest of `dtype`."""
+    """With one scale for all of it."""
     low, high = matrix.aminmax()
-    largest = torch.finfo(dtype).max
-    # In float64 and not zero, as torchao does it.
-    factor = (largest / torch.maximum(-low, high).double().clamp_min(1e-12)).float()
+    return _rounded(matrix, low.view(1, 1), high.view(1, 1), dtype)
+
+
+def _rounded(matrix: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> _Codes:
+    """By scales with which the largest number between `low` and `high` becomes that of `dtype`."""
+    largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    # In float64 and never infinite, as in torchao, whose least number gradients can be below.
+    factor = (largest / torch.maximum(-low, high).double().clamp_min(1e-30)).float()
     data = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     for rows in row_slices(range(len(matrix)), matrix.shape[1], torch.float32):
-        data[rows] = (matrix[rows].float() * factor).clamp_(-largest, largest).to(dtype)
-    return _Codes(data, factor.reciprocal().view(1, 1))
+        of_rows = factor if len(factor) == 1 else factor[rows]
+        codes = (matrix[rows].float() * of_rows).clamp_(-largest, largest)
+        data[rows] = (codes.round_() if dtype == torch.int8 else codes).to(dtype)
+    return _Codes(data, factor.reciprocal())
 
 
 def _product(
@@ -148,12 +155,11 @@ def _product(
     """
     num_tokens, num_outputs = len(left.data), len(right.data)
     y = torch.empty(num_tokens, num_outputs, dtype=dtype, device=left.data.device)
-    # Widened: torch rounds whole numbers times bf16 to bf16.
-    of_tokens, of_outputs = left.scale.float(), right.scale.float().T.expand(1, num_outputs)
+    of_outputs = right.scale.float().T.expand(1, num_outputs)
     for part in row_slices(range(num_outputs), num_tokens, torch.float32, multiple=_ALIGNED):
         # The kernels read both factors along the sum: of a transposed one, a copy of some rows.
         sums = _sums(left.data, right.data[part].contiguous(), is_fast=is_fast)
-        scaled = (sums * of_tokens).mul_(of_outputs[:, part])
+        scaled = (sums * left.scale).mul_(of_outputs[:, part])
         y[:, part] = scaled.add_(bias[part]) if bias is not None else scaled
     return y
 
