@@ -15,7 +15,7 @@ from atelier.trainers.flow_settings import (
 )
 from atelier.trainers.timestep_picture import SIZE, describe, timestep_picture
 
-LEFT, RIGHT, TOP, BOTTOM = 70, SIZE[0] - 70, 92, SIZE[1] - 66
+LEFT, RIGHT, TOP, BOTTOM = 68, SIZE[0] - 68, 92, SIZE[1] - 66
 """The place of both axes: sigma 0 and 1, and the lowest and highest value."""
 BAR, LINE = (169, 195, 230), (179, 72, 10)
 

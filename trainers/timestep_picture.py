@@ -17,8 +17,8 @@ from .loss_plot import log_ticks, ticks
 from .losses import loss_weight
 from .timesteps import SIGMA_MIN, draw_sigmas, flux_shift
 
-SIZE = (640, 420)
-"""Width and height in pixels: at half of it, the size of a node, all of its text can be read."""
+SIZE = (540, 380)
+"""Width and height in pixels: at half of it, as on a new node, all of its text can be read."""
 NUM_BINS = 50
 _NUM_DRAWS = 1_000_000
 _LISTS = ("fast", "custom")
@@ -30,7 +30,7 @@ _LARGE_RANGE = 20.0
 """Weights whose largest is this many times the smallest need a logarithmic axis."""
 _SCALE = 2
 """Drawn at twice the size and halved, which smooths the lines."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 70, 92, 66
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 68, 92, 66
 _INK, _FAINT, _RULE = "#1b1b1b", "#555555", "#e2e2e2"
 _OFTEN, _BAR, _MUCH = "#1d4f91", "#a9c3e6", "#b3480a"
 
@@ -100,7 +100,7 @@ class _Plot:
         self._pen = ImageDraw.Draw(self._image)
         self._bottom = height - _BOTTOM
         self._labels: list[tuple[float, float, str]] = []
-        self._text(14, 34, title, _INK, 22)
+        self._text(14, 34, title, _INK, min(22, 22 * (width - 28) / Face(22).length(title)))
         for number in range(5):
             x = self._x(number / 4)
             self._line([(x, self._bottom), (x, self._bottom + 6)], _FAINT, 1.5)
