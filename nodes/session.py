@@ -235,7 +235,9 @@ class Session:
         if not host.is_deterministic():
             lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
         lines += [*self._remarks, *self._without_effect()]
-        lines += tell_variant(self._base, self._job, self._data, self._validation.sampler.cfg)
+        if is_trained:
+            cfg = self._validation.sampler.cfg
+            lines += tell_variant(self._base, self._job, self._data, cfg)
         if count := self._num_held_out_and_trained():
             lines.append(
                 f"{count} of the held out pictures are trained too: the loss on them also falls "

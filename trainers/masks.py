@@ -63,7 +63,6 @@ def folder_masks(
     pictures = list(pictures)
     paired = paired_folder(
         folder,
-        "masks",
         recursive=has_subfolders(pictures, root),
         index_folder=index_folder,
         hashes=hashes,

@@ -28,7 +28,6 @@ class PairedFolder:
 
 def paired_folder(
     folder: str | Path,
-    kind: str,
     *,
     recursive: bool,
     index_folder: Path | None,
@@ -36,9 +35,6 @@ def paired_folder(
     on_progress: OnProgress | None,
 ) -> PairedFolder:
     """Read the folder.
-
-    Args:
-        kind: what its pictures are called in messages, in the plural.
 
     Raises:
         ValueError: the folder is missing, or two of its pictures have one name.
@@ -51,7 +47,7 @@ def paired_folder(
         other = by_name.setdefault(name_below(scan.folder, picture.path), picture)
         require(
             other is picture,
-            f"The {kind} {other.path} and {picture.path} have one name. Remove one of them.",
+            f"Two pictures have one name: {other.path} and {picture.path}. Remove one of them.",
         )
     contents = hashes.of_all([*by_name.values()], on_progress).digests
     return PairedFolder(

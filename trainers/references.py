@@ -47,7 +47,6 @@ def folder_references(
     """
     paired = paired_folder(
         folder,
-        "references",
         recursive=has_subfolders([*pictures], root),
         index_folder=index_folder,
         hashes=hashes,

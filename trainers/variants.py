@@ -130,12 +130,12 @@ def _about_fast(
         )
     if timesteps not in ("fast", "custom"):
         yield (
-            f"schnell draws in four steps, and the timesteps are {timesteps}: set sampling of "
-            "Schedule Settings to fast."
+            f"FLUX.1-schnell draws in four steps, and the timesteps are {timesteps}: set sampling "
+            "of Schedule Settings to fast."
         )
     if data.prompts.length > _SCHNELL_LENGTH:
         yield (
-            f"schnell knows {_SCHNELL_LENGTH} T5 tokens, and the captions have "
+            f"FLUX.1-schnell knows {_SCHNELL_LENGTH} T5 tokens, and the captions have "
             f"{data.prompts.length}: set length of Encode Prompts to {_SCHNELL_LENGTH}."
         )
 
