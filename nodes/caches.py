@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -17,7 +18,7 @@ from ..trainers.preservation import with_class_captions
 from ..trainers.preservation_settings import PreservationSettings
 from ..trainers.shards import Shards
 from . import folders, host
-from .encoders import cut_sentences, latent_encoder, prompt_encoder
+from .encoders import cut_sentences, latent_encoder, prompt_encoder, text_masks
 from .loader_memory import LoaderMemory
 from .wires import (
     AtelierDataset,
@@ -196,6 +197,17 @@ class EncodePrompts(io.ComfyNode):
                     tooltip="If Preservation Settings has a class word: every caption with the "
                     "trigger is encoded a second time, with the class word in its place.",
                 ),
+                host.make_input(
+                    io.Boolean,
+                    "mask_padding",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Hide the padding after each caption from the model while it trains. "
+                    "For LibreFLUX, which was made that way; other FLUX.1 see the padding. "
+                    "Embeddings stay as they are cached: only the masks come besides. On some "
+                    "cards a step is a little slower.",
+                ),
             ],
             outputs=[
                 AtelierPromptCache.Output(
@@ -215,6 +227,7 @@ class EncodePrompts(io.ComfyNode):
         dataset: Dataset,
         length: int,
         preservation_settings: PreservationSettings = NOTHING_KEPT,
+        mask_padding: bool = False,
         **_: Any,
     ) -> list[str]:
         folder = folders.cache_folder("prompts")
@@ -222,7 +235,7 @@ class EncodePrompts(io.ComfyNode):
         if not encoder_id:
             return ["clip"]
         texts = with_class_captions(preservation_settings, dataset.texts)
-        wanted = caching.prompt_cache(texts, encoder_id, length, folder)
+        wanted = caching.prompt_cache(texts, encoder_id, length, folder, is_masked=mask_padding)
         return ["clip"] if caching.num_missing(wanted) else []
 
     @classmethod
@@ -234,6 +247,7 @@ class EncodePrompts(io.ComfyNode):
         batch_size: int = 1,
         limit_gb: float = LIMIT_GB,
         preservation_settings: PreservationSettings = NOTHING_KEPT,
+        mask_padding: bool = False,
     ) -> io.NodeOutput:
         texts = with_class_captions(preservation_settings, dataset.texts)
         folder = folders.cache_folder("prompts")
@@ -252,6 +266,7 @@ class EncodePrompts(io.ComfyNode):
                 encoder_id,
                 length,
                 folder,
+                mask=partial(text_masks, length=length) if mask_padding else None,
                 batch_size=batch_size,
                 limit_bytes=int(limit_gb * 1e9),
                 on_progress=host.Progress().update,

@@ -108,6 +108,14 @@ def prompt_encoder(clip: Any, length: int) -> tuple[EncodeTexts, str]:
     )
 
 
+def text_masks(texts: list[str], length: int) -> Tensor:
+    """Which of the tokens that `prompt_encoder` gives T5 are those of B texts, their end among
+    them: [B, length] uint8, 0 for padding. Needs no CLIP, as `cut_texts`."""
+    _, tokens = _t5_tokens(tuple(texts))
+    counts = torch.tensor([len(ids) for ids in tokens])
+    return (torch.arange(length) < counts[:, None]).to(torch.uint8)
+
+
 def cut_texts(texts: tuple[str, ...], length: int) -> list[str]:
     """The texts of more than `length` T5 tokens, whose end is not encoded. Needs no CLIP: every
     CLIP of FLUX's kind has this tokenizer."""

@@ -13,8 +13,8 @@ from ..trainers.captions import listed
 from ..trainers.checks import require
 from ..trainers.data import TrainingData
 from ..trainers.dataset import Dataset
-from ..trainers.evaluate import Predict, held_out_loss
-from ..trainers.flux import LATENT_CHANNELS
+from ..trainers.evaluate import Conditions, Predict, held_out_loss
+from ..trainers.flux import LATENT_CHANNELS, attention_mask
 from ..trainers.likeness import (
     NEARLY_THE_SAME,
     most_alike,
@@ -102,19 +102,34 @@ def _predict_by(model: Any, data: TrainingData, guidance: float) -> Predict:
     to_training_device(model, model.memory_required([1, LATENT_CHANNELS, height // 8, width // 8]))
     options = model.model_options.get("transformer_options", {})
 
-    def predict(latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, pooled: Tensor) -> Tensor:
+    def predict(latents: Tensor, sigma: Tensor, given: Conditions) -> Tensor:
         with torch.inference_mode():
             without_noise = model.model.apply_model(
                 latents,
                 sigma,
-                c_crossattn=prompt_embeds,
-                y=pooled,
+                c_crossattn=given.prompt_embeds,
+                y=given.pooled,
                 guidance=sigma.new_full(sigma.shape, guidance),
                 transformer_options=dict(options),
+                **_further(given, latents),
             )
         return (latents - without_noise.to(latents.device)) / sigma[:, None, None, None]
 
     return predict
+
+
+def _further(given: Conditions, latents: Tensor) -> dict[str, Any]:
+    """The reference and the mask as ComfyUI's FLUX takes them, where there are any."""
+    found: dict[str, Any] = {}
+    if given.reference is not None:
+        found["ref_latents"] = [given.reference]
+    if given.text_mask is not None:
+        tokens = latents[0, 0].numel() // 4
+        if given.reference is not None:
+            tokens += given.reference[0, 0].numel() // 4
+        # As a bias: ComfyUI makes numbers of all that it is given.
+        found["attention_mask"] = attention_mask(given.text_mask, tokens)[:, 0].float().log()
+    return found
 
 
 def measure_fit(

@@ -89,6 +89,15 @@ class EstimateMemory(io.ComfyNode):
                 shared_input("lora_settings"),
                 shared_input("optimizer_settings"),
                 shared_input("speed_settings"),
+                host.make_input(
+                    io.Boolean,
+                    "references",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whether each picture has a reference of its size, as FLUX.1-Kontext "
+                    "is trained.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -129,9 +138,12 @@ def _workload(
     lora_settings: LoraSettings | None = None,
     optimizer_settings: OptimizerSettings | None = None,
     speed_settings: SpeedSettings | None = None,
+    references: bool = False,
     **others,
 ) -> Workload:
     return Workload(
+        reference_width=others["width"] if references else 0,
+        reference_height=others["height"] if references else 0,
         lora=lora_settings or LoraSettings(rank=rank, targets=targets),
         optimizer=optimizer_settings or OptimizerSettings(),
         speed=speed_settings or SpeedSettings(),

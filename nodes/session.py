@@ -21,16 +21,17 @@ from ..trainers.flow_remarks import flow_remarks
 from ..trainers.hooks import Hooks, Step, Trained, explain
 from ..trainers.load import LoadedFlux
 from ..trainers.loggers import Logger, LoggerKind, open_logger, require_logger
-from ..trainers.lora_file import read_lora
+from ..trainers.lora_file import LoraTensors, read_lora
 from ..trainers.plan import Plan
 from ..trainers.preflight import require_fits
 from ..trainers.preservation import without_effect
 from ..trainers.run import PROMPT_FILE, Run
+from ..trainers.variants import tell_variant
 from . import folders, host, live
 from .native import to_training_device
 from .samples import Samples
 from .score import picture_text_scores
-from .trainable import model_to_train
+from .trainable import assistant_loras, model_to_train
 from .validation import Score, Validation
 
 logger = logging.getLogger("atelier")
@@ -75,6 +76,7 @@ class Session:
         resume: the id of the run to go on with; empty for the one that belongs to the settings.
         logger: what else hears of the training.
         remarks: what the node says about its own inputs.
+        assistant: a LoRA that computes along while training, and at no other time.
     """
 
     def __init__(
@@ -88,10 +90,14 @@ class Session:
         resume: str = "",
         logger: LoggerKind = "none",
         remarks: Sequence[str] = (),
+        assistant: LoraTensors | None = None,
     ) -> None:
         self._data, self._job, self._validation, self._asker = data, job, validation, asker
         self._trained_on = model_to_train(model)
         self._base = self._trained_on.base
+        if assistant is not None:
+            loras = assistant_loras(model, self._base, assistant)
+            self._base = replace(self._base, assistant=loras)
         self._remarks, self._forecast, self._shown = remarks, list[str](), list[str]()
         validation.check_fits(self._base)
         self._progress = host.Progress()
@@ -224,9 +230,14 @@ class Session:
             lines.append(f"The run goes on from step {step}.")
         if self._base.frozen:
             lines.append("The LoRAs on this MODEL stay as they are: the new one learns on top.")
+        if self._base.assistant:
+            lines.append("The assistant computes along in the training, and at no other time.")
         if not host.is_deterministic():
             lines.append("A resumed run is close to an unbroken one, not equal bit for bit.")
         lines += [*self._remarks, *self._without_effect()]
+        if is_trained:
+            cfg = self._validation.sampler.cfg
+            lines += tell_variant(self._base, self._job, self._data, cfg)
         if count := self._num_held_out_and_trained():
             lines.append(
                 f"{count} of the held out pictures are trained too: the loss on them also falls "

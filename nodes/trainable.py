@@ -21,6 +21,7 @@ from ..trainers.devices import compute_dtype
 from ..trainers.flux import FluxConfig
 from ..trainers.frozen import FrozenLora
 from ..trainers.load import BaseFlux, inspect_flux, load_flux
+from ..trainers.lora_file import LoraTensors
 from ..trainers.memory import empty_store, store_bytes
 from ..trainers.packed_weight import Matrix
 from ..trainers.store import Weights, WeightStore
@@ -28,6 +29,7 @@ from ..trainers.tensor_files import TensorFiles, model_files, original_name
 from . import host
 from .linear import kind_of_patch, runtime_lora
 from .native import StorePatcher, build_model
+from .native_lora import add_lora
 from .parameters import flux_of_parameters
 
 _CORE_LOADERS = {
@@ -194,6 +196,23 @@ def with_loras_of(model: Any, base: BaseFlux) -> BaseFlux:
         ValueError: if the MODEL carries patches that are no plain LoRAs.
     """
     return dataclasses.replace(base, frozen=_frozen_loras(model, base.store))
+
+
+def assistant_loras(model: Any, base: BaseFlux, tensors: LoraTensors) -> tuple[FrozenLora, ...]:
+    """The LoRA of a file as one that helps to train `base`, the network of the MODEL.
+
+    Raises:
+        ValueError: if it belongs to another model, or is no plain LoRA.
+    """
+    assisted = add_lora(without_patches(model), tensors, 1.0)
+    patches = [patch for some in assisted.patches.values() for patch in some]
+    wrong = [kind_of_patch(patch) for patch in patches if runtime_lora(patch) is None]
+    if wrong:
+        raise ValueError(
+            f"The assistant '{tensors.name}' has a part of the kind '{wrong[0]}', and only plain "
+            "LoRAs can assist a training. Choose another one, or none."
+        )
+    return _frozen_loras(assisted, base.store)
 
 
 def _frozen_loras(model: Any, store: Weights) -> tuple[FrozenLora, ...]:

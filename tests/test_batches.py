@@ -77,9 +77,9 @@ def test_the_largest_batch_has_the_most_pixels(batch_size: int) -> None:
     order = make_order(make_entries(), batch_size=batch_size, seed=0)
     batches = [order.batch(step) for step in range(order.batches_per_epoch)]
     pixels = [sum(entry.width * entry.height for entry in batch) for batch in batches]
-    width, height, count = order.largest_batch(prompt_length=0)
-    assert width * height * count == max(pixels)
-    assert any(len(b) == count and (b[0].width, b[0].height) == (width, height) for b in batches)
+    largest, count = order.largest_batch(prompt_length=0)
+    assert largest.width * largest.height * count == max(pixels)
+    assert any(len(batch) == count and batch[0].sizes == largest.sizes for batch in batches)
 
 
 @pytest.mark.parametrize(("prompt_length", "expected"), [(0, (560, 512, 1)), (512, (256, 256, 4))])
@@ -92,4 +92,5 @@ def test_the_largest_batch_counts_the_tokens_of_the_prompts(
         for key, width, height in [*((k, 256, 256) for k in "abcd"), ("e", 560, 512)]
     ]
     order = make_order(entries, batch_size=4, seed=0)
-    assert order.largest_batch(prompt_length) == expected
+    largest, count = order.largest_batch(prompt_length)
+    assert (largest.width, largest.height, count) == expected

@@ -166,7 +166,9 @@ def test_when_no_picture_has_a_mask_nothing_is_left(pictures: Path, tmp_path: Pa
 
 def test_two_masks_of_one_name_are_refused(pictures: Path, tmp_path: Path) -> None:
     Image.new("L", SIZE).save(tmp_path / "masks" / "cat.bmp")
-    with pytest.raises(ValueError, match=r"cat\.bmp and .*cat\.png have one name"):
+    with pytest.raises(
+        ValueError, match=r"Two pictures have one name: .*cat\.bmp and .*cat\.png\."
+    ):
         read(pictures, tmp_path / "masks", on_bad_file="skip")
 
 

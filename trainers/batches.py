@@ -50,17 +50,19 @@ class BatchOrder:
         epoch, index = divmod(micro_step - start, length)
         return self._epoch(start, epoch)[index]
 
-    def largest_batch(self, prompt_length: int) -> tuple[int, int, int]:
-        """Width, height and count of the pictures of the batch with the most tokens.
+    def largest_batch(self, prompt_length: int) -> tuple[LatentEntry, int]:
+        """One of the pictures of the batch with the most tokens, and their count.
 
-        The network sees a token per 16x16 pixels, and `prompt_length` more beside each picture.
+        The network sees a token per 16x16 pixels of a picture and of its reference, and
+        `prompt_length` more beside each.
         """
 
-        def tokens(batch: tuple[int, int, int]) -> int:
-            width, height, count = batch
-            return count * (width * height // 256 + prompt_length)
+        def tokens(batch: tuple[LatentEntry, int]) -> int:
+            entry, count = batch
+            width, height, across, down = entry.sizes
+            return count * ((width * height + across * down) // 256 + prompt_length)
 
-        return max((size for deck in self._decks for size in deck.largest_batches()), key=tokens)
+        return max((batch for deck in self._decks for batch in deck.largest_batches()), key=tokens)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the run
     def _epoch(self, start: int, epoch: int) -> list[Batch]:
@@ -89,14 +91,14 @@ class _Deck:
         self._batch_size = batch_size
         # Sorted by content, so that the order on disk does not matter.
         repeated = [entry for entry in subset.entries for _ in range(entry.repeats)]
-        self._groups: dict[tuple[int, int], list[LatentEntry]] = {}
-        for entry in sorted(repeated, key=lambda e: (e.width, e.height, e.record, e.name)):
-            self._groups.setdefault((entry.width, entry.height), []).append(entry)
+        self._groups: dict[tuple[int, int, int, int], list[LatentEntry]] = {}
+        for entry in sorted(repeated, key=lambda e: (*e.sizes, e.record, e.name)):
+            self._groups.setdefault(entry.sizes, []).append(entry)
         self.num_batches = sum(math.ceil(len(g) / batch_size) for g in self._groups.values())
 
-    def largest_batches(self) -> list[tuple[int, int, int]]:
-        """Of each size its width, height and the most pictures at once."""
-        return [(*size, min(len(g), self._batch_size)) for size, g in self._groups.items()]
+    def largest_batches(self) -> list[tuple[LatentEntry, int]]:
+        """Of each size one picture and the most at once."""
+        return [(group[0], min(len(group), self._batch_size)) for group in self._groups.values()]
 
     def draw(self, count: int, generator: torch.Generator) -> list[Batch]:
         """`count` batches: whole passes over the subset, and a random part of one."""

@@ -41,6 +41,8 @@ class PromptEmbeds:
 
     prompt_embeds: Tensor
     pooled: Tensor
+    mask: Tensor | None = None
+    """[L], 1 for the tokens of the text and 0 for padding, if the cache has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,11 @@ class LatentEntry:
     """Of its latents, and of those of the mirrored picture if it is trained too."""
     masks: tuple[str, ...] = ()
     """Keys of the weights of those latents; without, all of the picture counts."""
+    references: tuple[str, ...] = ()
+    """Keys of what a Kontext sees beside the noise of those latents."""
+    reference_width: int = 0
+    """Pixels of the references."""
+    reference_height: int = 0
     texts: tuple[tuple[str, ...], ...]
     """The captions of the record, and the variants of each."""
     width: int
@@ -71,6 +78,15 @@ class LatentEntry:
         """What tells one entry from another wherever the files lie."""
         return self.keys[0]
 
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        return *self.keys, *self.masks, *self.references
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Pixels of the picture and of its reference; those of one batch are alike."""
+        return self.width, self.height, self.reference_width, self.reference_height
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LatentEntry:
         texts = tuple(tuple(variants) for variants in values["texts"])
@@ -79,6 +95,7 @@ class LatentEntry:
                 **values,
                 "keys": tuple(values["keys"]),
                 "masks": tuple(values["masks"]),
+                "references": tuple(values.get("references", ())),
                 "texts": texts,
             }
         )
@@ -96,7 +113,9 @@ class LatentSubset:
         """SHA-256 over everything here that training sees, the name aside."""
         entries = sorted(
             [*e.keys, *e.masks, *e.texts, e.repeats, e.dropout, e.is_regularization]
-            + ["prior"] * e.is_prior  # caches from before there were any stay the same
+            # Caches from before there were any stay the same.
+            + ["prior"] * e.is_prior
+            + [*e.references]
             for e in self.entries
         )
         return digest([entries, dataclasses.astuple(self.schedule)])
@@ -111,6 +130,12 @@ class LatentSubset:
 class PromptEntry:
     text: str
     key: str
+    mask: str = ""
+    """Key of which of its tokens are no padding; empty where that is not asked for."""
+
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        return (self.key, self.mask) if self.mask else (self.key,)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> PromptEntry:
@@ -177,7 +202,7 @@ class LatentCache:
     @property
     def keys(self) -> tuple[str, ...]:
         """Every key, in the order of the entries."""
-        return tuple(key for entry in self.entries for key in (*entry.keys, *entry.masks))
+        return tuple(key for entry in self.entries for key in entry.all_keys)
 
     @property
     def total_bytes(self) -> int:
@@ -215,18 +240,27 @@ class PromptCache:
         Raises:
             ValueError: the text was not encoded, or its file is missing or damaged.
         """
-        tensors = self._shards.read(self._key(text))
+        entry = self._entry(text)
+        tensors = self._shards.read(entry.key)
+        mask = self._shards.read(entry.mask)["mask"].to(device) if entry.mask else None
         return PromptEmbeds(
-            prompt_embeds=tensors["prompt_embeds"].to(device), pooled=tensors["pooled"].to(device)
+            prompt_embeds=tensors["prompt_embeds"].to(device),
+            pooled=tensors["pooled"].to(device),
+            mask=mask,
         )
 
     def require(self, texts: Iterable[str]) -> None:
         """Raises ValueError if a text was not encoded or is not on disk; contents are not read."""
-        self._shards.require(self._key(text) for text in texts)
+        self._shards.require(key for text in texts for key in self._entry(text).all_keys)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether padding is hidden from the rest of the network."""
+        return any(entry.mask for entry in self.entries)
 
     def fingerprint(self) -> str:
         """SHA-256 over everything here that training sees; the folder is not part of it."""
-        return digest(sorted([entry.key, entry.text] for entry in self.entries))
+        return digest(sorted([e.key, e.text, *([e.mask] if e.mask else [])] for e in self.entries))
 
     @property
     def total_bytes(self) -> int:
@@ -236,7 +270,7 @@ class PromptCache:
     @property
     def keys(self) -> tuple[str, ...]:
         """Every key, in the order of the entries."""
-        return tuple(entry.key for entry in self.entries)
+        return tuple(key for entry in self.entries for key in entry.all_keys)
 
     def to_json(self) -> dict[str, Any]:
         return _to_json("prompts", self)
@@ -250,17 +284,17 @@ class PromptCache:
     def _shards(self) -> Shards:
         return Shards(self.folder)
 
-    def _key(self, text: str) -> str:
+    def _entry(self, text: str) -> PromptEntry:
         require(
-            text in self._keys,
+            text in self._by_text,
             f"The caption {text[:80]!r} is not in the prompt cache. Connect Encode Prompts to the "
             "same dataset as Cache Latents and queue again.",
         )
-        return self._keys[text]
+        return self._by_text[text]
 
     @cached_property
-    def _keys(self) -> dict[str, str]:
-        return {entry.text: entry.key for entry in self.entries}
+    def _by_text(self) -> dict[str, PromptEntry]:
+        return {entry.text: entry for entry in self.entries}
 
 
 def digest(value: Any) -> str:

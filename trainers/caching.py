@@ -29,6 +29,7 @@ from .flux import LATENT_CHANNELS
 from .masks import Mask
 from .pictures import Transform, transform
 from .progress import OnProgress
+from .references import Reference
 from .scan import OnBadFile
 from .shards import Shards
 
@@ -42,6 +43,9 @@ float32."""
 
 EncodeTexts = Callable[[list[str]], tuple[Tensor, Tensor]]
 """B texts to prompt embeddings [B, L, D] and pooled embeddings [B, D2]."""
+
+MaskTexts = Callable[[list[str]], Tensor]
+"""B texts to [B, L] uint8, 1 for the tokens of each and 0 for its padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +93,19 @@ def latent_cache(
 
 
 def prompt_cache(
-    texts: Iterable[str], encoder_id: str, length: int, folder: str | Path
+    texts: Iterable[str],
+    encoder_id: str,
+    length: int,
+    folder: str | Path,
+    *,
+    is_masked: bool = False,
 ) -> PromptCache:
     """What `cache_prompts` will return, computed without touching an encoder or the disk."""
-    keys = {text: digest([text, length, encoder_id]) for text in (*texts, "")}
-    entries = tuple(PromptEntry(text=text, key=key) for text, key in keys.items())
+    facts = {text: [text, length, encoder_id] for text in (*texts, "")}
+    entries = tuple(
+        PromptEntry(text=text, key=digest(of), mask=digest(["mask", *of]) if is_masked else "")
+        for text, of in facts.items()
+    )
     folder = os.path.abspath(folder)
     return PromptCache(folder=folder, encoder=encoder_id, length=length, entries=entries)
 
@@ -129,9 +141,14 @@ def cache_latents(
     masks: dict[str, _Wanted] = {}
     for subset, cached in zip(dataset.subsets, cache.subsets, strict=True):
         for record, entry in zip(subset.records, cached.entries, strict=True):
-            hows = [_Wanted(record, how, subset.on_bad_file) for how in _transforms(subset, record)]
+            bad_file = subset.on_bad_file
+            hows = [_Wanted(record, how, bad_file) for how in subset.transforms(record)]
             wanted |= zip(entry.keys, hows, strict=True)
             masks |= zip(entry.masks, hows, strict=False)
+            if record.reference:
+                hows = subset.reference_transforms(record)
+                shown = [_Wanted(record.reference, how, bad_file) for how in hows]
+                wanted |= zip(entry.references, shown, strict=True)
     bad: dict[str, str] = {}
 
     def read(keys: list[str]) -> list[tuple[str, Tensor]]:
@@ -142,7 +159,7 @@ def cache_latents(
             return
         mean, std = encode(torch.stack([pixels for _, pixels in batch]))
         for index, (key, _) in enumerate(batch):
-            _require_finite(mean[index], f"the picture {wanted[key].record.path}")
+            _require_finite(mean[index], f"the picture {wanted[key].picture.path}")
             if settings.is_sample:
                 yield key, {"mean": _sample(mean[index], std[index], key)}
             else:
@@ -179,11 +196,13 @@ def cache_prompts(
     length: int,
     folder: str | Path,
     *,
+    mask: MaskTexts | None = None,
     batch_size: int = 1,
     limit_bytes: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> PromptCache:
-    """Encode the texts, and the empty one, that are not in `folder` yet.
+    """Encode the texts, and the empty one, that are not in `folder` yet; with `mask` also which of
+    their tokens are no padding, under keys of their own.
 
     `encode` is not called when nothing is missing. Whatever stops the work, what is done stays.
     How much a text takes, only its encoder knows: the first one tells it, before it is written.
@@ -192,7 +211,7 @@ def cache_prompts(
         ValueError: what is missing would take more than `limit_bytes` or than the disk has, or the
             embeddings are not finite.
     """
-    cache = prompt_cache(texts, encoder_id, length, folder)
+    cache = prompt_cache(texts, encoder_id, length, folder, is_masked=mask is not None)
     texts_by_key = {entry.key: entry.text for entry in cache.entries}
     shards = Shards(folder)
     missing = shards.missing(texts_by_key)
@@ -209,14 +228,27 @@ def cache_prompts(
 
     groups = dict.fromkeys(texts_by_key)  # all have one length, so any of them share a batch
     fill(shards, groups, batch_size, lambda keys: keys, encode_batch, on_progress)
+    if mask is not None:
+        _fill_masks(shards, cache, mask)
     return cache
+
+
+def _fill_masks(shards: Shards, cache: PromptCache, mask: MaskTexts) -> None:
+    texts_by_key = {entry.mask: entry.text for entry in cache.entries}
+
+    def masked(keys: list[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for key, one in zip(keys, mask([texts_by_key[key] for key in keys]), strict=True):
+            yield key, {"mask": one}
+
+    groups = dict.fromkeys(texts_by_key)
+    fill(shards, groups, len(groups), lambda keys: keys, masked, None)
 
 
 @dataclass(frozen=True)
 class _Wanted:
     """A picture at one size, and its mask."""
 
-    record: Record
+    picture: Record | Reference
     how: Transform
     on_bad_file: OnBadFile
 
@@ -225,11 +257,12 @@ class _Wanted:
         return self.how.width, self.how.height
 
     def pixels(self) -> Tensor:
-        return transform(open_picture(self.record), self.how)
+        return transform(open_picture(self.picture), self.how)
 
     def weights(self) -> Tensor:
-        assert self.record.mask is not None
-        return mask_weights(self.record.mask, self.how)
+        assert isinstance(self.picture, Record)
+        assert self.picture.mask is not None
+        return mask_weights(self.picture.mask, self.how)
 
 
 def _readable(
@@ -257,7 +290,7 @@ def _without(cache: LatentCache, bad: Mapping[str, str]) -> LatentCache:
     """
     subsets = []
     for subset in cache.subsets:
-        kept = tuple(e for e in subset.entries if bad.keys().isdisjoint((*e.keys, *e.masks)))
+        kept = tuple(e for e in subset.entries if bad.keys().isdisjoint(e.all_keys))
         require(bool(kept), next(iter(bad.values()), ""))
         subsets.append(dataclasses.replace(subset, entries=kept))
     return dataclasses.replace(cache, subsets=tuple(subsets))
@@ -275,15 +308,19 @@ def _latent_subset(subset: Subset, encoder_id: str, settings: LatentSettings) ->
 def _latent_entry(
     subset: Subset, record: Record, encoder_id: str, settings: LatentSettings
 ) -> LatentEntry:
-    transforms = _transforms(subset, record)
-    keys = tuple(
-        digest([record.content, how.facts(), encoder_id, *settings.facts(how)])
-        for how in transforms
-    )
+    transforms, mask = subset.transforms(record), record.mask
+    shown, reference = subset.reference_transforms(record), record.reference
+
+    def key(content: str, how: Transform) -> str:
+        return digest([content, how.facts(), encoder_id, *settings.facts(how)])
+
     return LatentEntry(
         record=record.id,
-        keys=keys,
-        masks=tuple(_mask_key(record.mask, how) for how in transforms) if record.mask else (),
+        keys=tuple(key(record.content, how) for how in transforms),
+        masks=tuple(_mask_key(mask, how) for how in transforms) if mask else (),
+        references=tuple(key(reference.content, how) for how in shown) if reference else (),
+        reference_width=shown[0].width if shown else 0,
+        reference_height=shown[0].height if shown else 0,
         texts=record.texts,
         dropout=subset.captions.dropout,
         is_regularization=subset.is_regularization,
@@ -296,10 +333,6 @@ def _latent_entry(
 
 def _mask_key(mask: Mask, how: Transform) -> str:
     return digest(["mask", mask.content, mask.is_alpha, how.facts()])
-
-
-def _transforms(subset: Subset, record: Record) -> tuple[Transform, ...]:
-    return subset.pictures.transforms(subset.size_of(record), record.content)
 
 
 def _sample(mean: Tensor, std: Tensor, key: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Sample(NamedTuple):
     text: str
     mask: str = ""
     """Key of the weights of the latents; empty where all of them count."""
+    reference: str = ""
+    """Key of what a Kontext sees beside them; empty for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,10 @@ class TrainingBatch:
     weights: Tensor | None
     """[B, 1, h, w] in 0..1 by which the error of each latent counts, or None if no sample has a
     mask."""
+    text_mask: Tensor | None = None
+    """[B, L], 0 for padding that the network does not see, or None if it sees all."""
+    reference: Tensor | None = None
+    """[B, C, h2, w2] of what a Kontext sees beside the noise: the means, as ComfyUI's VAE gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +91,8 @@ class TrainingData:
         for entry, text, place in zip(entries, texts, places, strict=True):
             index = int(place * len(entry.keys))
             mask = entry.masks[index] if entry.masks else ""
-            samples.append(Sample(entry.keys[index], text, mask))
+            reference = entry.references[index] if entry.references else ""
+            samples.append(Sample(entry.keys[index], text, mask, reference))
         return samples
 
     def load(
@@ -96,24 +103,29 @@ class TrainingData:
         mean = torch.stack([picture.mean for picture in pictures])
         std = torch.stack([picture.std for picture in pictures])
         latents = mean + std * torch.randn(mean.shape, generator=generator)
-        prompt_embeds, pooled = self._embeds([sample.text for sample in samples], device)
         return TrainingBatch(
             latents=latents.to(device),
-            prompt_embeds=prompt_embeds,
-            pooled=pooled,
             weights=self._weights(samples, latents, device),
+            reference=_stacked([self.reference(sample.reference) for sample in samples], device),
+            **self._texts([sample.text for sample in samples], device),
         )
 
     def with_texts(self, batch: TrainingBatch, texts: Sequence[str]) -> TrainingBatch:
         """The same pictures with other texts, one for each."""
-        prompt_embeds, pooled = self._embeds(texts, batch.latents.device)
-        return dataclasses.replace(batch, prompt_embeds=prompt_embeds, pooled=pooled)
+        return dataclasses.replace(batch, **self._texts(texts, batch.latents.device))
 
-    def _embeds(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    def reference(self, key: str) -> Tensor | None:
+        """The latents [C, h2, w2] under the key of a reference, None for no key."""
+        return self.latents.load(key).mean if key else None
+
+    def _texts(self, texts: Sequence[str], device: torch.device) -> dict[str, Any]:
+        """What a batch has of its texts."""
         loaded = [self.prompts.load(text) for text in texts]
-        prompt_embeds = torch.stack([text.prompt_embeds for text in loaded])
-        pooled = torch.stack([text.pooled for text in loaded])
-        return prompt_embeds.to(device), pooled.to(device)
+        return {
+            "prompt_embeds": _stacked([text.prompt_embeds for text in loaded], device),
+            "pooled": _stacked([text.pooled for text in loaded], device),
+            "text_mask": _stacked([text.mask for text in loaded], device),
+        }
 
     def _weights(
         self, samples: list[Sample], latents: Tensor, device: torch.device
@@ -123,3 +135,9 @@ class TrainingData:
         seen = torch.ones(latents.shape[-2:])
         masks = [self.latents.load_mask(s.mask) if s.mask else seen for s in samples]
         return torch.stack(masks)[:, None].to(device)
+
+
+def _stacked(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """Those of a batch, which all have one or none has."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present).to(device) if present else None

@@ -21,6 +21,7 @@ from .config import ALWAYS, Schedule
 from .files import read_bytes
 from .masks import Mask, latent_weights, mask_image
 from .pictures import PictureSettings, Transform, decode
+from .references import Reference
 from .scan import OnBadFile
 
 
@@ -41,6 +42,8 @@ class Record:
     """Pixels, after the EXIF rotation."""
     mask: Mask | None = None
     """Without one all of the picture counts."""
+    reference: Reference | None = None
+    """What a Kontext sees of it beside the noise. All of a subset have one, or none has."""
     repeats: int = 1
     """How often the picture is seen in an epoch."""
 
@@ -76,6 +79,19 @@ class Subset:
     def size_of(self, record: Record) -> Size:
         """(width, height) in pixels at which the record is trained."""
         return self.resolution.size_for(record.width, record.height, record.content)
+
+    def transforms(self, record: Record) -> tuple[Transform, ...]:
+        """What is encoded of a record's picture, one or, with its mirror image, two."""
+        return self.pictures.transforms(self.size_of(record), record.content)
+
+    def reference_transforms(self, record: Record) -> tuple[Transform, ...]:
+        """What is encoded of its reference, one for each of `transforms`. References of the shape
+        of their picture get its size and its crop, so that the pixels of both lie together."""
+        reference = record.reference
+        if reference is None:
+            return ()
+        size = self.resolution.size_for(reference.width, reference.height, record.content)
+        return self.pictures.transforms(size, record.content)
 
     @property
     def num_samples(self) -> int:
@@ -180,8 +196,8 @@ class Dataset:
         )
 
 
-def open_picture(record: Record) -> Image.Image:
-    """The decoded picture of a record.
+def open_picture(record: Record | Reference) -> Image.Image:
+    """The decoded picture of a record, or its reference.
 
     Raises:
         ValueError: the file is gone, or its content is no longer the one the record describes.

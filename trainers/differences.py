@@ -15,9 +15,10 @@ _NAMES = {
     "latents": "the pictures",
     "prompts": "the captions or their encoder",
     "frozen_loras": "the LoRAs on the MODEL",
+    "assistant_loras": "the assistant",
     "version": "the version of run folders",
 }
-_HASHES = ("base", "latents", "prompts", "frozen_loras")
+_HASHES = ("base", "latents", "prompts", "frozen_loras", "assistant_loras")
 """Values that say that something differs, and not in what."""
 
 

@@ -76,7 +76,8 @@ def import_embeddings(
                 f"Row {number + 1} of {path} has lists of other lengths than the rows before it. "
                 "All captions must be encoded with one max_sequence_length.",
             )
-            length, tensors = sizes[0], vars(embeds)
+            length = sizes[0]
+            tensors = {"prompt_embeds": embeds.prompt_embeds, "pooled": embeds.pooled}
             key, text = _key(tensors), wanted[number]
             require(
                 keys.setdefault(text, key) == key,

@@ -5,7 +5,9 @@ Shapes: N pictures, C latent channels, H W latent size, T text tokens, D width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +21,28 @@ EVAL_SIGMAS = (0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375)
 """Shares of noise to measure at: the middles of eight equal parts of 0..1."""
 
 
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conditions:
+    """What a network is given beside noisy latents."""
+
+    prompt_embeds: Tensor
+    """[B, T, D] of the T5 encoder."""
+    pooled: Tensor
+    """[B, D2] of the CLIP encoder."""
+    text_mask: Tensor | None = None
+    """[B, T], 0 for tokens that are not seen; None if all are."""
+    reference: Tensor | None = None
+    """[B, C, h, w], what a Kontext sees beside the latents."""
+
+    def of(self, part: Tensor) -> Conditions:
+        """Those of the samples with these numbers."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Conditions(**{name: v if v is None else v[part] for name, v in values.items()})
+
+
+Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
 """A network's prediction of noise - image, [B, C, H, W]. It is given noisy latents of this shape in
-float32, their shares of noise [B], T5's embeddings [B, T, D] and CLIP's [B, D2]."""
+float32, their shares of noise [B], and their conditions."""
 
 
 @torch.no_grad()
@@ -53,8 +74,7 @@ def eval_loss(
     return _loss(
         predict_by(transformer, guidance=guidance, dtype=dtype),
         latents,
-        prompt_embeds,
-        pooled,
+        Conditions(prompt_embeds=prompt_embeds, pooled=pooled),
         names or [str(number) for number in range(len(latents))],
         sigmas=sigmas,
         seed=seed,
@@ -83,11 +103,16 @@ def held_out_loss(
     for entry in sorted(data.latents.entries, key=lambda entry: entry.name):
         check_stop()
         text = data.prompts.load(entry.texts[0][0] if with_text else "")
+        reference = data.reference(entry.references[0] if entry.references else "")
         loss = _loss(
             predict,
             data.latents.load(entry.keys[0]).mean[None].to(device),
-            text.prompt_embeds[None].to(device),
-            text.pooled[None].to(device),
+            Conditions(
+                prompt_embeds=text.prompt_embeds[None].to(device),
+                pooled=text.pooled[None].to(device),
+                text_mask=None if text.mask is None else text.mask[None].to(device),
+                reference=None if reference is None else reference[None].to(device),
+            ),
             [entry.name],
         )
         losses.append(loss)
@@ -97,14 +122,16 @@ def held_out_loss(
 def predict_by(transformer, *, guidance: float, dtype: torch.dtype) -> Predict:
     """What diffusers' network predicts, computed in `dtype`."""
 
-    def predict(latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, pooled: Tensor) -> Tensor:
+    def predict(latents: Tensor, sigma: Tensor, given: Conditions) -> Tensor:
         return velocity(
             transformer,
             latents.to(dtype),
             sigma=sigma,
-            prompt_embeds=prompt_embeds,
-            pooled=pooled,
+            prompt_embeds=given.prompt_embeds,
+            pooled=given.pooled,
             guidance=guidance,
+            text_mask=given.text_mask,
+            reference=given.reference,
         )
 
     return predict
@@ -113,8 +140,7 @@ def predict_by(transformer, *, guidance: float, dtype: torch.dtype) -> Predict:
 def _loss(
     predict: Predict,
     latents: Tensor,
-    prompt_embeds: Tensor,
-    pooled: Tensor,
+    given: Conditions,
     names: Sequence[str],
     *,
     sigmas: tuple[float, ...] = EVAL_SIGMAS,
@@ -129,14 +155,17 @@ def _loss(
             )
             noise, sigma_B = noise.to(latents.device), latents.new_full((len(part),), sigma)
             noisy = add_noise(latents[part], noise, sigma_B)
-            prediction = predict(noisy, sigma_B, prompt_embeds[part], pooled[part])
+            prediction = predict(noisy, sigma_B, given.of(part.to(latents.device)))
             losses.append(flow_loss(prediction, latents[part], noise))
     return float(torch.cat(losses).mean())
 
 
 def held_out_key(data: TrainingData) -> str:
     """Hash of what `held_out_loss` measures on: two losses of one key can be compared."""
-    return digest(sorted([entry.name, entry.texts[0][0]] for entry in data.latents.entries))[:8]
+    return digest(
+        sorted([e.name, e.texts[0][0], *e.references[:1]] for e in data.latents.entries)
+        + [["masked"]] * data.prompts.has_masks
+    )[:8]
 
 
 def _noise(like: Tensor, seed: int, sigma_number: int, picture: str) -> Tensor:

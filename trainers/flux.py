@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels (16), H W latent size, L image tokens (H/2 * 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -159,8 +160,12 @@ class LinearView(nn.Linear):
     """A Linear of the diffusers network: some rows of a matrix that the store owns, a copy of
     their bias in the dtype that computes, and frozen LoRAs.
 
-    The rows are cut at forward time, so the store may move its bytes at any moment.
+    The rows are cut at forward time, so the store may move its bytes at any moment. The LoRAs of
+    `assistant`, pairs as the others, compute only while `is_assisted`.
     """
+
+    assistant: Sequence[tuple[Matrix, Matrix]] = ()
+    is_assisted = True
 
     def __init__(
         self,
@@ -194,7 +199,7 @@ class LinearView(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(self.store.packed[self._name], x, self.bias, self.source.rows)
-        for down, up in self._loras:
+        for down, up in (*self._loras, *(self.assistant if self.is_assisted else ())):
             y = y + up.linear(down.linear(x))
         return y
 
@@ -213,7 +218,11 @@ def require_trainable(config: FluxConfig) -> None:
 
 
 def build_transformer(
-    store: Weights, config: FluxConfig, dtype: torch.dtype, frozen: Sequence[FrozenLora] = ()
+    store: Weights,
+    config: FluxConfig,
+    dtype: torch.dtype,
+    frozen: Sequence[FrozenLora] = (),
+    assistant: Sequence[FrozenLora] = (),
 ):
     """diffusers' `FluxTransformer2DModel` whose Linears are views into `store`; it holds no matrix
     of its own but the final modulation, a copy with diffusers' order of scale and shift.
@@ -223,17 +232,21 @@ def build_transformer(
         dtype: what the network will compute in; the biases, the QK-norm scales and the final
             modulation are kept in it.
         frozen: LoRAs that it computes with; they are copied to the store's device.
+        assistant: others, which it leaves out `without_assistant`.
     """
     transformer = empty_transformer(config)
-    frozen = [lora.ready(store.device, dtype) for lora in frozen]
+    frozen, assistant = (
+        [lora.ready(store.device, dtype) for lora in loras] for loras in (frozen, assistant)
+    )
     for name, source in linear_sources(config).items():
         rows = range(*source.rows.indices(store.packed[f"{source.name}.weight"].shape[0]))
-        loras = [(down, _matrix(up)) for down, up in _loras_on(frozen, source.name, rows)]
-        transformer.set_submodule(name, LinearView(store, source, dtype, loras))
+        view = LinearView(store, source, dtype, _loras_on(frozen, source.name, rows))
+        view.assistant = _loras_on(assistant, source.name, rows)
+        transformer.set_submodule(name, view)
     swapped, source = _final_modulation(store, dtype)
     rows = range(2 * config.hidden_size)
-    loras = [(down, _matrix(swap_halves(up))) for down, up in _loras_on(frozen, source.name, rows)]
-    final = LinearView(swapped, source, dtype, loras)
+    final = LinearView(swapped, source, dtype, _loras_on(frozen, source.name, rows, swap_halves))
+    final.assistant = _loras_on(assistant, source.name, rows, swap_halves)
     transformer.set_submodule(FINAL_MODULATION[0], final)
     for ours, theirs in norm_sources(config).items():
         scale = _frozen_copy(store.plain[f"{theirs}.scale"], dtype)
@@ -241,14 +254,29 @@ def build_transformer(
     return transformer.requires_grad_(False)
 
 
+@contextmanager
+def without_assistant(transformer: nn.Module) -> Iterator[None]:
+    """Within it the network computes without the LoRAs that only help it to train."""
+    views = [module for module in transformer.modules() if isinstance(module, LinearView)]
+    for view in views:
+        view.is_assisted = False
+    try:
+        yield
+    finally:
+        for view in views:
+            view.is_assisted = True
+
+
 def _loras_on(
-    loras: Sequence[FrozenLora], name: str, rows: range
-) -> Iterator[tuple[Matrix, Tensor]]:
-    """`down` and `up` of those that reach some of these rows of an original Linear."""
-    for lora in loras:
-        up = lora.up_for(rows) if lora.name == name else None
-        if up is not None:
-            yield _matrix(lora.down), up
+    loras: Sequence[FrozenLora],
+    name: str,
+    rows: range,
+    order: Callable[[Tensor], Tensor] = lambda up: up,
+) -> list[tuple[Matrix, Matrix]]:
+    """`down` and `up` of those that reach some of these rows of an original Linear; `order` brings
+    the rows of `up` into that of the network."""
+    reaching = ((lora, lora.up_for(rows)) for lora in loras if lora.name == name)
+    return [(_matrix(lora.down), _matrix(order(up))) for lora, up in reaching if up is not None]
 
 
 def _matrix(tensor: Tensor) -> Matrix:
@@ -335,6 +363,23 @@ def image_ids(height: int, width: int, device: torch.device) -> Tensor:
     return ids.reshape(-1, 3)
 
 
+def reference_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Positions [h/2 * w/2, 3] of the tokens of Kontext's one reference picture: 1, row, column.
+
+    As ComfyUI's `Flux` has them with its default method, "offset", for the first of `ref_latents`.
+    """
+    ids = image_ids(height, width, device)
+    ids[:, 0] = 1
+    return ids
+
+
+def attention_mask(text_mask: Tensor, num_image_tokens: int) -> Tensor:
+    """[B, 1, 1, T + image tokens]: which tokens are seen, the text's by `text_mask` [B, T] and all
+    of the pictures'."""
+    seen = text_mask.new_ones(len(text_mask), num_image_tokens, dtype=torch.bool)
+    return torch.cat([text_mask != 0, seen], dim=1)[:, None, None]
+
+
 def velocity(
     transformer,
     latents: Tensor,
@@ -343,6 +388,8 @@ def velocity(
     prompt_embeds: Tensor,
     pooled: Tensor,
     guidance: float | Tensor,
+    text_mask: Tensor | None = None,
+    reference: Tensor | None = None,
 ) -> Tensor:
     """The network's prediction of noise - image, [B, C, H, W] like `latents`.
 
@@ -353,19 +400,28 @@ def velocity(
         pooled: [B, D2] of the CLIP encoder.
         guidance: the value embedded by a guidance-distilled network, ignored by others; one for
             all, or [B].
+        text_mask: [B, T], not 0 where a token of the text is seen by the others; None if all are.
+        reference: [B, C, h, w] latents without noise of the picture that Kontext edits.
     """
     if not isinstance(guidance, Tensor):
         guidance = sigma.new_full(sigma.shape, guidance)
     height, width = latents.shape[-2:]
     device, dtype = latents.device, latents.dtype
+    image, ids = pack_latents(latents), image_ids(height, width, device)
+    if reference is not None:
+        image = torch.cat([image, pack_latents(reference.to(dtype))], dim=1)
+        ids = torch.cat([ids, reference_ids(*reference.shape[-2:], device)])
     tokens = transformer(
-        hidden_states=pack_latents(latents),
+        hidden_states=image,
         encoder_hidden_states=prompt_embeds.to(dtype),
         pooled_projections=pooled.to(dtype),
         timestep=sigma,
-        img_ids=image_ids(height, width, device),
+        img_ids=ids,
         txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device),
         guidance=guidance if transformer.config.guidance_embeds else None,
+        joint_attention_kwargs=None
+        if text_mask is None
+        else {"attention_mask": attention_mask(text_mask, image.shape[1])},
         return_dict=False,
     )[0]
-    return unpack_latents(tokens, height, width)
+    return unpack_latents(tokens[:, : height * width // 4], height, width)

@@ -81,6 +81,7 @@ def graph_pictures(
             hashes.of_all(kept).digests,
             [Mask(path=p.path, content=c) for p, c in zip(weights, mask_hashes, strict=True)]
             or [None] * num,
+            [None] * num,
             captions=captions,
             repeats=repeats,
         ),

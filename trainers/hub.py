@@ -24,7 +24,7 @@ from .tensor_files import shapes_in_header
 Kind = Literal["model", "dataset"]
 """Of a repository."""
 
-_FOLDER = "transformer/"
+_FOLDER, _INDEX = "transformer/", ".safetensors.index.json"
 
 
 def require_hub_id(hub_id: str) -> None:
@@ -40,7 +40,7 @@ def fetch_flux(
     hub_id: str, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Path:
     """The FLUX of a repository: its folder `transformer` in diffusers' layout, else the only
-    safetensors file beside its README.
+    safetensors file beside its README, or the shards of one.
 
     What is whole in the hub's cache is taken without network; else its headers are looked at, and
     files are downloaded into the cache one after the other.
@@ -196,6 +196,9 @@ def _flux_files(hub_id: str, files: list[str]) -> list[str]:
     if any(name.endswith(".safetensors") for name in folder):
         return folder
     single = [name for name in files if "/" not in name and name.endswith(".safetensors")]
+    indexes = [name for name in files if "/" not in name and name.endswith(_INDEX)]
+    if len(indexes) == 1:  # a transformer alone, in shards
+        return [*indexes, *sorted(single)]
     require(
         len(single) == 1,
         f"The repository '{hub_id}' has no folder transformer, and {len(single)} .safetensors "
@@ -205,4 +208,6 @@ def _flux_files(hub_id: str, files: list[str]) -> list[str]:
 
 
 def _flux_path(place: Path, names: list[str]) -> Path:
+    if names[0].endswith(_INDEX):
+        return place
     return place / (_FOLDER if names[0].startswith(_FOLDER) else names[0])

@@ -19,6 +19,7 @@ from .dataset import DEFAULT_CAPTIONS, DEFAULT_PICTURES, Record, Subset
 from .masks import ALPHA, Mask, alpha_masks, folder_masks
 from .pictures import PictureSettings
 from .progress import OnProgress
+from .references import Reference, folder_references
 from .scan import PICTURE_EXTENSIONS, BadFiles, OnBadFile, Picture, Scan, scan_folder
 
 _SEED = 0
@@ -33,6 +34,7 @@ def image_folder(
     pictures: PictureSettings = DEFAULT_PICTURES,
     captions: CaptionSettings = DEFAULT_CAPTIONS,
     masks: str | Path | None = None,
+    references: str | Path | None = None,
     on_bad_file: OnBadFile = "stop",
     index_folder: Path | None = None,
     on_progress: OnProgress | None = None,
@@ -42,8 +44,9 @@ def image_folder(
 ) -> Subset:
     """The pictures of one folder, sorted by name, each with its captions.
 
-    `masks` is a folder of masks, or `masks.ALPHA` for the transparency of the pictures. Headers are
-    read and bytes hashed here, once for each version of a file if `index_folder` is
+    `masks` is a folder of masks, or `masks.ALPHA` for the transparency of the pictures;
+    `references` a folder of pictures that a Kontext is shown beside them. Headers are read and
+    bytes hashed here, once for each version of a file if `index_folder` is
     given to remember them; pixels are decoded when they are encoded. Subfolders are read if
     `recursive`. `written` is a table of captions, as `captions.given_captions` has it; pictures for
     which `keep` is false are left out. `on_progress(done, total)` may raise to stop.
@@ -76,6 +79,7 @@ def image_folder(
         pictures=pictures,
         captions=captions,
         masks=masks,
+        references=references,
         on_bad_file=on_bad_file,
         index_folder=index_folder,
         on_progress=on_progress,
@@ -109,6 +113,7 @@ def subset_of(
     pictures: PictureSettings = DEFAULT_PICTURES,
     captions: CaptionSettings = DEFAULT_CAPTIONS,
     masks: str | Path | None = None,
+    references: str | Path | None = None,
     on_bad_file: OnBadFile = "stop",
     index_folder: Path | None = None,
     on_progress: OnProgress | None = None,
@@ -127,11 +132,21 @@ def subset_of(
         found = alpha_masks(scan.pictures, contents)
     elif masks:
         found = folder_masks(scan.pictures, masks, scan.folder, index_folder, hashes, on_progress)
-    wrong = (mask for mask in found if isinstance(mask, str))
+    shown: Sequence[Reference | str | None] = [None] * len(contents)
+    if references:
+        shown = folder_references(
+            scan.pictures,
+            references,
+            scan.folder,
+            index_folder=index_folder,
+            hashes=hashes,
+            on_progress=on_progress,
+        )
+    wrong = (one for one in (*found, *shown) if isinstance(one, str))
     left_out = [*(sentence for _, sentence in scan.skipped), *wrong]
     require(on_bad_file == "skip" or not left_out, "".join(left_out[:1]))
     records = make_records(
-        scan.pictures, texts, contents, found, captions=captions, repeats=repeats
+        scan.pictures, texts, contents, found, shown, captions=captions, repeats=repeats
     )
     require(bool(records), "".join(left_out[:1]))
     return Subset(
@@ -150,12 +165,14 @@ def make_records(
     written: Sequence[Sequence[str]],
     contents: Sequence[str],
     masks: Sequence[Mask | str | None],
+    references: Sequence[Reference | str | None],
     *,
     captions: CaptionSettings,
     repeats: int,
 ) -> tuple[Record, ...]:
     """Records of pictures, their captions as they are written, and the hashes of their bytes; a
-    picture without a caption, or whose mask is a sentence that says what is wrong, is left out."""
+    picture without a caption, or whose mask or reference is a sentence that says what is wrong, is
+    left out."""
     return tuple(
         Record(
             path=picture.path,
@@ -164,10 +181,13 @@ def make_records(
             width=picture.width,
             height=picture.height,
             mask=mask,
+            reference=reference,
             repeats=repeats,
         )
-        for picture, some, content, mask in zip(pictures, written, contents, masks, strict=True)
-        if some and not isinstance(mask, str)
+        for picture, some, content, mask, reference in zip(
+            pictures, written, contents, masks, references, strict=True
+        )
+        if some and not isinstance(mask, str) and not isinstance(reference, str)
     )
 
 

@@ -90,6 +90,9 @@ def _subset_lines(
     num_masked = sum(record.mask is not None for record in subset.records)
     if num_masked:
         yield f"Dataset {name}: pictures with a mask {num_masked}."
+    num_referenced = sum(record.reference is not None for record in subset.records)
+    if num_referenced:
+        yield f"Dataset {name}: pictures with a reference {num_referenced}."
     for (width, height), count in samples.most_common(_SIZES_NAMED):
         size = f"{width}x{height}"
         batches, rest = math.ceil(count / batch_size), count % batch_size

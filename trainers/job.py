@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,8 @@ class Job:
     settings: JobSettings
     frozen: tuple[FrozenLora, ...] = ()
     """The LoRAs that the base model had, from the file beside the job file."""
+    assistant: tuple[FrozenLora, ...] = ()
+    """Those that only help to train, in the same way."""
 
 
 def read_job(path: Path) -> Job:
@@ -52,9 +55,8 @@ def read_job(path: Path) -> Job:
                 prompts=PromptCache.from_json(values["prompts"]),
             ),
             settings=job_from_json(values["settings"]),
-            frozen=load_frozen(path.parent / values["frozen_loras"])
-            if "frozen_loras" in values
-            else (),
+            frozen=_loras(path, values, "frozen_loras"),
+            assistant=_loras(path, values, "assistant_loras"),
         )
     except FileNotFoundError:
         raise ValueError(
@@ -73,6 +75,10 @@ def read_job(path: Path) -> Job:
             "in the job file."
         )
     return job
+
+
+def _loras(path: Path, values: dict[str, Any], name: str) -> tuple[FrozenLora, ...]:
+    return load_frozen(path.parent / values[name]) if name in values else ()
 
 
 def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
@@ -94,7 +100,7 @@ def run_job(job: Job, output: Path, hooks: Hooks) -> Path:
             copies=PackedCopies(output / "packed") if streaming == "disk" else None,
             streaming=streaming,
         )
-    base = dataclasses.replace(base, frozen=job.frozen)
+    base = dataclasses.replace(base, frozen=job.frozen, assistant=job.assistant)
     if device.type == "cpu":
         free = free_bytes(device)  # beside the weights, see `require_fits`
     plan = Plan.of(base, workload(job.settings, base, job.data, device), device)

@@ -46,6 +46,8 @@ class BaseFlux:
     """What its block matrices are kept in, a name of `formats.FORMATS`."""
     frozen: tuple[FrozenLora, ...] = ()
     """LoRAs that it computes with, and that a new one is trained on top of."""
+    assistant: tuple[FrozenLora, ...] = ()
+    """LoRAs that it computes with while it trains and at no other time."""
 
 
 @dataclass(frozen=True)

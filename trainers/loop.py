@@ -19,13 +19,14 @@ from .devices import compute_dtype, memory_in_use
 from .differences import different_run
 from .evaluate import held_out_key, held_out_loss, predict_by
 from .files import clear_leftovers
+from .flux import without_assistant
 from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
 from .load import BaseFlux
 from .memory import Workload
 from .preservation import require_class_captions
 from .rhythm import Rhythm
-from .run import FROZEN_FILE, Run, run_name
+from .run import ASSISTANT_FILE, FROZEN_FILE, Run, run_name
 from .run_identity import RunIdentity
 from .status import State, Status
 from .step import TrainState, optimizer_step
@@ -55,6 +56,7 @@ def open_run(
         prompts=data.prompts.fingerprint(),
         job=job,
         frozen=fingerprint(base.frozen),
+        assistant=fingerprint(base.assistant),
     )
     manifest = {
         "model": base.path,
@@ -64,9 +66,9 @@ def open_run(
         "prompts": data.prompts.to_json(),
         "settings": to_json(job),
     }
-    if base.frozen:
-        manifest["frozen_loras"] = FROZEN_FILE
-    run = Run(root, identity, manifest, base.frozen)
+    loras = {FROZEN_FILE: base.frozen, ASSISTANT_FILE: base.assistant}
+    manifest |= {Path(name).stem: name for name, some in loras.items() if some}
+    run = Run(root, identity, manifest, loras)
     if resume and run.name != resume:
         raise ValueError(different_run(root / resume, identity, manifest))
     return run
@@ -81,19 +83,22 @@ def workload(
     job: JobSettings, base: BaseFlux, data: TrainingData, device: torch.device
 ) -> Workload:
     """What the largest micro-step of a job computes, to estimate its memory."""
-    width, height, count = _order(job, data).largest_batch(data.prompts.length)
+    largest, count = _order(job, data).largest_batch(data.prompts.length)
     dtype = compute_dtype(job.train.compute_dtype, device)
     return Workload(
-        width=width,
-        height=height,
+        width=largest.width,
+        height=largest.height,
+        reference_width=largest.reference_width,
+        reference_height=largest.reference_height,
         prompt_length=data.prompts.length,
+        is_masked=data.prompts.has_masks,
         batch_size=count,
         lora=job.lora,
         dtype=dtype,
         gradient_checkpointing=job.train.gradient_checkpointing,
         accumulates=job.train.gradient_accumulation > 1 or job.train.preservation.keeps_class,
         activations_in_ram=job.activations_in_ram,
-        frozen_bytes=frozen_bytes(base.frozen, dtype),
+        frozen_bytes=frozen_bytes((*base.frozen, *base.assistant), dtype),
         optimizer=job.train.optimizer,
         speed=job.train.speed,
     )
@@ -280,9 +285,10 @@ class _Training:
             return
         state = self._on_device()
         predict = predict_by(state.transformer, guidance=self.job.train.guidance, dtype=state.dtype)
-        loss = held_out_loss(
-            predict, self.hooks.held_out, device=state.device, check_stop=self.hooks.check_stop
-        )
+        with without_assistant(state.transformer):
+            loss = held_out_loss(
+                predict, self.hooks.held_out, device=state.device, check_stop=self.hooks.check_stop
+            )
         key = held_out_key(self.hooks.held_out)
         self.run.log({"step": self.step, "eval_loss": loss, "of": key})
         self.hooks.on_measure(self.step, {"eval_loss": loss})

@@ -6,7 +6,6 @@ of the picture itself.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .checks import require
 from .content_hashes import ContentHashes
+from .paired_folder import has_subfolders, name_below, paired_folder
 from .pictures import Transform, decode, transform_mask
 from .progress import OnProgress
-from .scan import Picture, scan_folder
+from .scan import Picture
 
 ALPHA = "alpha channel"
 """The source of masks that is no folder."""
@@ -62,44 +61,31 @@ def folder_masks(
         ValueError: the folder is missing, or two masks have one name.
     """
     pictures = list(pictures)
-    recursive = any(os.path.dirname(picture.path) != root for picture in pictures)
-    scan = scan_folder(
-        folder, index_folder, recursive=recursive, on_bad_file="skip", on_progress=on_progress
-    )
-    by_name: dict[str, Picture] = {}
-    for picture in scan.pictures:
-        other = by_name.setdefault(_name_below(scan.folder, picture.path), picture)
-        require(
-            other is picture,
-            f"The masks {other.path} and {picture.path} have one name. Remove one of them.",
-        )
-    bad = {_name_below(scan.folder, path): sentence for path, sentence in scan.skipped}
-    contents = dict(
-        zip(by_name, hashes.of_all([*by_name.values()], on_progress).digests, strict=True)
+    paired = paired_folder(
+        folder,
+        recursive=has_subfolders(pictures, root),
+        index_folder=index_folder,
+        hashes=hashes,
+        on_progress=on_progress,
     )
 
     def mask_of(picture: Picture) -> Mask | str:
-        name = _name_below(root, picture.path)
-        found = by_name.get(name)
+        name = name_below(root, picture.path)
+        found = paired.pictures.get(name)
         if found is None:
             missing = (
-                f"The picture {picture.path} has no mask in {scan.folder}. Put one there under the "
-                "same name: white is trained, black is not."
+                f"The picture {picture.path} has no mask in {paired.folder}. Put one there under "
+                "the same name: white is trained, black is not."
             )
-            return bad.get(name, missing)
+            return paired.bad.get(name, missing)
         if (found.width, found.height) != (picture.width, picture.height):
             return (
                 f"The mask {found.path} has {found.width}x{found.height} pixels and its picture "
                 f"{picture.width}x{picture.height}. Make them equal."
             )
-        return Mask(path=found.path, content=contents[name])
+        return Mask(path=found.path, content=paired.contents[name])
 
     return [mask_of(picture) for picture in pictures]
-
-
-def _name_below(folder: str, path: str) -> str:
-    """The path below the folder, without the extension."""
-    return os.path.splitext(path[len(os.path.join(folder, "")) :])[0]
 
 
 def mask_image(mask: Mask, data: bytes) -> Image.Image:

@@ -66,7 +66,12 @@ class Workload:
     activations_in_ram: bool = False
     """Whether what backward needs of the forward pass leaves the device."""
     frozen_bytes: int = 0
-    """What LoRAs of the base model take."""
+    """What LoRAs of the base model and of its training take."""
+    reference_width: int = 0
+    """Pixels of the reference picture that is seen beside the picture; 0 for none."""
+    reference_height: int = 0
+    is_masked: bool = False
+    """Whether padding of the texts is hidden, which keeps attention from its leanest way."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     speed: SpeedSettings = field(default_factory=SpeedSettings)
 
@@ -232,13 +237,19 @@ def _without_bytes(network: nn.Module) -> list[nn.Parameter]:
 
 def _batch(config: FluxConfig, workload: Workload) -> dict[str, Tensor]:
     count, latent_size = workload.batch_size, (workload.height // 8, workload.width // 8)
-    return {
+    batch = {
         "latents": torch.empty(count, LATENT_CHANNELS, *latent_size),
         "noise": torch.empty(count, LATENT_CHANNELS, *latent_size),
         "sigma": torch.empty(count),
         "prompt_embeds": torch.empty(count, workload.prompt_length, config.context_dim),
         "pooled": torch.empty(count, config.vector_dim),
     }
+    if workload.reference_width:
+        size = workload.reference_height // 8, workload.reference_width // 8
+        batch["reference"] = torch.empty(count, LATENT_CHANNELS, *size)
+    if workload.is_masked:
+        batch["text_mask"] = torch.empty(count, workload.prompt_length)
+    return batch
 
 
 def _loss(transformer: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -249,6 +260,8 @@ def _loss(transformer: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Ten
         prompt_embeds=batch["prompt_embeds"],
         pooled=batch["pooled"],
         guidance=1.0,
+        text_mask=batch.get("text_mask"),
+        reference=batch.get("reference"),
     )
     return flow_loss(prediction, batch["latents"], batch["noise"]).mean()
 

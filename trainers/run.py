@@ -1,9 +1,10 @@
 """One run on disk: its identity, its checkpoints, its metrics. Nothing here computes.
 
 `<root>/<name>-<hash8>/` holds `run.json`, `job.json`, `status.json`, `metrics.jsonl`,
-`checkpoints/step-000250/` and, if the base model has LoRAs, `frozen_loras.safetensors`. A
-checkpoint is written under a temporary name, synced and renamed, so it is whole or not there.
-`lock` is held by the process that trains, and free when that is gone.
+`checkpoints/step-000250/` and, if the base model has LoRAs or its training an assistant,
+`frozen_loras.safetensors` and `assistant_loras.safetensors`. A checkpoint is written under a
+temporary name, synced and renamed, so it is whole or not there. `lock` is held by the process that
+trains, and free when that is gone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock, Timeout  # a package that torch needs
@@ -37,7 +39,7 @@ from .status import Status, read_status, write_status
 RUN_FILE, LOCK_FILE = "run.json", "lock"
 PROMPT_FILE = "prompt.json"
 """The graph that asked for the run, as ComfyUI's queue takes it, and the id of its node."""
-FROZEN_FILE = "frozen_loras.safetensors"
+FROZEN_FILE, ASSISTANT_FILE = "frozen_loras.safetensors", "assistant_loras.safetensors"
 _CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -94,7 +96,7 @@ class Run:
     Args:
         root: the folder of all runs.
         job: what `python -m trainers` needs to train the same, as JSON values.
-        frozen: the LoRAs of the base model, which it needs too.
+        loras: those that it needs too, of the base model and of its training, by their files.
     """
 
     def __init__(
@@ -102,10 +104,10 @@ class Run:
         root: Path,
         identity: RunIdentity,
         job: dict[str, Any],
-        frozen: Sequence[FrozenLora] = (),
+        loras: Mapping[str, Sequence[FrozenLora]] = MappingProxyType({}),
     ) -> None:
         self.identity = identity
-        self._job, self._frozen = job, frozen
+        self._job, self._loras = job, loras
         self.name = f"{identity.job.name}-{identity.hash8()}"
         self.folder = root / self.name
         self._checkpoints = self.folder / "checkpoints"
@@ -154,9 +156,9 @@ class Run:
                 leftover.unlink(missing_ok=True)
         write_json(self.folder / RUN_FILE, self.identity.to_json())
         write_json(self.folder / "job.json", self._job)
-        path = self.folder / FROZEN_FILE
-        if self._frozen and not path.exists():  # what is in it is part of the run's identity
-            save_frozen(path, self._frozen)
+        for path, loras in ((self.folder / name, some) for name, some in self._loras.items()):
+            if loras and not path.exists():  # what is in it is part of the run's identity
+                save_frozen(path, loras)
 
     def steps_saved(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""

@@ -37,6 +37,8 @@ class RunIdentity:
     job: JobSettings
     frozen: str = ""
     """Fingerprint of the LoRAs that belong to the base model; empty if it has none."""
+    assistant: str = ""
+    """The same of those that only help to train."""
 
     def to_json(self) -> dict[str, Any]:
         """Length, name and checkpoint distance do not change what a step computes."""
@@ -51,7 +53,8 @@ class RunIdentity:
             "train": _that_count(self.job.train, _TRAIN),
         }
         # Runs from before there were any, and those without, are the same.
-        return values | ({"frozen_loras": self.frozen} if self.frozen else {})
+        loras = {"frozen_loras": self.frozen, "assistant_loras": self.assistant}
+        return values | {name: value for name, value in loras.items() if value}
 
     def hash8(self) -> str:
         text = json.dumps(self.to_json(), sort_keys=True)

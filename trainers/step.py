@@ -54,7 +54,9 @@ class TrainState:
         name = saved.values["compute_dtype"] if saved else job.train.compute_dtype
         self.dtype = compute_dtype(name, self.device)
         config = trained_config(base.config, job.train.flow)
-        self.transformer = build_transformer(base.store, config, self.dtype, base.frozen)
+        self.transformer = build_transformer(
+            base.store, config, self.dtype, base.frozen, base.assistant
+        )
         if job.train.speed.products == "8bit":
             multiply_in_8_bits(self.transformer)
         self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
@@ -203,4 +205,6 @@ def _predict(state: TrainState, batch: TrainingBatch, drawn: Draw) -> Tensor:
         prompt_embeds=batch.prompt_embeds,
         pooled=batch.pooled,
         guidance=drawn.guidance,
+        text_mask=batch.text_mask,
+        reference=batch.reference,
     )
