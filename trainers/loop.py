@@ -53,6 +53,7 @@ def open_run(
         prompts=data.prompts.fingerprint(),
         job=job,
         frozen=fingerprint(base.frozen),
+        num_steps=_length(job, data) if job.train.optimizer.needs_length else 0,
     )
     manifest = {
         "model": base.path,
@@ -73,6 +74,11 @@ def open_run(
 def steps_per_epoch(job: JobSettings, data: TrainingData) -> float:
     """Optimizer steps of one pass over the data; a step may reach over the end of an epoch."""
     return _order(job, data).batches_per_epoch / job.train.gradient_accumulation
+
+
+def _length(job: JobSettings, data: TrainingData) -> int:
+    """Optimizer steps of the whole run."""
+    return job.length.num_steps(steps_per_epoch(job, data))
 
 
 def workload(
@@ -129,11 +135,12 @@ def train(
             run that another process trains.
     """
     hooks = hooks or Hooks()
-    length = job.length.num_steps(steps_per_epoch(job, data))
+    length = _length(job, data)
     end = run.finished_at(length, go_on=go_on)
     if end is not None:
         return _from_disk(run, end, hooks)
 
+    job.train.optimizer.check_length(length)
     data.check_fits(base.config)
     hooks.before_start()
     with run.locked():
@@ -214,7 +221,7 @@ class _Training:
         """One optimizer step, its line in the metrics, its checkpoint if it is time for one."""
         began = time.perf_counter()
         state = self._on_device()
-        learning_rate = state.learning_rate
+        learning_rate = state.set_learning_rate(self.step)
         loss, grad_norm = optimizer_step(
             state, self.step, self.order, self.data, self.hooks.check_stop
         )
@@ -251,7 +258,7 @@ class _Training:
         if self.is_over():
             return
         if self.hooks.sample and (control.take("sample") or is_due):
-            self.hooks.sample(self.step, self._on_device().lora.state())
+            self.hooks.sample(self.step, self._on_device().shown_lora())
         if control.take("pause"):
             self._pause()
 
@@ -264,7 +271,7 @@ class _Training:
 
     def outcome(self) -> Trained:
         """What is trained by now."""
-        lora = self.state.lora.state() if self.state else self.lora
+        lora = self.state.shown_lora() if self.state else self.lora
         return Trained(lora=lora, losses=self.run.losses(self.step), step=self.step)
 
     def _evaluate(self) -> None:
@@ -273,9 +280,10 @@ class _Training:
             return
         state = self._on_device()
         predict = predict_by(state.transformer, guidance=self.job.train.guidance, dtype=state.dtype)
-        loss = held_out_loss(
-            predict, self.hooks.held_out, device=state.device, check_stop=self.hooks.check_stop
-        )
+        with state.shown.in_place():
+            loss = held_out_loss(
+                predict, self.hooks.held_out, device=state.device, check_stop=self.hooks.check_stop
+            )
         key = held_out_key(self.hooks.held_out)
         self.run.log({"step": self.step, "eval_loss": loss, "of": key})
         self.hooks.on_measure(self.step, {"eval_loss": loss})
@@ -295,7 +303,7 @@ class _Training:
         """Take the device, with the state of the last step."""
         self.hooks.take_device()
         saved = self.run.load(self.step) if self.step else None
-        self.state = TrainState(self.base, self.job, saved)
+        self.state = TrainState(self.base, self.job, saved, num_steps=self.length)
         self._report("training")
 
     def _on_device(self) -> TrainState:
@@ -315,7 +323,7 @@ class _Training:
         """Save, and free what the training holds on the device."""
         if self.state is None:
             return
-        self.lora = self.state.lora.state()
+        self.lora = self.state.shown_lora()
         try:
             self._save()
         finally:
