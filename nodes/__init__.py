@@ -17,6 +17,7 @@ from .lora import ApplyLora, LoraMixer
 from .lora_extract import ExtractLora
 from .lora_files import ExportLora, MergeLoras
 from .memory import EstimateMemory
+from .optimizer_settings import OptimizerSettingsNode
 from .plot import PlotLoss
 from .push import PushToHub
 from .routes import add_routes
@@ -61,6 +62,7 @@ NODES: list[type[io.ComfyNode]] = [
     PushToHub,
     ScoreLora,
     SpeedSettingsNode,
+    OptimizerSettingsNode,
 ]
 
 

@@ -131,7 +131,7 @@ def _workload(
 ) -> Workload:
     return Workload(
         lora=lora_settings or LoraSettings(rank=rank, targets=targets),
-        optimizer=optimizer_settings or OptimizerSettings(),
+        optimizer=(optimizer_settings or OptimizerSettings()).on(host.compute_device().type),
         speed=speed_settings or SpeedSettings(),
         dtype=resolve_dtype(compute_dtype, host.compute_device()),
         **others,

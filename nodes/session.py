@@ -255,8 +255,9 @@ class Session:
 
     def _without_effect(self) -> list[str]:
         """A sentence for every setting that was changed and does nothing here."""
-        lines = []
-        if self._job.train.guidance != TrainSettings.guidance and not self._base.config.guidance:
+        train = self._job.train
+        lines = list(train.optimizer.remarks(train.learning_rate, host.compute_device().type))
+        if train.guidance != TrainSettings.guidance and not self._base.config.guidance:
             lines.append("The setting guidance has no effect: this model takes no guidance.")
         if self._job.activations_in_ram and host.compute_device().type == "cpu":
             lines.append("The setting activations_in_ram has no effect: a CPU computes in RAM.")

@@ -26,7 +26,8 @@ class Ema:
         """
         decay = min(self._decay, (1 + step) / (10 + step)) if step else 0.0
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self._parameters, 1.0 - decay)
+            for average, parameter in zip(self.average, self._parameters, strict=True):
+                average.lerp_(parameter, 1.0 - decay)
 
 
 class ShownWeights:

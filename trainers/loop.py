@@ -98,7 +98,7 @@ def workload(
         accumulates=job.train.gradient_accumulation > 1,
         activations_in_ram=job.activations_in_ram,
         frozen_bytes=frozen_bytes(base.frozen, dtype),
-        optimizer=job.train.optimizer,
+        optimizer=job.train.optimizer.on(device.type),
         speed=job.train.speed,
     )
 

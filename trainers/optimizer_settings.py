@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .checks import require
 
@@ -132,6 +132,11 @@ class OptimizerSettings:
         """Whether a step depends on how many there will be."""
         return self.schedule != "constant"
 
+    def on(self, device_type: str) -> OptimizerSettings:
+        """What they are there: paging needs CUDA."""
+        name = self.optimizer if device_type == "cuda" else PAGED.get(self.optimizer)
+        return self if name in (None, self.optimizer) else replace(self, optimizer=name)
+
     def check_length(self, num_steps: int) -> None:
         """Raises ValueError if the warm-up does not fit into a run of so many steps."""
         require(
@@ -140,14 +145,15 @@ class OptimizerSettings:
             f"{num_steps}. Lower warmup_steps of Optimizer Settings, or train longer.",
         )
 
-    def remarks(self, learning_rate: float, *, on_cuda: bool) -> Iterator[str]:
+    def remarks(self, learning_rate: float, device_type: str) -> Iterator[str]:
         """What a user should hear: of a learning rate that another optimizer would want, and of
         settings that do nothing."""
         name, recipe = self.optimizer, type(self)()
-        if name in PAGED and not on_cuda:
+        there = self.on(device_type).optimizer
+        if there != name:
             yield (
-                f"The optimizer {name} needs CUDA to page its state: here {PAGED[name]} computes, "
-                "with the same result."
+                f"The optimizer {name} needs CUDA to page its state: here {there} computes, with "
+                "the same result."
             )
         if name in FIND_THEIR_RATE and not 0.1 <= learning_rate <= 10:
             yield (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .flow import seeded
-from .optimizer_settings import PAGED, SCHEDULE_FREE, OptimizerSettings
+from .optimizer_settings import SCHEDULE_FREE, OptimizerSettings
 from .packages import importing
 
 _Groups = list[dict[str, Any]]
@@ -28,10 +28,7 @@ def make_optimizer(
         ValueError: if its package cannot be imported, or LoRA+ finds no B matrices.
     """
     groups = _groups(settings, parameters, learning_rate)
-    device = next(iter(parameters.values())).device
-    name = settings.optimizer
-    if device.type != "cuda":
-        name = PAGED.get(name, name)
+    name = settings.on(next(iter(parameters.values())).device.type).optimizer
     optimizer = _MAKERS[name](groups, learning_rate, settings.weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = float(group["lr"])
@@ -161,7 +158,7 @@ def _prodigy(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimize
     return Prodigy(
         groups,
         lr=rate,
-        weight_decay=decay,
+        weight_decay=decay,  # pyright: ignore[reportArgumentType]
         decouple=True,
         use_bias_correction=True,
         safeguard_warmup=True,
@@ -171,7 +168,8 @@ def _prodigy(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimize
 def _prodigy_schedulefree(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
     with importing("prodigy-plus-schedule-free"):
         from prodigyplus import ProdigyPlusScheduleFree
-    return ProdigyPlusScheduleFree(groups, lr=rate, weight_decay=decay)
+    # There is one group: this leaves out a line in the console that says so.
+    return ProdigyPlusScheduleFree(groups, lr=rate, weight_decay=decay, split_groups=False)
 
 
 def _adamw_schedulefree(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:

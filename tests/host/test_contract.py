@@ -13,6 +13,7 @@ import pytest
 from atelier.trainers.config import PROMPT_LENGTH, JobSettings, Length, TrainSettings
 from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.speed_settings import SpeedSettings
+from atelier.trainers.optimizer_settings import OptimizerSettings
 
 FROZEN = {
     "AtelierLoadQuantizedFlux": (
@@ -188,6 +189,14 @@ FROZEN = {
         ],
         ["report STRING", "values STRING"],
     ),
+    "AtelierOptimizerSettings": (
+        [
+            *("optimizer COMBO", "weight_decay FLOAT", "schedule COMBO", "warmup_steps INT"),
+            *("cycles INT", "power FLOAT", "min_factor FLOAT", "lora_plus_ratio FLOAT"),
+            *("clipping COMBO", "clip_limit FLOAT", "ema_decay FLOAT"),
+        ],
+        ["optimizer_settings ATELIER_OPTIMIZER_SETTINGS"],
+    ),
     "AtelierDynamicThresholdCFG": (
         [
             *("model MODEL", "mimic_scale FLOAT", "threshold_percentile FLOAT"),
@@ -284,6 +293,7 @@ SETTINGS = {
     "AtelierEncodePrompts": {"length": PROMPT_LENGTH},
     "AtelierInspectDataset": {**RECIPE, "length": PROMPT_LENGTH},
     "AtelierSpeedSettings": vars(SpeedSettings()),
+    "AtelierOptimizerSettings": vars(OptimizerSettings()),
 }
 
 

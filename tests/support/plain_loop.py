@@ -104,7 +104,7 @@ def plain_loop(
             loss = error.reshape(batch, -1).mean(1).mean()
             (loss / accumulation).backward()
             parts.append(loss.item())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train_settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train_settings.optimizer.clip_limit)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(sum(parts) / accumulation)
