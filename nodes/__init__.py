@@ -17,6 +17,7 @@ from .lora import ApplyLora, LoraMixer
 from .lora_extract import ExtractLora
 from .lora_files import ExportLora, MergeLoras
 from .memory import EstimateMemory
+from .optimizer_settings import OptimizerSettingsNode
 from .plot import PlotLoss
 from .preservation_settings import PreservationSettingsNode
 from .push import PushToHub
@@ -65,6 +66,7 @@ NODES: list[type[io.ComfyNode]] = [
     SpeedSettingsNode,
     PreservationSettingsNode,
     ScheduleSettings,
+    OptimizerSettingsNode,
 ]
 
 

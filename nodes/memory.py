@@ -145,7 +145,7 @@ def _workload(
         reference_width=others["width"] if references else 0,
         reference_height=others["height"] if references else 0,
         lora=lora_settings or LoraSettings(rank=rank, targets=targets),
-        optimizer=optimizer_settings or OptimizerSettings(),
+        optimizer=(optimizer_settings or OptimizerSettings()).on(host.compute_device().type),
         speed=speed_settings or SpeedSettings(),
         dtype=resolve_dtype(compute_dtype, host.compute_device()),
         **others,

@@ -270,11 +270,15 @@ class Session:
 
     def _without_effect(self) -> list[str]:
         """A sentence for every setting that was changed and does nothing here."""
-        lines = flow_remarks(
-            self._job.train,
-            takes_guidance=self._base.config.guidance,
-            num_steps=self._job.length.num_steps(self._steps_per_epoch),
-        )
+        train, device = self._job.train, host.compute_device().type
+        lines = [
+            *train.optimizer.remarks(train.learning_rate, device),
+            *flow_remarks(
+                train,
+                takes_guidance=self._base.config.guidance,
+                num_steps=self._job.length.num_steps(self._steps_per_epoch),
+            ),
+        ]
         if self._job.activations_in_ram and host.compute_device().type == "cpu":
             lines.append("The setting activations_in_ram has no effect: a CPU computes in RAM.")
         return [*lines, *without_effect(self._job.train.preservation, self._data)]

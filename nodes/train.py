@@ -162,7 +162,8 @@ def _inputs() -> list[Any]:
             max=1.0,
             step=1e-6,
             round=False,
-            tooltip="Size of a step of AdamW8bit. 1e-4 is the recipe's; 1e-3 is fast and rough.",
+            tooltip="Size of a step. 1e-4 is the recipe's for AdamW8bit; 1e-3 is fast and rough. "
+            "Prodigy wants 1, Lion 1e-5 to 3e-5.",
         ),
         shared_input("batch_size"),
         shared_input("gradient_accumulation"),

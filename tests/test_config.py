@@ -23,6 +23,7 @@ from atelier.trainers.flow_settings import (
     TimestepSettings,
 )
 from atelier.trainers.lora_settings import LORA_TARGETS, LoraSettings
+from atelier.trainers.optimizer_settings import OptimizerSettings
 
 BAD_SETTINGS = [
     (LoraSettings, {"rank": 0}, r"rank must be between 1 and 4096, got 0\. 4 to 32 is usual\."),
@@ -39,7 +40,42 @@ BAD_SETTINGS = [
     (TrainSettings, {"gradient_accumulation": 0}, r"accumulation must be at least 1, got 0"),
     (TrainSettings, {"guidance": -0.5}, r"guidance must not be negative, got -0\.5"),
     (TrainSettings, {"guidance": math.nan}, r"guidance must not be negative, got nan"),
-    (TrainSettings, {"max_grad_norm": 0.0}, r"gradient norm must be above 0, got 0\.0"),
+    (
+        OptimizerSettings,
+        {"optimizer": "sgd"},
+        r"Unknown optimizer 'sgd'\. Choose one of: adamw8bit",
+    ),
+    (OptimizerSettings, {"schedule": "sine"}, r"Unknown schedule of the learning rate 'sine'"),
+    (OptimizerSettings, {"clipping": "l1"}, r"Unknown clipping 'l1'\. Choose one of: norm, value"),
+    (OptimizerSettings, {"weight_decay": -0.1}, r"decay must be between 0 and 1, got -0\.1"),
+    (OptimizerSettings, {"weight_decay": math.nan}, r"decay must be between 0 and 1, got nan"),
+    (OptimizerSettings, {"warmup_steps": -1}, r"0 steps \(off\) or more, got -1"),
+    (OptimizerSettings, {"cycles": 0}, r"at least 1 cycle, got 0"),
+    (OptimizerSettings, {"power": 0.0}, r"power .* above 0 and at most 100, got 0\.0"),
+    (OptimizerSettings, {"min_factor": 1.0}, r"end between 0 and 1 .*, got 1\.0"),
+    (OptimizerSettings, {"lora_plus_ratio": 0.5}, r"between 1 \(off\) and 1000, got 0\.5"),
+    (OptimizerSettings, {"clip_limit": 0.0}, r"limit of gradients must be above 0, got 0\.0"),
+    (OptimizerSettings, {"ema_decay": 1.0}, r"0 \(off\) or below 1, got 1\.0"),
+    (
+        OptimizerSettings,
+        {"optimizer": "adamw_schedulefree", "schedule": "cosine"},
+        r"adamw_schedulefree has no schedule, got 'cosine': it averages instead",
+    ),
+    (
+        OptimizerSettings,
+        {"optimizer": "prodigy_schedulefree", "ema_decay": 0.9},
+        r"gives an average already, so ema_decay must be 0, got 0\.9",
+    ),
+    (
+        OptimizerSettings,
+        {"optimizer": "adamw_bf16", "ema_decay": 0.9},
+        r"needs weights of 32 bits, .* got 0\.9, or choose adamw",
+    ),
+    (
+        OptimizerSettings,
+        {"optimizer": "prodigy", "lora_plus_ratio": 16.0},
+        r"one step size for all weights, so lora_plus_ratio must be 1, got 16\.0",
+    ),
     (TrainSettings, {"compute_dtype": "int8"}, r"dtype 'int8'\. Choose one of: auto, bf16, fp16"),
     (Length, {"amount": 0}, r"length must be at least 1, got 0 steps"),
     (Length, {"amount": -3, "unit": "epochs"}, r"length must be at least 1, got -3 epochs"),
@@ -72,7 +108,7 @@ ALL_SET = JobSettings(
         batch_size=3,
         gradient_accumulation=5,
         guidance=0.0,
-        max_grad_norm=0.5,
+        optimizer=OptimizerSettings(optimizer="lion", schedule="rex", clip_limit=0.5),
         gradient_checkpointing=False,
         compute_dtype="fp16",
         flow=FlowSettings(
@@ -134,7 +170,7 @@ def test_the_defaults_are_the_recipe_of_the_blog() -> None:
     assert (job.lora.rank, job.lora.resolved_alpha) == (4, 4.0)
     assert LORA_TARGETS[job.lora.targets] == ("to_k", "to_q", "to_v", "to_out.0")
     assert (job.train.learning_rate, job.train.guidance, job.length.amount) == (1e-4, 1.0, 700)
-    assert (job.train.max_grad_norm, job.train.gradient_checkpointing) == (1.0, True)
+    assert (job.train.optimizer.clip_limit, job.train.gradient_checkpointing) == (1.0, True)
     assert (job.train.batch_size, job.train.gradient_accumulation, PROMPT_LENGTH) == (1, 4, 77)
 
 

@@ -25,6 +25,7 @@ from atelier.trainers.formats import FORMATS
 from atelier.trainers.hooks import Hooks, Step, Trained
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.loop import open_run, train
+from atelier.trainers.optimizer_settings import OptimizerSettings
 from atelier.trainers.rhythm import Rhythm
 from atelier.trainers.run import Run
 from bitsandbytes.optim import AdamW8bit
@@ -134,7 +135,8 @@ def test_a_longer_run_goes_on_from_a_finished_one(run_job) -> None:
 def test_losses_and_gradients_are_those_of_a_plain_loop_with_the_stored_weights(
     tmp_path: Path, flux_file: Path, data: TrainingData, format: str, settings: dict
 ) -> None:
-    job_of_five = job(5, learning_rate=1e-3, max_grad_norm=0.05, **settings)
+    clipped = OptimizerSettings(clip_limit=0.05)
+    job_of_five = job(5, learning_rate=1e-3, optimizer=clipped, **settings)
     base = load_flux(flux_file, format=format)
     transformer = build_transformer(base.store, base.config, torch.float32)
     start = attach_lora(transformer, LORA, seed=job_of_five.train.seed).state()

@@ -23,12 +23,13 @@ from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.memory import (
     Workload,
-    adamw8bit_bytes,
     estimate_training,
     store_bytes,
     streamed_bytes,
 )
-from atelier.trainers.optimizers import make_adamw8bit
+from atelier.trainers.optimizer_memory import optimizer_bytes
+from atelier.trainers.optimizer_settings import OPTIMIZERS, PAGED, OptimizerSettings
+from atelier.trainers.optimizers import cast_parameters, make_optimizer
 from atelier.trainers.speed_settings import SpeedSettings
 from atelier.trainers.step import TrainState, optimizer_step
 from flux_files import flux_shapes, write_flux
@@ -206,19 +207,61 @@ def test_streaming_leaves_two_blocks_and_what_is_outside_of_blocks() -> None:
     assert streamed_bytes(CONFIG, "bf16") == outside + 2 * largest
 
 
-def test_the_optimizer_takes_what_bitsandbytes_allocates() -> None:
-    # One below its threshold of 4,096 elements, one at it, one that is no multiple of a group.
-    sizes = [(63, 65), (64, 64), (100, 77)]
-    parameters = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
-    optimizer = make_adamw8bit(parameters, 1e-3)
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    states = [optimizer.state[parameter] for parameter in parameters]
-    names = ("state1", "state2", "absmax1", "absmax2")
-    taken = sum(state[name].nbytes for state in states for name in names if name in state)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_takes_what_it_allocates(name: str) -> None:
+    """Several steps of all parameters together, with other values than the estimate has."""
+    settings = OptimizerSettings(optimizer=name)
+    # One below bitsandbytes' threshold of 4,096 elements, one at it, one that is no multiple of a
+    # group, and a B matrix, which begins at 0.
+    sizes = {"a": (63, 65), "b": (64, 64), "c": (100, 77), "d.lora_B.weight": (320, 320)}
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        key: torch.nn.Parameter(torch.randn(size, generator=generator) * (key < "d"))
+        for key, size in sizes.items()
+    }
+    cast_parameters(settings, parameters.values())
+    optimizer = make_optimizer(settings, parameters, 1e-3)
+    for _ in range(2):
+        for parameter in parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for parameter in parameters.values()
+        for key, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor) and not key.startswith("qmap")
+    }
+    estimated = optimizer_bytes(settings, parameters)
+    assert sum(estimated) == pytest.approx(sum(storages.values()), rel=1e-3)
+    assert bool(estimated.paged) == (name in PAGED)
 
-    assert sum(adamw8bit_bytes(parameter) for parameter in parameters) == taken
+
+def test_adamw8bit_takes_two_bytes_and_two_scales_for_256_values() -> None:
+    parameters = {"a": torch.empty(4096, 16), "b": torch.empty(100, 77), "c": torch.empty(63, 65)}
+    wanted = sum(2 * p.numel() + 8 * math.ceil(p.numel() / 256) for p in parameters.values())
+    wanted += 63 * 65 * 8 - 2 * 63 * 65 - 8 * 16  # it has 32 bits below 4,096 values
+    assert optimizer_bytes(OptimizerSettings(), parameters) == (wanted, 0)
+
+
+def test_a_paged_state_is_counted_as_system_memory_and_an_average_as_a_second_lora() -> None:
+    lora = LoraSettings(rank=512)
+    plain, paged, averaged, small = (
+        estimate_training(
+            CONFIG, "nf4", workload(lora=lora, optimizer=OptimizerSettings(**changes))
+        )
+        for changes in (
+            {},
+            {"optimizer": "adamw8bit_paged"},
+            {"ema_decay": 0.9},
+            {"optimizer": "adamw_bf16"},
+        )
+    )
+    moved = plain.optimizer - paged.optimizer
+    assert moved > 0.9 * plain.optimizer
+    assert paged.checkpoint == plain.checkpoint + moved
+    assert averaged.adapters == 2 * plain.adapters
+    assert averaged.checkpoint == plain.checkpoint + plain.adapters
+    assert small.adapters == plain.adapters // 2
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from atelier.trainers import step as training_step
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.data import TrainingData
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.loop import open_run, train
 from atelier.trainers.lora_settings import LoraSettings
+from atelier.trainers.optimizer_settings import OptimizerSettings
 from dense import dense_transformer
 from plain_loop import plain_loop
 from runs import job
@@ -45,18 +45,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 @pytest.mark.parametrize("targets", ["qlora", "all"])
 def test_losses_are_those_of_diffusers_and_peft(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     base: LoadedFlux,
     nano_tensors: dict[str, Tensor],
     data: TrainingData,
     targets: str,
 ) -> None:
-    def adamw(parameters: list, learning_rate: float) -> AdamW:
-        return AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
-
-    monkeypatch.setattr(training_step, "make_adamw8bit", adamw)
+    optimizer = OptimizerSettings(optimizer="adamw")
     settings = dataclasses.replace(
-        job(NUM_STEPS, learning_rate=1e-3, seed=1), lora=LoraSettings(targets=targets)
+        job(NUM_STEPS, learning_rate=1e-3, seed=1, optimizer=optimizer),
+        lora=LoraSettings(targets=targets),
     )
     transformer = build_transformer(base.store, base.config, torch.float32)
     start = attach_lora(transformer, settings.lora, seed=1).state()

@@ -22,7 +22,8 @@ from atelier.trainers.formats import bitsandbytes_functional
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.metadata_files import read_metadata
-from atelier.trainers.optimizers import make_adamw8bit
+from atelier.trainers.optimizer_settings import OptimizerSettings
+from atelier.trainers.optimizers import make_optimizer
 from atelier.trainers.packages import importing, install_command
 from atelier.trainers.packed_weight import PackedWeight
 from flux_files import write_flux
@@ -171,10 +172,27 @@ def test_a_package_that_is_too_old_is_the_same_sentence(
             pass
 
 
+def optimizer(name: str) -> torch.optim.Optimizer:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    return make_optimizer(OptimizerSettings(optimizer=name), {"a": parameter}, 1e-4)
+
+
+PACKAGES = {
+    "optimi": "torch-optimi",
+    "pytorch_optimizer": "pytorch-optimizer",
+    "prodigyplus": "prodigy-plus-schedule-free",
+}
+"""Where the package has another name than its module."""
 MISSING = {
     "diffusers": lambda flux: build_transformer(flux.store, flux.config, torch.float32),
     "peft": lambda flux: attach_lora(torch.nn.Module(), LoraSettings(), seed=0),
-    "bitsandbytes.optim": lambda flux: make_adamw8bit([], 1e-4),
+    "bitsandbytes.optim": lambda flux: optimizer("adamw8bit"),
+    "torchao.optim": lambda flux: optimizer("adamw_bf16"),
+    "optimi": lambda flux: optimizer("lion"),
+    "pytorch_optimizer": lambda flux: optimizer("came"),
+    "prodigyopt": lambda flux: optimizer("prodigy"),
+    "prodigyplus": lambda flux: optimizer("prodigy_schedulefree"),
+    "schedulefree": lambda flux: optimizer("adamw_schedulefree"),
     "bitsandbytes.functional": lambda flux: bitsandbytes_functional(),
     "pyarrow.parquet": lambda flux: read_metadata(Path("metadata.parquet")),
 }
@@ -187,7 +205,8 @@ def test_what_needs_a_missing_package_says_so(
     flux = load_flux(write_flux(tmp_path / "flux.safetensors"), format="bf16")
     monkeypatch.setitem(sys.modules, module, None)
     bitsandbytes_functional.cache_clear()
-    with pytest.raises(ValueError, match=f"^The package {module.partition('.')[0]} is missing"):
+    package = PACKAGES.get(module, module.partition(".")[0])
+    with pytest.raises(ValueError, match=f"^The package {package} is missing"):
         MISSING[module](flux)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers import files, run
-from atelier.trainers.config import JobSettings, Length, TrainSettings
+from atelier.trainers.config import JobSettings, Length, TrainSettings, job_from_json
 from atelier.trainers.flow_settings import (
     FlowSettings,
     LossSettings,
@@ -22,6 +22,7 @@ from atelier.trainers.flow_settings import (
     TimestepSettings,
 )
 from atelier.trainers.lora_settings import LoraSettings
+from atelier.trainers.optimizer_settings import OptimizerSettings
 from atelier.trainers.run import Checkpoint, Run
 from atelier.trainers.run_identity import RunIdentity
 from atelier.trainers.status import State, Status
@@ -74,6 +75,9 @@ def test_runs_of_older_versions_are_found_again() -> None:
     job = JobSettings(train=TrainSettings(gradient_accumulation=1))
     # What it was before a base model could have LoRAs.
     assert dataclasses.replace(IDENTITY, job=job).hash8() == "39f8c118"
+    # And before the optimizer had settings: jobs had the limit of gradients beside the others.
+    values = {"train": {"gradient_accumulation": 1, "max_grad_norm": 0.5}}
+    assert dataclasses.replace(IDENTITY, job=job_from_json(values)).hash8() == "4716f900"
     assert dataclasses.replace(IDENTITY, frozen="a").hash8() != IDENTITY.hash8()
 
 
@@ -394,7 +398,10 @@ def train(**change: object) -> dict[str, object]:
         train(batch_size=2),
         train(gradient_accumulation=2),
         train(guidance=2.0),
-        train(max_grad_norm=2.0),
+        train(optimizer=OptimizerSettings(clip_limit=2.0)),
+        train(optimizer=OptimizerSettings(optimizer="adamw")),
+        train(optimizer=OptimizerSettings(ema_decay=0.9)),
+        {"num_steps": 700},
         train(compute_dtype="fp32"),
         train(seed=1),
         train(flow=FlowSettings(timesteps=TimestepSettings(auto_shift=True))),

@@ -34,15 +34,13 @@ class TrainSettings:
     """The settings that change the weights a run produces, apart from its length."""
 
     learning_rate: float = 1e-4
-    """Step size of AdamW8bit. 1e-4 is the recipe's; small LoRAs bear up to 1e-3."""
+    """Step size of the optimizer. 1e-4 is the recipe's; small LoRAs bear up to 1e-3."""
     batch_size: int = 1
     """Pictures per micro-step, all of one size. Costs memory in proportion."""
     gradient_accumulation: int = 4
     """Micro-steps per optimizer step. Costs time, not memory."""
     guidance: float = 1.0
     """Guidance value given to a guidance-distilled network; 1.0 preserves the distillation."""
-    max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to this one."""
     gradient_checkpointing: bool = True
     """Recompute each block in backward: far less memory for about a third more time."""
     compute_dtype: ComputeDtype = "auto"
@@ -70,10 +68,6 @@ class TrainSettings:
             not guidance_max or guidance_max >= self.guidance,
             f"The guidance is drawn from {self.guidance} up to {guidance_max}, which is less. "
             "Raise guidance_max of Schedule Settings, or lower the guidance of Train LoRA.",
-        )
-        require(
-            self.max_grad_norm > 0,
-            f"The largest gradient norm must be above 0, got {self.max_grad_norm}. 1.0 is usual.",
         )
         require(
             self.compute_dtype in COMPUTE_DTYPES,
@@ -192,12 +186,22 @@ def to_json(settings: Any) -> dict[str, Any]:
 def job_from_json(values: dict[str, Any]) -> JobSettings:
     """The inverse of `to_json` for a JobSettings; an unknown field is an error."""
     try:
-        return _from_json(JobSettings, values)
+        return _from_json(JobSettings, _with_optimizer(values))
     except TypeError as error:
         raise ValueError(
             f"The job has a setting that this version does not know: {error}. Remove it from the "
             "job file, or take the version of the pack that wrote it."
         ) from None
+
+
+def _with_optimizer(values: dict[str, Any]) -> dict[str, Any]:
+    """Jobs from before there were settings of the optimizer have the limit of gradients beside
+    them."""
+    train = dict(values.get("train", {}))
+    if "max_grad_norm" not in train:
+        return values
+    train["optimizer"] = {"clip_limit": train.pop("max_grad_norm")} | train.get("optimizer", {})
+    return values | {"train": train}
 
 
 def _from_json(kind: Any, value: Any) -> Any:

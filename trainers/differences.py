@@ -16,6 +16,7 @@ _NAMES = {
     "prompts": "the captions or their encoder",
     "frozen_loras": "the LoRAs on the MODEL",
     "assistant_loras": "the assistant",
+    "num_steps": "the length, which the learning rate follows",
     "version": "the version of run folders",
 }
 _HASHES = ("base", "latents", "prompts", "frozen_loras", "assistant_loras")
@@ -58,7 +59,7 @@ def _differences(
 ) -> Iterator[str]:
     before, now = _leaves(saved), _leaves(wanted)
     for name in sorted(before.keys() | now.keys()):
-        was, is_now = before.get(name), now.get(name)
+        was, is_now = before.get(name, "the default"), now.get(name, "the default")
         if was == is_now:
             continue
         if name == "latents":
@@ -73,11 +74,16 @@ def _differences(
 
 def _leaves(values: dict[str, Any]) -> dict[str, Any]:
     """The values without their groups, and without an alpha that only follows the rank."""
-    leaves = {}
-    for name, value in values.items():
-        leaves |= value if isinstance(value, dict) else {name: value}
+    leaves = _flat(values)
     if leaves["alpha"] == leaves["rank"]:
         leaves["alpha"] = "that of rank"
+    return leaves
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    leaves = {}
+    for name, value in values.items():
+        leaves |= _flat(value) if isinstance(value, dict) else {name: value}
     return leaves
 
 

@@ -57,6 +57,7 @@ def open_run(
         job=job,
         frozen=fingerprint(base.frozen),
         assistant=fingerprint(base.assistant),
+        num_steps=_length(job, data) if job.train.optimizer.needs_length else 0,
     )
     manifest = {
         "model": base.path,
@@ -79,6 +80,11 @@ def steps_per_epoch(job: JobSettings, data: TrainingData) -> float:
     return _order(job, data).batches_per_epoch / job.train.gradient_accumulation
 
 
+def _length(job: JobSettings, data: TrainingData) -> int:
+    """Optimizer steps of the whole run."""
+    return job.length.num_steps(steps_per_epoch(job, data))
+
+
 def workload(
     job: JobSettings, base: BaseFlux, data: TrainingData, device: torch.device
 ) -> Workload:
@@ -99,7 +105,7 @@ def workload(
         accumulates=job.train.gradient_accumulation > 1 or job.train.preservation.keeps_class,
         activations_in_ram=job.activations_in_ram,
         frozen_bytes=frozen_bytes((*base.frozen, *base.assistant), dtype),
-        optimizer=job.train.optimizer,
+        optimizer=job.train.optimizer.on(device.type),
         speed=job.train.speed,
     )
 
@@ -136,11 +142,12 @@ def train(
             run that another process trains.
     """
     hooks = hooks or Hooks()
-    length = job.length.num_steps(steps_per_epoch(job, data))
+    length = _length(job, data)
     end = run.finished_at(length, go_on=go_on)
     if end is not None:
         return _from_disk(run, end, hooks)
 
+    job.train.optimizer.check_length(length)
     data.check_fits(base.config)
     require_class_captions(job.train.preservation, data)
     hooks.before_start()
@@ -224,7 +231,7 @@ class _Training:
         """One optimizer step, its line in the metrics, its checkpoint if it is time for one."""
         began = time.perf_counter()
         state = self._on_device()
-        learning_rate = state.learning_rate
+        learning_rate = state.set_learning_rate(self.step)
         losses, grad_norm = optimizer_step(
             state, self.step, self.order, self.data, self.hooks.check_stop
         )
@@ -263,7 +270,7 @@ class _Training:
         if self.is_over():
             return
         if self.hooks.sample and (control.take("sample") or is_due):
-            self.hooks.sample(self.step, self._on_device().lora.state())
+            self.hooks.sample(self.step, self._on_device().shown_lora())
         if control.take("pause"):
             self._pause()
 
@@ -276,7 +283,7 @@ class _Training:
 
     def outcome(self) -> Trained:
         """What is trained by now."""
-        lora = self.state.lora.state() if self.state else self.lora
+        lora = self.state.shown_lora() if self.state else self.lora
         return Trained(lora=lora, losses=self.run.losses(self.step), step=self.step)
 
     def _evaluate(self) -> None:
@@ -285,7 +292,7 @@ class _Training:
             return
         state = self._on_device()
         predict = predict_by(state.transformer, guidance=self.job.train.guidance, dtype=state.dtype)
-        with without_assistant(state.transformer):
+        with without_assistant(state.transformer), state.shown.in_place():
             loss = held_out_loss(
                 predict, self.hooks.held_out, device=state.device, check_stop=self.hooks.check_stop
             )
@@ -310,7 +317,7 @@ class _Training:
         """Take the device, with the state of the last step."""
         self.hooks.take_device()
         saved = self.run.load(self.step) if self.step else None
-        self.state = TrainState(self.base, self.job, saved)
+        self.state = TrainState(self.base, self.job, saved, num_steps=self.length)
         self._report("training")
 
     def _on_device(self) -> TrainState:
@@ -330,7 +337,7 @@ class _Training:
         """Save, and free what the training holds on the device."""
         if self.state is None:
             return
-        self.lora = self.state.lora.state()
+        self.lora = self.state.shown_lora()
         try:
             self._save()
         finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -36,15 +35,12 @@ from .flux import (
     velocity,
 )
 from .lora_settings import LoraSettings
+from .optimizer_memory import optimizer_bytes
 from .optimizer_settings import OptimizerSettings
+from .optimizers import cast_parameters
 from .packed_weight import PackedWeight
 from .speed_settings import SpeedSettings
 from .store import WeightStore
-
-_SMALLEST_8BIT = 4096
-_OPTIMIZER_GROUP = 256
-"""bitsandbytes keeps two float32 moments of a parameter with fewer elements than the first; of
-larger ones two bytes, and two float32 scales for each group of the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +78,8 @@ class MemoryEstimate:
 
     weights: int
     adapters: int
-    """The LoRA, float32, its gradients if they are kept between micro-steps, and LoRAs of the base
-    model."""
+    """The LoRA, its gradients if they are kept between micro-steps, its average, and LoRAs of the
+    base model."""
     optimizer: int
     activations: int
     """The most that is alive at once in forward and backward, beside all else."""
@@ -92,7 +88,8 @@ class MemoryEstimate:
     saved: int
     """System memory for what leaves the device until backward."""
     checkpoint: int
-    """System memory for the LoRA and the optimizer's state while they are written."""
+    """System memory for the LoRA and the optimizer's state while they are written, and for a state
+    that is paged."""
 
     @property
     def total(self) -> int:
@@ -159,7 +156,9 @@ def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimat
     transformer = build_transformer(store, config, workload.dtype).train()
     if workload.speed.products == "8bit":
         multiply_in_8_bits(transformer)
-    attach_lora(transformer, workload.lora, seed=0)
+    lora = attach_lora(transformer, workload.lora, seed=0)
+    cast_parameters(workload.optimizer, lora.parameters.values())
+    optimizer = optimizer_bytes(workload.optimizer, lora.parameters)
     if workload.gradient_checkpointing:
         recompute_blocks(transformer)
     # A host may ask from inside its inference mode.
@@ -174,15 +173,16 @@ def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimat
             with _saved_elsewhere(saved) if workload.activations_in_ram else nullcontext():
                 loss = _loss(transformer, batch, workload.dtype)
             loss.backward()
-    optimizer = sum(adamw8bit_bytes(parameter) for parameter in parameters)
+    trained = sum(parameter.nbytes for parameter in parameters)
+    average = trained if workload.optimizer.ema_decay else 0
     return MemoryEstimate(
         weights=store.num_bytes,
-        adapters=sum(tensor.nbytes for tensor in (*parameters, *gradients)),
-        optimizer=optimizer,
+        adapters=trained + sum(gradient.nbytes for gradient in gradients) + average,
+        optimizer=optimizer.device,
         activations=live.peak,
         batch=sum(tensor.nbytes for tensor in batch.values()),
         saved=sum(map(pinned_bytes, saved)),
-        checkpoint=sum(parameter.nbytes for parameter in parameters) + optimizer,
+        checkpoint=trained + average + optimizer.device + 2 * optimizer.paged,
     )
 
 
@@ -264,12 +264,6 @@ def _loss(transformer: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Ten
         reference=batch.get("reference"),
     )
     return flow_loss(prediction, batch["latents"], batch["noise"]).mean()
-
-
-def adamw8bit_bytes(parameter: Tensor) -> int:
-    if parameter.numel() < _SMALLEST_8BIT:
-        return 2 * 4 * parameter.numel()
-    return 2 * parameter.numel() + 2 * 4 * math.ceil(parameter.numel() / _OPTIMIZER_GROUP)
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -1,60 +1,197 @@
-"""The optimizer, and its state as safetensors and JSON."""
+"""The optimizers, each from its own package, and what is done with gradients before them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .flow import seeded
+from .optimizer_settings import SCHEDULE_FREE, OptimizerSettings
 from .packages import importing
 
+_Groups = list[dict[str, Any]]
+_Maker = Callable[[_Groups, float, float], torch.optim.Optimizer]
+"""Of the groups of parameters, the learning rate and the weight decay."""
 
-def make_adamw8bit(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW8bit as the Hugging Face QLoRA script sets it up.
+
+def make_optimizer(
+    settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
+    """The optimizer of these parameters, all on one device, by their names in a LoRA.
 
     Raises:
-        ValueError: if bitsandbytes cannot be imported.
+        ValueError: if its package cannot be imported, or LoRA+ finds no B matrices.
     """
-    with importing("bitsandbytes"):
-        from bitsandbytes.optim import AdamW8bit
-    return AdamW8bit(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+    groups = _groups(settings, parameters, learning_rate)
+    name = settings.on(next(iter(parameters.values())).device.type).optimizer
+    optimizer = _MAKERS[name](groups, learning_rate, settings.weight_decay)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = float(group["lr"])
+    if name in SCHEDULE_FREE:
+        optimizer.train()  # pyright: ignore[reportAttributeAccessIssue]
+    return optimizer
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of an optimizer as tensors and JSON values, both named `<parameter>/<key>`.
+def cast_parameters(settings: OptimizerSettings, parameters: Iterable[nn.Parameter]) -> None:
+    """Give them the type that the optimizer trains: float32, or bfloat16 of adamw_bf16."""
+    if settings.optimizer == "adamw_bf16":
+        for parameter in parameters:
+            parameter.data = parameter.data.bfloat16()
 
-    bitsandbytes nests its quantization tables one dictionary deeper: `<parameter>/<key>/<key>`.
-    """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for name, value in _leaves(optimizer.state_dict()["state"]):
-        if isinstance(value, Tensor):
-            tensors[name] = value.detach().cpu().clone()
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group its learning rate times `factor`."""
+    for group in optimizer.param_groups:
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):  # torchao's
+            group["lr"].fill_(rate)
         else:
-            values[name] = value
-    return tensors, values
+            group["lr"] = rate
 
 
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]
-) -> None:
-    """The inverse of `optimizer_tensors` for an optimizer over the same parameters."""
-    state: dict[Any, Any] = {}
-    for name, value in {**tensors, **values}.items():
-        index, *path, last = name.split("/")
-        leaf = state.setdefault(int(index), {})
-        for key in path:
-            leaf = leaf.setdefault(key, {})
-        leaf[last] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the first group; with Prodigy's step size in it."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) * group.get("d", 1.0)
 
 
-def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
+def clip_gradients(settings: OptimizerSettings, parameters: list[nn.Parameter]) -> float:
+    """Clip them, and return the norm that they had together."""
+    limit = settings.clip_limit
+    norm = nn.utils.clip_grad_norm_(parameters, limit if settings.clipping == "norm" else math.inf)
+    if settings.clipping == "value":
+        nn.utils.clip_grad_value_(parameters, limit)
+    return float(norm)
+
+
+@contextmanager
+def own_draws(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Within it torch's own random numbers follow from the step, and go on after it as before:
+    rounding at random must be the same after a resume."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seeded(seed, "optimizer", step).initial_seed())
+        yield
+
+
+def _groups(
+    settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter], learning_rate: float
+) -> _Groups:
+    """One group; with LoRA+ the B matrices are in a second one."""
+    if settings.lora_plus_ratio == 1:
+        return [{"params": list(parameters.values())}]
+    b_matrices = {name: p for name, p in parameters.items() if ".lora_B." in name}
+    if not b_matrices:
+        raise ValueError(
+            "LoRA+ trains the B matrices of a LoRA faster, and this kind of LoRA has none. Set "
+            "lora_plus_ratio of Optimizer Settings to 1."
+        )
+    others = [p for name, p in parameters.items() if name not in b_matrices]
+    return [
+        {"params": others},
+        {"params": list(b_matrices.values()), "lr": learning_rate * settings.lora_plus_ratio},
+    ]
+
+
+def _bitsandbytes(name: str, **options: Any) -> _Maker:
+    def make(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+        with importing("bitsandbytes"):
+            from bitsandbytes import optim
+        return getattr(optim, name)(groups, lr=rate, weight_decay=decay, **options)
+
+    return make
+
+
+def _adamw(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=decay)
+
+
+def _adamw_bf16(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+    with importing("torchao"):
+        from torchao.optim import _AdamW
+
+    class AdamW(_AdamW):
+        """torchao compiles each step, which needs a compiler; the same arithmetic runs without."""
+
+        def step(self, closure: Any = None) -> Any:
+            with torch.compiler.set_stance("force_eager"):
+                return super().step(closure)
+
+    return AdamW(groups, lr=rate, weight_decay=decay, eps=1e-6, bf16_stochastic_round=True)
+
+
+def _lion(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+    with importing("torch-optimi"):
+        from optimi import Lion
+    return Lion(groups, lr=rate, weight_decay=decay)
+
+
+def _stableadamw(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+    with importing("torch-optimi"):
+        from optimi import StableAdamW
+    return StableAdamW(groups, lr=rate, weight_decay=decay)
+
+
+def _adafactor(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    # As the trainers of FLUX have it: at the learning rate that was asked for.
+    return Adafactor(
+        groups, lr=rate, weight_decay=decay, scale_parameter=False, relative_step=False
+    )
+
+
+def _came(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+    with importing("pytorch-optimizer"):
+        from pytorch_optimizer import CAME
+    return CAME(groups, lr=rate, weight_decay=decay)
+
+
+def _prodigy(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+    with importing("prodigyopt"):
+        from prodigyopt import Prodigy
+    # The options of diffusers' script.
+    return Prodigy(
+        groups,
+        lr=rate,
+        weight_decay=decay,  # pyright: ignore[reportArgumentType]
+        decouple=True,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+    )
+
+
+def _prodigy_schedulefree(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+    with importing("prodigy-plus-schedule-free"):
+        from prodigyplus import ProdigyPlusScheduleFree
+    # There is one group: this leaves out a line in the console that says so.
+    return ProdigyPlusScheduleFree(groups, lr=rate, weight_decay=decay, split_groups=False)
+
+
+def _adamw_schedulefree(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
+    with importing("schedulefree"):
+        from schedulefree import AdamWScheduleFree
+    return AdamWScheduleFree(groups, lr=rate, weight_decay=decay)
+
+
+_MAKERS: dict[str, _Maker] = {
+    # As the Hugging Face QLoRA script sets it up.
+    "adamw8bit": _bitsandbytes("AdamW8bit", betas=(0.9, 0.999), eps=1e-8),
+    "adamw8bit_paged": _bitsandbytes("PagedAdamW8bit", betas=(0.9, 0.999), eps=1e-8),
+    "adamw": _adamw,
+    "adamw_bf16": _adamw_bf16,
+    "lion8bit": _bitsandbytes("Lion8bit"),
+    "lion8bit_paged": _bitsandbytes("PagedLion8bit"),
+    "lion": _lion,
+    "stableadamw": _stableadamw,
+    "adafactor": _adafactor,
+    "came": _came,
+    "ademamix8bit": _bitsandbytes("AdEMAMix8bit"),
+    "prodigy": _prodigy,
+    "prodigy_schedulefree": _prodigy_schedulefree,
+    "adamw_schedulefree": _adamw_schedulefree,
+}

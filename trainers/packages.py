@@ -17,6 +17,12 @@ _NEEDED = {
     "bitsandbytes": "bitsandbytes>=0.50.0",  # the first with AdamW8bit on CPUs
     "pyarrow": "pyarrow>=16.1.0",
     "tensorboard": "tensorboard>=2.18.0",  # the first for numpy 2
+    "torch-optimi": "torch-optimi>=0.3.0",
+    "pytorch-optimizer": "pytorch-optimizer>=4.0.0",
+    "prodigyopt": "prodigyopt>=1.1.0",
+    "prodigy-plus-schedule-free": "prodigy-plus-schedule-free>=2.0.0",
+    "schedulefree": "schedulefree>=1.4.0",
+    "torchao": "torchao>=0.18.0",
     "wandb": "wandb>=0.30.0",  # logins that never ask, and an end that does not wait for a network
 }
 _HELD = ("torch", "transformers", "huggingface_hub", "safetensors", "protobuf")

@@ -14,13 +14,16 @@ _VERSION = 1
 _LORA = frozenset({"rank", "alpha", "targets"})
 _TRAIN = frozenset(
     {
-        *("learning_rate", "batch_size", "gradient_accumulation", "guidance", "max_grad_norm"),
+        *("learning_rate", "batch_size", "gradient_accumulation", "guidance"),
         *("compute_dtype", "seed"),
     }
 )
-_NEVER = frozenset({"gradient_checkpointing", "checkpointing", "checkpointing_interval", "compile"})
+_NEVER = frozenset(
+    {"gradient_checkpointing", "checkpointing", "checkpointing_interval", "compile", "clip_limit"}
+)
 """Settings that give the same weights, or but for their rounding, as another device does: changing
-one must not lose a run."""
+one must not lose a run. And clip_limit, which is there as `max_grad_norm` of the training, as
+before there were settings of the optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class RunIdentity:
     """Fingerprint of the LoRAs that belong to the base model; empty if it has none."""
     assistant: str = ""
     """The same of those that only help to train."""
+    num_steps: int = 0
+    """The length, if the learning rate follows it; else 0, and a run can be made longer."""
 
     def to_json(self) -> dict[str, Any]:
         """Length, name and checkpoint distance do not change what a step computes."""
@@ -50,11 +55,16 @@ class RunIdentity:
             "latents": self.latents,
             "prompts": self.prompts,
             "lora": lora,
-            "train": _that_count(self.job.train, _TRAIN),
+            "train": _that_count(self.job.train, _TRAIN)
+            | {"max_grad_norm": self.job.train.optimizer.clip_limit},
         }
         # Runs from before there were any, and those without, are the same.
-        loras = {"frozen_loras": self.frozen, "assistant_loras": self.assistant}
-        return values | {name: value for name, value in loras.items() if value}
+        later = {
+            "frozen_loras": self.frozen,
+            "assistant_loras": self.assistant,
+            "num_steps": self.num_steps,
+        }
+        return values | {name: value for name, value in later.items() if value}
 
     def hash8(self) -> str:
         text = json.dumps(self.to_json(), sort_keys=True)
@@ -69,6 +79,9 @@ def _that_count(settings: Any, always: frozenset[str]) -> dict[str, Any]:
         value = getattr(settings, name)
         if name in _NEVER or (name not in always and value == getattr(recipe, name)):
             continue
-        is_group = dataclasses.is_dataclass(value)
-        values[name] = _that_count(value, frozenset()) if is_group else value
+        if dataclasses.is_dataclass(value):
+            value = _that_count(value, frozenset())
+            if not value:
+                continue
+        values[name] = value
     return values

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 
 from .adapters import Lora, attach_lora
@@ -19,11 +19,21 @@ from .data import TrainingBatch, TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
 from .draws import Draw, draw, trained_config
 from .eight_bit import require_products
+from .ema import ShownWeights
 from .flow import flow_target, seeded
 from .flux import build_transformer, multiply_in_8_bits, recompute_blocks, velocity
+from .learning_rates import rate_factor
 from .load import BaseFlux
 from .losses import training_loss
-from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
+from .optimizer_state import load_optimizer_tensors, optimizer_tensors
+from .optimizers import (
+    cast_parameters,
+    clip_gradients,
+    make_optimizer,
+    own_draws,
+    rate_of,
+    set_rate,
+)
 from .preservation import (
     Losses,
     Part,
@@ -36,13 +46,26 @@ from .run import Checkpoint
 from .watch import diverged
 
 _LARGE_BYTES = 1 << 30
+_TRAINED = "trained/"
+"""Before the names of the trained weights in a checkpoint whose adapter is another one."""
 
 
 class TrainState:
-    """All that changes while training: the LoRA, the optimizer, the gradient scaler."""
+    """All that changes while training: the LoRA, the optimizer, the gradient scaler.
 
-    def __init__(self, base: BaseFlux, job: JobSettings, saved: Checkpoint | None = None) -> None:
-        self.settings = job.train
+    Args:
+        num_steps: the length of the run, for schedules of the learning rate that follow it.
+    """
+
+    def __init__(
+        self,
+        base: BaseFlux,
+        job: JobSettings,
+        saved: Checkpoint | None = None,
+        *,
+        num_steps: int = 0,
+    ) -> None:
+        self.settings, self.num_steps = job.train, num_steps
         self.activations_in_ram = job.activations_in_ram
         self.device = base.store.device
         require_trainable_on(self.device)
@@ -64,32 +87,52 @@ class TrainState:
         if job.train.gradient_checkpointing:
             recompute_blocks(self.transformer)
         self.parameters = list(self.lora.parameters.values())
-        self.optimizer = make_adamw8bit(self.parameters, job.train.learning_rate)
+        cast_parameters(job.train.optimizer, self.parameters)
+        self.optimizer = make_optimizer(
+            job.train.optimizer, self.lora.parameters, job.train.learning_rate
+        )
         # float16 gradients underflow without a scale; for other dtypes the scaler does nothing.
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.dtype == torch.float16, init_scale=2.0**12
         )
         if saved:
+            self.lora.load_state(saved.adapter)
+        self.shown = ShownWeights(job.train.optimizer, self.parameters, self.optimizer)
+        if saved:
             self._restore(saved)
 
-    @property
-    def learning_rate(self) -> float:
-        """That of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+    def set_learning_rate(self, step: int) -> float:
+        """For the step that has `step` others before it; returns it."""
+        set_rate(self.optimizer, rate_factor(self.settings.optimizer, step, self.num_steps))
+        return rate_of(self.optimizer)
+
+    def shown_lora(self) -> dict[str, Tensor]:
+        """Copies on the CPU of the LoRA's tensors as they are shown and saved."""
+        with self.shown.in_place():
+            return self.lora.state()
 
     def checkpoint(self, step: int) -> Checkpoint:
         tensors, values = optimizer_tensors(self.optimizer)
+        if not self.shown.are_trained:
+            trained = self.lora.state()
+            tensors |= {f"{_TRAINED}{name}": tensor for name, tensor in trained.items()}
         all_values = {
             "compute_dtype": dtype_name(self.dtype),
             "optimizer": values,
             "scaler": self.scaler.state_dict(),
         }
-        return Checkpoint(step, self.lora.state(), tensors, all_values)
+        return Checkpoint(step, self.shown_lora(), tensors, all_values)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.lora.load_state(checkpoint.adapter)
-        values = checkpoint.values
-        load_optimizer_tensors(self.optimizer, checkpoint.optimizer, values["optimizer"])
+        tensors, values = dict(checkpoint.optimizer), checkpoint.values
+        trained = {
+            name.removeprefix(_TRAINED): tensors.pop(name)
+            for name in checkpoint.optimizer
+            if name.startswith(_TRAINED)
+        }
+        if trained:
+            self.lora.load_state(trained)
+        load_optimizer_tensors(self.optimizer, tensors, values["optimizer"])
         self.scaler.load_state_dict(values["scaler"])
 
     def saving(self) -> AbstractContextManager:
@@ -101,7 +144,7 @@ class TrainState:
     def close(self) -> None:
         """Let go of the network and the optimizer's state, which may be large on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        del self.transformer, self.lora, self.optimizer, self.parameters
+        del self.transformer, self.lora, self.optimizer, self.shown, self.parameters
 
 
 def optimizer_step(
@@ -126,12 +169,15 @@ def optimizer_step(
         check_stop()
         parts += _forward_backward(state, micro_step, order.batch(micro_step), data)
     state.scaler.unscale_(state.optimizer)
-    grad_norm = float(nn.utils.clip_grad_norm_(state.parameters, state.settings.max_grad_norm))
+    grad_norm = clip_gradients(state.settings.optimizer, state.parameters)
     is_finite = math.isfinite(grad_norm)
     # A scale of 1 or less scales nothing up: then it is not the scale that overflows.
     if not is_finite and (not state.scaler.is_enabled() or state.scaler.get_scale() <= 1):
         raise ValueError(diverged(step, state.settings))
-    state.scaler.step(state.optimizer)
+    state.set_learning_rate(step)
+    with own_draws(state.settings.seed, step, state.device):
+        state.scaler.step(state.optimizer)
+    state.shown.update(step)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     return mean_losses(parts, accumulation), grad_norm if is_finite else None

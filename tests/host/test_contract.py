@@ -12,6 +12,7 @@ import inspect
 import pytest
 from atelier.trainers.config import PROMPT_LENGTH, JobSettings, Length, TrainSettings
 from atelier.trainers.lora_settings import LoraSettings
+from atelier.trainers.optimizer_settings import OptimizerSettings
 from atelier.trainers.preservation_settings import PreservationSettings
 from atelier.trainers.speed_settings import SpeedSettings
 
@@ -209,6 +210,14 @@ FROZEN = {
         ],
         ["schedule ATELIER_SCHEDULE_SETTINGS", "picture IMAGE"],
     ),
+    "AtelierOptimizerSettings": (
+        [
+            *("optimizer COMBO", "weight_decay FLOAT", "schedule COMBO", "warmup_steps INT"),
+            *("cycles INT", "power FLOAT", "min_factor FLOAT", "lora_plus_ratio FLOAT"),
+            *("clipping COMBO", "clip_limit FLOAT", "ema_decay FLOAT"),
+        ],
+        ["optimizer_settings ATELIER_OPTIMIZER_SETTINGS"],
+    ),
     "AtelierDynamicThresholdCFG": (
         [
             *("model MODEL", "mimic_scale FLOAT", "threshold_percentile FLOAT"),
@@ -306,6 +315,7 @@ SETTINGS = {
     "AtelierPreservationSettings": vars(PreservationSettings()),
     "AtelierInspectDataset": {**RECIPE, "length": PROMPT_LENGTH},
     "AtelierSpeedSettings": vars(SpeedSettings()),
+    "AtelierOptimizerSettings": vars(OptimizerSettings()),
 }
 
 

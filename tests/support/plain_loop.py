@@ -124,7 +124,7 @@ def plain_loop(
                 loss = loss + kept.class_weight * drift[has_trigger].sum() / drift.numel()
             (loss / accumulation).backward()
             parts.append(loss.item())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, train_settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, train_settings.optimizer.clip_limit)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(sum(parts) / accumulation)
