@@ -75,7 +75,7 @@ class Adapter:
     def delta(self) -> Tensor:
         """What is added to the rows [rows, in], in float32; before the magnitudes of a DoRA."""
         if self.kind == "lokr":
-            return self._scale * torch.kron(self._kron("lokr_w1"), self._kron("lokr_w2"))
+            return self.scale * torch.kron(self._kron("lokr_w1"), self._kron("lokr_w2"))
         return self.low_rank().dense()
 
     def low_rank(self, rank: int = 0) -> LowRank:
@@ -90,25 +90,25 @@ class Adapter:
                     f"'{self.name}' is a LoKr, which no LoRA equals exactly. Set a rank: 16 to 64 "
                     "is usual."
                 )
-            return kron_low_rank(self._kron("lokr_w1"), self._kron("lokr_w2"), rank, self._scale)
+            return kron_low_rank(self._kron("lokr_w1"), self._kron("lokr_w2"), rank, self.scale)
         parts = self.parts
         if self.kind == "lora":
-            product = LowRank(down=parts["down"], up=parts["up"], scale=self._scale)
+            product = LowRank(down=parts["down"], up=parts["up"], scale=self.scale)
         else:
             pairs = ((parts[f"hada_{w}_b"], parts[f"hada_{w}_a"]) for w in ("w1", "w2"))
             factors = (LowRank(down=down, up=up) for down, up in pairs)
-            product = hadamard_low_rank(*factors, scale=self._scale)
+            product = hadamard_low_rank(*factors, scale=self.scale)
         return product.truncated(rank) if rank else product
 
     def squared_norm(self) -> float:
         """The sum of the squares of the delta."""
         if self.kind == "lokr":
             norms = (self._kron(which).double().norm() for which in ("lokr_w1", "lokr_w2"))
-            return self._scale**2 * float(math.prod(norms)) ** 2
+            return self.scale**2 * float(math.prod(norms)) ** 2
         return self.low_rank().squared_norm()
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
         """alpha / rank, as ComfyUI's `weight_adapter` has it: without alpha 1, and for a LoKr
         without decomposed factors 1."""
         names = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import weakref
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ from .flux import (
     velocity,
 )
 from .lora_settings import LoraSettings
+from .lora_targets import in_all_blocks, num_numbers, num_parameters, of_network
 from .optimizer_settings import OptimizerSettings
 from .packed_weight import PackedWeight
 from .speed_settings import SpeedSettings
@@ -106,8 +108,12 @@ def estimate_training(config: FluxConfig, format: str, workload: Workload) -> Me
     Raises:
         ValueError: if the network cannot be trained.
     """
+    # In every block of theirs, as if all learned: of a LoRA on some blocks, activations are less.
+    ranks = in_all_blocks(config, workload.lora)
     probes = [
-        _probe(dataclasses.replace(config, depth=depth, depth_single=single), format, workload)
+        _probe(
+            dataclasses.replace(config, depth=depth, depth_single=single), format, workload, ranks
+        )
         for depth, single in ((1, 1), (2, 1), (1, 2))
     ]
 
@@ -120,6 +126,10 @@ def estimate_training(config: FluxConfig, format: str, workload: Workload) -> Me
 
     names = [field.name for field in dataclasses.fields(MemoryEstimate)]
     values = {name: whole(name) for name in names}
+    everywhere = num_numbers(config, of_network(ranks, config), workload.lora)
+    share = num_parameters(config, workload.lora) / everywhere
+    for name in ("adapters", "optimizer", "checkpoint"):
+        values[name] = math.ceil(values[name] * share)
     values["adapters"] += workload.frozen_bytes
     return MemoryEstimate(**values)
 
@@ -147,11 +157,13 @@ def placed_bytes(config: FluxConfig, format: str, budget: float) -> tuple[int, i
     return _shapes_only(config, format, FakeTensorMode()).split(budget)
 
 
-def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimate:
+def _probe(
+    config: FluxConfig, format: str, workload: Workload, ranks: Mapping[str, int]
+) -> MemoryEstimate:
     shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
     store = _shapes_only(config, format, shapes_only)
     transformer = build_transformer(store, config, workload.dtype).train()
-    attach_lora(transformer, workload.lora, seed=0)
+    attach_lora(transformer, workload.lora, seed=0, ranks=of_network(ranks, config))
     if workload.gradient_checkpointing:
         recompute_blocks(transformer)
     # A host may ask from inside its inference mode.
@@ -167,14 +179,15 @@ def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimat
                 loss = _loss(transformer, batch, workload.dtype)
             loss.backward()
     optimizer = sum(adamw8bit_bytes(parameter) for parameter in parameters)
+    learned = (*parameters, *transformer.buffers())  # buffers: what a LoRA remembers of its start
     return MemoryEstimate(
         weights=store.num_bytes,
-        adapters=sum(tensor.nbytes for tensor in (*parameters, *gradients)),
+        adapters=sum(tensor.nbytes for tensor in (*learned, *gradients)),
         optimizer=optimizer,
         activations=live.peak,
         batch=sum(tensor.nbytes for tensor in batch.values()),
         saved=sum(map(pinned_bytes, saved)),
-        checkpoint=sum(parameter.nbytes for parameter in parameters) + optimizer,
+        checkpoint=sum(tensor.nbytes for tensor in learned) + optimizer,
     )
 
 

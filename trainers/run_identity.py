@@ -18,8 +18,9 @@ _TRAIN = frozenset(
         *("compute_dtype", "seed"),
     }
 )
-_NEVER = frozenset({"gradient_checkpointing"})
-"""Settings that give the same weights: changing one must not lose a run."""
+_NEVER = frozenset({"gradient_checkpointing", "start_from"})
+"""Settings that give the same weights: changing one must not lose a run. What is in the file that a
+LoRA starts from counts, not its path."""
 
 
 @dataclass(frozen=True, kw_only=True)

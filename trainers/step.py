@@ -42,7 +42,10 @@ class TrainState:
         name = saved.values["compute_dtype"] if saved else job.train.compute_dtype
         self.dtype = compute_dtype(name, self.device)
         self.transformer = build_transformer(base.store, base.config, self.dtype, base.frozen)
-        self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
+        adapter = saved.adapter if saved else None
+        self.lora: Lora = attach_lora(
+            self.transformer, job.lora, seed=job.train.seed, base=base, saved=adapter
+        )
         self.transformer.train()
         if job.train.gradient_checkpointing:
             recompute_blocks(self.transformer)
@@ -125,6 +128,7 @@ def _forward_backward(
 ) -> float:
     """Add the gradients of one batch; returns its loss."""
     settings = state.settings
+    state.lora.at_micro_step(micro_step)
     generator = seeded(settings.seed, "micro-step", micro_step)
     # Draws of their own: another caption or a flip trains with the same noise.
     samples = data.choose(entries, seeded(settings.seed, "choice", micro_step))
