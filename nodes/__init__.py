@@ -16,6 +16,7 @@ from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora, LoraMixer
 from .lora_extract import ExtractLora
 from .lora_files import ExportLora, MergeLoras
+from .lora_settings import LoraSettingsNode
 from .memory import EstimateMemory
 from .plot import PlotLoss
 from .push import PushToHub
@@ -59,6 +60,7 @@ NODES: list[type[io.ComfyNode]] = [
     CompareGrid,
     PushToHub,
     ScoreLora,
+    LoraSettingsNode,
 ]
 
 

@@ -17,7 +17,6 @@ _OF_WEIGHTS = ("pissa", "olora", "loftq")
 """Starts that are computed from the model's weights."""
 SUBTRACTED = ("pissa", "olora")
 """Those of them whose product at the start is taken off again."""
-_MAX_RANK = 4096
 
 _IMAGE = ("to_k", "to_q", "to_v", "to_out.0")
 _TEXT = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
@@ -153,6 +152,11 @@ class LoraSettings:
         return self.init in SUBTRACTED and not self.start_hash
 
     @property
+    def has_own_ranks(self) -> bool:
+        """Whether layers may have other ranks than `rank`."""
+        return bool(self.rank_patterns.strip() or self.start_hash)
+
+    @property
     def block_patterns(self) -> tuple[Pattern, ...]:
         return tuple(map(Pattern, _listed(self.blocks)))
 
@@ -166,11 +170,44 @@ class LoraSettings:
         return tuple(_rank_line(line) for line in self.rank_patterns.splitlines() if line.strip())
 
 
+_SAID_BY_A_FILE = ("targets", "patterns", "blocks", "rank_patterns", "lokr_factor", "full_matrix")
+_OF_LOKR = ("lokr_factor", "full_matrix")
+_OF_THIN_FACTORS = ("rank", "alpha", "rslora", "rank_patterns")
+
+
+def without_effect(settings: LoraSettings) -> list[str]:
+    """A sentence for every setting that was changed and does nothing beside the others."""
+    recipe = LoraSettings()
+
+    def changed(names: tuple[str, ...]) -> list[str]:
+        return [name for name in names if getattr(settings, name) != getattr(recipe, name)]
+
+    if settings.start_hash:
+        return [
+            f"The setting {name} has no effect: the file to start from says it."
+            for name in changed(_SAID_BY_A_FILE)
+        ]
+    lines = []
+    if settings.layer_patterns and changed(("targets",)):
+        lines.append("The setting targets has no effect: patterns chooses the layers.")
+    if settings.kind != "lokr":
+        lines += [
+            f"The setting {name} has no effect: the kind is {settings.kind}, not lokr."
+            for name in changed(_OF_LOKR)
+        ]
+    elif settings.full_matrix:
+        lines += [
+            f"The setting {name} has no effect: the factors of this LoKr are whole matrices."
+            for name in changed(_OF_THIN_FACTORS)
+        ]
+    return lines
+
+
 def require_rank(rank: int) -> None:
     """Raises ValueError if a LoRA cannot have it."""
     require(
-        1 <= rank <= _MAX_RANK,
-        f"The LoRA rank must be between 1 and {_MAX_RANK}, got {rank}. 4 to 32 is usual.",
+        1 <= rank <= 4096,
+        f"The LoRA rank must be between 1 and 4096, got {rank}. 4 to 32 is usual.",
     )
 
 

@@ -96,21 +96,20 @@ def _parsed(path: Path, content: str) -> StartLora:
     """What is in the file with these bytes."""
     lora = parse_flux_lora(read_lora(path), path.name)
     require(
-        bool(lora.adapters) and not lora.rest,
-        f"The LoRA '{path.name}' cannot be trained further: "
-        + (
-            f"it changes more than layers, such as '{next(iter(lora.rest))}'."
-            if lora.rest
-            else "it has no layer of FLUX.1's transformer."
-        )
-        + " Choose another file.",
+        bool(lora.adapters),
+        f"The LoRA '{path.name}' has no layer of FLUX.1's transformer. Choose another file.",
+    )
+    require(
+        not lora.rest,
+        f"The LoRA '{path.name}' changes more than layers, such as '{next(iter(lora.rest), '')}', "
+        "and cannot be trained further. Choose another file.",
     )
     kinds = {adapter.kind for adapter in lora.adapters}
     doras = {adapter.dora_scale is not None for adapter in lora.adapters}
     require(
         len(kinds) == len(doras) == 1 and not (doras == {True} and kinds != {"lora"}),
-        f"The LoRA '{path.name}' has layers of several kinds ({', '.join(sorted(kinds))}, some as "
-        "DoRA), which cannot be trained as one. Choose another file.",
+        f"The LoRA '{path.name}' has layers of several kinds ({', '.join(sorted(kinds))}, with and "
+        "without DoRA), which cannot be trained as one. Choose another file.",
     )
     kind = kinds.pop()
     modules = _plain(lora) if kind == "lora" else dict(_whole(a, path.name) for a in lora.adapters)

@@ -27,6 +27,13 @@ _ORIGINAL = {part: matrix for matrix, parts in PARTS.items() for part, _, _ in p
     diffusers: matrix for matrix, diffusers in DIFFUSERS_OF.items()
 }
 
+_NAMES = {
+    ("lora", False): "LoRA",
+    ("lora", True): "DoRA",
+    ("lokr", False): "LoKr",
+    ("loha", False): "LoHa",
+}
+
 
 def learning_ranks(names: Iterable[str], settings: LoraSettings) -> dict[str, int]:
     """The layers that learn, of Linears with these diffusers names and in their order, and their
@@ -133,6 +140,20 @@ def num_parameters(config: FluxConfig, settings: LoraSettings) -> int:
         modules = read_start(settings).modules.values()
         return sum(t.numel() for parts in modules for name, t in parts.items() if name != "alpha")
     return num_numbers(config, ranks, settings)
+
+
+def describe_lora(config: FluxConfig, settings: LoraSettings) -> str:
+    """How large it is, as a sentence.
+
+    Raises:
+        ValueError: as `learning_ranks`.
+    """
+    num_layers = len(learning_ranks(linear_names(config), settings))
+    millions = num_parameters(config, settings) / 1e6
+    return (
+        f"The {_NAMES[settings.kind, settings.dora]} learns {millions:.2f} million numbers on "
+        f"{num_layers} layers."
+    )
 
 
 def in_all_blocks(config: FluxConfig, settings: LoraSettings) -> dict[str, int]:

@@ -40,7 +40,9 @@ class RunIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Length, name and checkpoint distance do not change what a step computes."""
-        lora = _that_count(self.job.lora, _LORA) | {"alpha": self.job.lora.resolved_alpha}
+        lora = _that_count(self.job.lora, _LORA)
+        if not self.job.lora.has_own_ranks:  # there no alpha is as many as there are ranks
+            lora["alpha"] = self.job.lora.resolved_alpha
         values = {
             "version": _VERSION,
             "base": self.base,

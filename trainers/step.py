@@ -90,6 +90,12 @@ class TrainState:
         del self.transformer, self.lora, self.optimizer, self.parameters
 
 
+def start_state(base: BaseFlux, job: JobSettings) -> dict[str, Tensor]:
+    """The LoRA's tensors before the first step."""
+    transformer = build_transformer(base.store, base.config, torch.float32, base.frozen)
+    return attach_lora(transformer, job.lora, seed=job.train.seed, base=base).state()
+
+
 def optimizer_step(
     state: TrainState,
     step: int,
