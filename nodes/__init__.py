@@ -16,6 +16,7 @@ from .loaders import LoadQuantizedFlux, LoadQuantizedTextEncoders
 from .lora import ApplyLora, LoraMixer
 from .lora_extract import ExtractLora
 from .lora_files import ExportLora, MergeLoras
+from .lora_settings import LoraSettingsNode
 from .memory import EstimateMemory
 from .optimizer_settings import OptimizerSettingsNode
 from .plot import PlotLoss
@@ -67,6 +68,7 @@ NODES: list[type[io.ComfyNode]] = [
     PreservationSettingsNode,
     ScheduleSettings,
     OptimizerSettingsNode,
+    LoraSettingsNode,
 ]
 
 

@@ -177,7 +177,8 @@ _INPUTS: dict[str, Callable[..., Any]] = {
         options=list(LORA_TARGETS),
         default=LoraSettings.targets,
         tooltip="Which layers learn. qlora: the image's attention, as the recipe does. all: "
-        "the text's attention too. all+ffs: every layer of the blocks but the modulation.",
+        "the text's attention too. all+ffs: every layer of the blocks but the modulation. The "
+        "others are those of other trainers, by their names there: LoRA Settings explains them.",
     ),
     "batch_size": partial(
         host.make_input,

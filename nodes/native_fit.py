@@ -12,7 +12,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
 from ..trainers.block_weights import BlockWeights
-from ..trainers.lora_names import read_module, split_name
+from ..trainers.lora_names import is_second_magnitude, read_module, split_name
 from .linear import enlarges
 from .native import StorePatcher
 
@@ -35,6 +35,8 @@ def require_one_spelling(lora: str, tensors: dict[str, Tensor], names: dict[str,
     taken: dict[Any, str] = {}
     for name in tensors:
         module, _, part = split_name(name)
+        if is_second_magnitude(name, tensors):
+            continue
         target = names.get(read_module(module, names))
         other = taken.setdefault((target, part), name)
         if target is not None and other != name:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..trainers import loop
@@ -22,10 +21,13 @@ from ..trainers.hooks import Hooks, Step, Trained, explain
 from ..trainers.load import LoadedFlux
 from ..trainers.loggers import Logger, LoggerKind, open_logger, require_logger
 from ..trainers.lora_file import LoraTensors, read_lora
+from ..trainers.lora_settings import without_effect as lora_without_effect
+from ..trainers.lora_targets import describe_lora
 from ..trainers.plan import Plan
 from ..trainers.preflight import require_fits
 from ..trainers.preservation import without_effect
 from ..trainers.run import PROMPT_FILE, Run
+from ..trainers.step import start_state
 from ..trainers.variants import tell_variant
 from . import folders, host, live
 from .native import to_training_device
@@ -185,14 +187,14 @@ class Session:
             is_due = step < trained.step and rhythm.is_due(step, self._steps_per_epoch)
             is_new = self._samples.missing(step) or (scored is not None and step not in scored)
             if is_due and is_new:
-                self._sample(step, self._lora_at(step, trained))
+                self._sample(step, self._lora_at(step))
         if rhythm.at_end or min(self._samples.steps_drawn(), default=trained.step) >= trained.step:
             self._sample(trained.step, trained.lora)
 
-    def _lora_at(self, step: int, trained: Trained) -> dict[str, Tensor]:
+    def _lora_at(self, step: int) -> dict[str, Tensor]:
         if step:
             return self._run.load(step).adapter
-        return {name: torch.zeros_like(tensor) for name, tensor in trained.lora.items()}
+        return start_state(self._base, self._job)
 
     def _explain(self, error: BaseException) -> str | None:
         if host.is_cancel(error):
@@ -219,7 +221,8 @@ class Session:
         self._trained_on.require_memory()
         plan = self._plan()
         lines = require_fits(plan, host.free_memory(), system_memory())
-        self._forecast = [*lines, describe_device(plan.device)]
+        size = describe_lora(self._base.config, self._job.lora)
+        self._forecast = [size, *lines, describe_device(plan.device)]
 
     def _on_start(self, step: int, num_steps: int) -> None:
         is_trained = bool(self._forecast)  # made before a training
@@ -272,6 +275,7 @@ class Session:
         """A sentence for every setting that was changed and does nothing here."""
         train, device = self._job.train, host.compute_device().type
         lines = [
+            *lora_without_effect(self._job.lora),
             *train.optimizer.remarks(train.learning_rate, device),
             *flow_remarks(
                 train,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from atelier.trainers import adapters, files
+from atelier.trainers import files
 from atelier.trainers.adapters import (
     Lora,
     attach_lora,
@@ -21,11 +21,12 @@ from atelier.trainers.adapters import (
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.lora_layers import Adapted
 from atelier.trainers.lora_settings import LORA_TARGETS, LoraSettings
+from atelier.trainers.lora_targets import FLUX_DEV, learning_ranks, linear_names, num_parameters
 from dense import dense_transformer, stored_tensors
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_files import write_flux
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -33,6 +34,12 @@ IMAGE = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 SINGLE = ("attn.to_q", "attn.to_k", "attn.to_v")
+TEXT_FEED_FORWARD = FEED_FORWARD[2:]
+MODULATION = ("norm1.linear", "norm1_context.linear")
+EVERYTHING = {
+    "double": (*IMAGE, *TEXT, *FEED_FORWARD, *MODULATION),
+    "single": (*SINGLE, "proj_mlp", "proj_out", "norm.linear"),
+}
 GOLDEN_MODULES = {
     "qlora": {"double": IMAGE, "single": SINGLE},
     "all": {"double": (*IMAGE, *TEXT), "single": SINGLE},
@@ -40,8 +47,33 @@ GOLDEN_MODULES = {
         "double": (*IMAGE, *TEXT, *FEED_FORWARD),
         "single": (*SINGLE, "proj_mlp", "proj_out"),
     },
+    "mmdit": {"double": IMAGE, "single": SINGLE},
+    "context": {"double": TEXT, "single": ()},
+    "context+ffs": {"double": (*TEXT, *TEXT_FEED_FORWARD), "single": ()},
+    "fal": {"double": (*IMAGE, *TEXT, *FEED_FORWARD), "single": SINGLE},
+    "ai-toolkit": EVERYTHING,
+    "kohya": EVERYTHING,
 }
 """The modules that learn in one double and one single block, written out anew."""
+OF_SOME_BLOCKS = {
+    "tiny": ("single_transformer_blocks.7.proj_out", "single_transformer_blocks.20.proj_out"),
+    "nano": ("single_transformer_blocks.7.proj_out",),
+}
+MILLIONS = {
+    "qlora": 18.68,
+    "mmdit": 18.68,
+    "all": 26.15,
+    "context": 7.47,
+    "context+ffs": 16.81,
+    "all+ffs": 65.42 - 16 * (3072 + 64) / 1e6,
+    "ai-toolkit": 85.92,
+    "kohya": 85.92,
+    "tiny": 0.59,
+    "nano": 0.29,
+    "fal": 44.83,
+}
+"""Parameters of FLUX.1-dev at rank 16, of the presets in the trainers that have them; SimpleTuner's
+all+ffs has the final proj_out too, ours not."""
 
 
 def golden_keys(targets: str) -> set[str]:
@@ -144,8 +176,7 @@ def test_a_detached_lora_leaves_the_network_as_it_was(transformer: torch.nn.Modu
     lora.detach()
     assert torch.equal(velocity_of(transformer), before)
     assert [name for name, _ in transformer.named_modules()] == modules
-    assert not any(isinstance(module, BaseTunerLayer) for module in transformer.modules())
-    assert not hasattr(transformer, "peft_config")
+    assert not any(isinstance(module, Adapted) for module in transformer.modules())
 
 
 def test_another_lora_can_follow_a_detached_one(transformer: torch.nn.Module) -> None:
@@ -155,7 +186,19 @@ def test_another_lora_can_follow_a_detached_one(transformer: torch.nn.Module) ->
 
 
 def test_every_preset_of_targets_is_held_here() -> None:
-    assert GOLDEN_MODULES.keys() == LORA_TARGETS.keys()
+    assert {*GOLDEN_MODULES, *OF_SOME_BLOCKS} == LORA_TARGETS.keys() == MILLIONS.keys()
+
+
+@pytest.mark.parametrize("targets", OF_SOME_BLOCKS)
+def test_presets_of_single_layers_name_them(targets: str) -> None:
+    found = learning_ranks(linear_names(FLUX_DEV), LoraSettings(targets=targets))
+    assert tuple(found) == OF_SOME_BLOCKS[targets]
+
+
+@pytest.mark.parametrize("targets", MILLIONS)
+def test_presets_have_the_sizes_that_the_trainers_have(targets: str) -> None:
+    count = num_parameters(FLUX_DEV, LoraSettings(rank=16, targets=targets))
+    assert count / 1e6 == pytest.approx(MILLIONS[targets], abs=0.006)
 
 
 @pytest.mark.parametrize("targets", GOLDEN_MODULES)
@@ -275,6 +318,6 @@ def test_a_full_disk_leaves_the_lora_that_was_there(
 def test_a_target_that_fits_no_layer_is_one_sentence(
     transformer: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(adapters.LORA_TARGETS, "odd", ("to_q", "to_nothing"))
+    monkeypatch.setitem(LORA_TARGETS, "odd", ("to_q", "to_nothing"))
     with pytest.raises(ValueError, match=r"^The LoRA target 'to_nothing' matches no layer"):
         attach_lora(transformer, LoraSettings(targets="odd"), seed=0)

@@ -10,20 +10,30 @@ from dataclasses import dataclass
 from .checks import require
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """Parts of a name in a row, with dots between: a word, in which `*` stands for any letters, or
+    a range of numbers such as `0-9`, both ends included."""
+
+    text: str
+
+    def matches(self, name: str) -> bool:
+        """Whether the parts of the pattern are in `name`, one after the other."""
+        wanted, parts = self.text.split("."), name.split(".")
+        starts = range(len(parts) - len(wanted) + 1)
+        return any(all(map(_is_part, wanted, parts[start:])) for start in starts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockWeight:
     """The weight of every name that holds the pattern."""
 
     pattern: str
-    """Parts of a name in a row, with dots between: a word, in which `*` stands for any letters, or
-    a range of numbers such as `0-9`, both ends included."""
     weight: float
 
     def matches(self, name: str) -> bool:
-        """Whether the parts of the pattern are in `name`, one after the other."""
-        wanted, parts = self.pattern.split("."), name.split(".")
-        starts = range(len(parts) - len(wanted) + 1)
-        return any(all(map(_is_part, wanted, parts[start:])) for start in starts)
+        """Whether a `Pattern` of this text does."""
+        return Pattern(self.pattern).matches(name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,11 +194,15 @@ class LinearView(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Empty: tells peft the device and a float dtype for its adapters, and nothing else."""
+        """Empty: tells the device for what is learned beside it, and nothing else."""
         return torch.empty(0, dtype=torch.float32, device=self.store.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(self.store.packed[self._name], x, self.bias, self.source.rows)
+        return self.times(x, self.bias)
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` [..., in] by the transposed rows and LoRAs, with no bias but this one."""
+        y = self.product(self.store.packed[self._name], x, bias, self.source.rows)
         for down, up in (*self._loras, *(self.assistant if self.is_assisted else ())):
             y = y + up.linear(down.linear(x))
         return y
@@ -206,6 +210,13 @@ class LinearView(nn.Linear):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The rows [out, in] in `dtype`, without LoRAs."""
         return self.store.packed[self._name].dequantize(dtype, self.source.rows)
+
+    def dense(self) -> Tensor:
+        """The rows [out, in] with LoRAs, in float32; it may alias the store without any."""
+        whole = self.dequantize(torch.float32)
+        for down, up in self._loras:
+            whole = whole + up.dequantize(torch.float32) @ down.dequantize(torch.float32)
+        return whole
 
 
 def require_trainable(config: FluxConfig) -> None:

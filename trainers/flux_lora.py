@@ -20,6 +20,7 @@ from .lora_names import (
     comfy_names,
     flux_module,
     in_block,
+    is_second_magnitude,
     split_name,
     text_module,
 )
@@ -45,7 +46,8 @@ class Adapter:
     start: int = 0
     """The first row."""
     parts: Mapping[str, Tensor]
-    """By the names of `split_name`: `down` [rank, in], `up` [rows, rank], `alpha`, `lokr_w1`, …"""
+    """By the names of `split_name`: `down` [rank, in], `up` [rows, rank], `alpha`, `lokr_w1`, …;
+    `magnitude` [rows, 1] is a DoRA's for diffusers, where `dora_scale` is ComfyUI's."""
 
     @property
     def kind(self) -> str:
@@ -72,10 +74,16 @@ class Adapter:
         """[rows, 1], or [1, in] where the norms are those of the columns."""
         return self.parts.get("dora_scale")
 
+    @property
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Those of a DoRA by their names, each [rows, 1] or [1, in]."""
+        names = ("dora_scale", "magnitude")
+        return {name: self.parts[name] for name in names if name in self.parts}
+
     def delta(self) -> Tensor:
         """What is added to the rows [rows, in], in float32; before the magnitudes of a DoRA."""
         if self.kind == "lokr":
-            return self._scale * torch.kron(self._kron("lokr_w1"), self._kron("lokr_w2"))
+            return self.scale * torch.kron(self._kron("lokr_w1"), self._kron("lokr_w2"))
         return self.low_rank().dense()
 
     def low_rank(self, rank: int = 0) -> LowRank:
@@ -90,25 +98,25 @@ class Adapter:
                     f"'{self.name}' is a LoKr, which no LoRA equals exactly. Set a rank: 16 to 64 "
                     "is usual."
                 )
-            return kron_low_rank(self._kron("lokr_w1"), self._kron("lokr_w2"), rank, self._scale)
+            return kron_low_rank(self._kron("lokr_w1"), self._kron("lokr_w2"), rank, self.scale)
         parts = self.parts
         if self.kind == "lora":
-            product = LowRank(down=parts["down"], up=parts["up"], scale=self._scale)
+            product = LowRank(down=parts["down"], up=parts["up"], scale=self.scale)
         else:
             pairs = ((parts[f"hada_{w}_b"], parts[f"hada_{w}_a"]) for w in ("w1", "w2"))
             factors = (LowRank(down=down, up=up) for down, up in pairs)
-            product = hadamard_low_rank(*factors, scale=self._scale)
+            product = hadamard_low_rank(*factors, scale=self.scale)
         return product.truncated(rank) if rank else product
 
     def squared_norm(self) -> float:
         """The sum of the squares of the delta."""
         if self.kind == "lokr":
             norms = (self._kron(which).double().norm() for which in ("lokr_w1", "lokr_w2"))
-            return self._scale**2 * float(math.prod(norms)) ** 2
+            return self.scale**2 * float(math.prod(norms)) ** 2
         return self.low_rank().squared_norm()
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
         """alpha / rank, as ComfyUI's `weight_adapter` has it: without alpha 1, and for a LoKr
         without decomposed factors 1."""
         names = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
@@ -161,6 +169,7 @@ def parse_flux_lora(tensors: Mapping[str, Tensor], name: str = "") -> FluxLora:
     for key in tensors:
         module, _, part = split_name(key)
         known = _known(module)
+        part = "magnitude" if is_second_magnitude(key, tensors) else part
         if known is None or not part:
             unknown[module] = None
         elif part in modules.setdefault(known, {}):
@@ -202,7 +211,7 @@ def is_of_text(adapter: Adapter) -> bool:
 def swapped_halves(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same LoRA or LoHa with the halves of its rows exchanged, as between diffusers' final
     modulation and the original one."""
-    of_rows = {"up", "hada_w1_a", "hada_w2_a", "dora_scale"}
+    of_rows = {"up", "hada_w1_a", "hada_w2_a", "dora_scale", "magnitude"}
     return {
         name: torch.cat(tensor.chunk(2)[::-1])
         if name in of_rows and tensor.shape[0] > 1
@@ -230,7 +239,7 @@ def _parts_of_adapter(parts: Mapping[str, Tensor], module: str) -> dict[str, Ten
     is_of_convolution = not _CONVOLUTIONS.isdisjoint(parts)
     if len(kinds) != 1 or is_lokr_of_halves or is_of_convolution:
         return {}
-    names = kinds[0] | {"alpha", "dora_scale"}
+    names = kinds[0] | {"alpha", "dora_scale", "magnitude"}
     ours = {part: tensor.float() for part, tensor in parts.items() if part in names}
     for part, tensor in ours.items():
         if part != "alpha":  # convolutions of 1x1 are matrices, peft's magnitudes have no columns

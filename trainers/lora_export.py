@@ -30,6 +30,7 @@ _TEXT_PREFIXES = {
         "kohya": "lora_te3_",
     },
 }
+_NO_MAGNITUDES: Mapping[str, Tensor] = {}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -209,7 +210,7 @@ def _on_rows(name: str, adapters: Sequence[Adapter], rows: slice) -> Adapter | N
     hits.sort(key=lambda adapter: adapter.start)  # a file's order is that of its names
     if len(hits) == 1 and hits[0].rows == rows:
         return hits[0]
-    pieces, magnitudes = [], []
+    pieces, magnitudes = [], dict[str, list[Tensor]]()
     for adapter in hits:
         first, last = max(adapter.start, rows.start), min(adapter.rows.stop, rows.stop)
         own = slice(first - adapter.start, last - adapter.start)
@@ -218,30 +219,31 @@ def _on_rows(name: str, adapters: Sequence[Adapter], rows: slice) -> Adapter | N
             piece = piece.on_rows(own)
         if piece is not None:
             pieces.append((first - rows.start, piece))
-        if adapter.dora_scale is not None and adapter.dora_scale.shape[1] == 1:
-            magnitudes.append(adapter.dora_scale[own])
+        for which, magnitude in adapter.magnitudes.items():
+            of_rows = [magnitude[own]] if magnitude.shape[1] == 1 else []
+            magnitudes.setdefault(which, []).extend(of_rows)
     if not pieces:
         return None
-    dora_scale = None
-    if any(adapter.dora_scale is not None for adapter in hits):
-        dora_scale = torch.cat(magnitudes) if magnitudes else torch.empty(0, 1)
+    for found in magnitudes.values():
         require(
-            len(dora_scale) == rows.stop - rows.start == sum(len(p.up) for _, p in pieces),
+            sum(map(len, found)) == rows.stop - rows.start == sum(len(p.up) for _, p in pieces),
             f"The parts of '{name}' cannot become one module: magnitudes of a DoRA are there for "
             "some of its rows only, or for its columns. Choose another format, such as comfyui.",
         )
     product = stacked(pieces, rows.stop - rows.start)
-    return _lora(name, rows.start, product, dora_scale)
+    joined = {which: torch.cat(found) for which, found in magnitudes.items()}
+    return _lora(name, rows.start, product, joined)
 
 
-def _lora(name: str, start: int, product: LowRank, dora_scale: Tensor | None = None) -> Adapter:
+def _lora(
+    name: str, start: int, product: LowRank, magnitudes: Mapping[str, Tensor] = _NO_MAGNITUDES
+) -> Adapter:
     parts = {
         "down": product.down,
         "up": product.up,
         "alpha": torch.tensor(product.scale * product.rank),
+        **magnitudes,
     }
-    if dora_scale is not None:
-        parts["dora_scale"] = dora_scale
     return Adapter(name=name, start=start, parts=parts)
 
 
@@ -251,15 +253,17 @@ def _is_plain(adapter: Adapter) -> bool:
 
 def _resized(adapter: Adapter, rank: int) -> Adapter:
     product = adapter.low_rank(rank)
-    return _lora(adapter.name, adapter.start, product, adapter.dora_scale)
+    return _lora(adapter.name, adapter.start, product, adapter.magnitudes)
 
 
 def _spelled(adapter: Adapter, format: str) -> dict[str, Tensor]:
     """The tensors of one module."""
     is_diffusers = format == "diffusers"
     if adapter.kind == "lora" or is_diffusers:  # which knows no other kind
-        adapter = _lora(adapter.name, adapter.start, adapter.low_rank(), adapter.dora_scale)
-    parts = adapter.parts
+        adapter = _lora(adapter.name, adapter.start, adapter.low_rank(), adapter.magnitudes)
+    parts = dict(adapter.parts)
+    if is_diffusers and "magnitude" in parts:
+        parts["dora_scale"] = parts.pop("magnitude")
     if is_diffusers and adapter.name == FINAL_MODULATION[1]:
         parts = swapped_halves(parts)
     module = _text_module(adapter.name, format) or _flux_module(adapter, format)
@@ -272,6 +276,8 @@ def _spelled_part(module: str, part: str, tensor: Tensor, format: str) -> tuple[
             tensor.shape[1] == 1,
             f"diffusers has no DoRA with magnitudes of columns, as '{module}' has. Choose comfyui.",
         )
+        return f"{module}.lora_magnitude_vector", tensor.flatten()
+    if part == "magnitude":
         return f"{module}.lora_magnitude_vector", tensor.flatten()
     names = _DIFFUSERS_PARTS if format == "diffusers" else _OTHER_PARTS
     return f"{module}.{names.get(part, part)}", tensor

@@ -119,18 +119,28 @@ def comfy_names(
 
     `known` are the modules that ComfyUI reads for the model at hand: other kinds of models have
     modules called as FLUX's are. Unknown names stay as they are. peft's magnitudes [out] of
-    a DoRA become a `dora_scale` [out, 1]. A control LoRA of Black Forest Labs is left to ComfyUI,
-    which knows it by its names.
+    a DoRA become a `dora_scale` [out, 1], unless there is one beside them. A control LoRA of Black
+    Forest Labs is left to ComfyUI, which knows it by its names.
     """
     if "img_in.lora_A.weight" in tensors and "single_blocks.0.norm.key_norm.scale" in tensors:
         return dict(tensors)
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, ending, part = split_name(name)
+        if is_second_magnitude(name, tensors):
+            continue
         if part == "dora_scale" and tensor.dim() == 1:
             tensor = tensor.unsqueeze(1)
         renamed[read_module(module, known) + _comfy_ending(ending)] = tensor
     return renamed
+
+
+def is_second_magnitude(name: str, tensors: Container[str]) -> bool:
+    """Whether a tensor of a DoRA is the magnitude as peft reads it, beside a `dora_scale` of the
+    same module as ComfyUI reads it: they divide by other norms, so our files have both."""
+    module, ending, _ = split_name(name)
+    is_pefts = ending.startswith(".lora_magnitude_vector")
+    return is_pefts and f"{module}.dora_scale" in tensors
 
 
 def read_module(module: str, known: Container[str]) -> str:

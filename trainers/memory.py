@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import weakref
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +37,7 @@ from .flux import (
     velocity,
 )
 from .lora_settings import LoraSettings
+from .lora_targets import in_all_blocks, num_numbers, num_parameters, of_network
 from .optimizer_memory import optimizer_bytes
 from .optimizer_settings import OptimizerSettings
 from .optimizers import cast_parameters
@@ -109,8 +112,12 @@ def estimate_training(config: FluxConfig, format: str, workload: Workload) -> Me
     Raises:
         ValueError: if the network cannot be trained.
     """
+    # In every block of theirs, as if all learned: of a LoRA on some blocks, activations are less.
+    ranks = in_all_blocks(config, workload.lora)
     probes = [
-        _probe(dataclasses.replace(config, depth=depth, depth_single=single), format, workload)
+        _probe(
+            dataclasses.replace(config, depth=depth, depth_single=single), format, workload, ranks
+        )
         for depth, single in ((1, 1), (2, 1), (1, 2))
     ]
 
@@ -123,6 +130,10 @@ def estimate_training(config: FluxConfig, format: str, workload: Workload) -> Me
 
     names = [field.name for field in dataclasses.fields(MemoryEstimate)]
     values = {name: whole(name) for name in names}
+    everywhere = num_numbers(config, of_network(ranks, config), workload.lora)
+    share = num_parameters(config, workload.lora) / everywhere
+    for name in ("adapters", "optimizer", "checkpoint"):
+        values[name] = math.ceil(values[name] * share)
     values["adapters"] += workload.frozen_bytes
     return MemoryEstimate(**values)
 
@@ -150,13 +161,15 @@ def placed_bytes(config: FluxConfig, format: str, budget: float) -> tuple[int, i
     return _shapes_only(config, format, FakeTensorMode()).split(budget)
 
 
-def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimate:
+def _probe(
+    config: FluxConfig, format: str, workload: Workload, ranks: Mapping[str, int]
+) -> MemoryEstimate:
     shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
     store = _shapes_only(config, format, shapes_only)
     transformer = build_transformer(store, config, workload.dtype).train()
     if workload.speed.products == "8bit":
         multiply_in_8_bits(transformer)
-    lora = attach_lora(transformer, workload.lora, seed=0)
+    lora = attach_lora(transformer, workload.lora, seed=0, ranks=of_network(ranks, config))
     cast_parameters(workload.optimizer, lora.parameters.values())
     optimizer = optimizer_bytes(workload.optimizer, lora.parameters)
     if workload.gradient_checkpointing:
@@ -174,15 +187,17 @@ def _probe(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimat
                 loss = _loss(transformer, batch, workload.dtype)
             loss.backward()
     trained = sum(parameter.nbytes for parameter in parameters)
+    # Buffers: what a LoRA remembers of its start.
+    kept = sum(tensor.nbytes for tensor in transformer.buffers())
     average = trained if workload.optimizer.ema_decay else 0
     return MemoryEstimate(
         weights=store.num_bytes,
-        adapters=trained + sum(gradient.nbytes for gradient in gradients) + average,
+        adapters=trained + kept + sum(gradient.nbytes for gradient in gradients) + average,
         optimizer=optimizer.device,
         activations=live.peak,
         batch=sum(tensor.nbytes for tensor in batch.values()),
         saved=sum(map(pinned_bytes, saved)),
-        checkpoint=trained + average + optimizer.device + 2 * optimizer.paged,
+        checkpoint=trained + kept + average + optimizer.device + 2 * optimizer.paged,
     )
 
 

@@ -242,15 +242,16 @@ def _smaller(plan: Plan) -> Iterator[_Change]:
             plan.with_workload(batch_size=1),
             lambda size: f"With a batch size of 1 {size} are enough.",
         )
-    recipe = LoraSettings()
-    if workload.lora.rank > recipe.rank:
+    recipe, lora = LoraSettings(), workload.lora
+    if lora.rank > recipe.rank and not lora.start_from:
         yield (
-            plan.with_workload(lora=replace(workload.lora, rank=recipe.rank)),
+            plan.with_workload(lora=replace(lora, rank=recipe.rank, rank_patterns="")),
             lambda size: f"With a rank of {recipe.rank} {size} are enough.",
         )
-    if workload.lora.targets != recipe.targets:
+    if (lora.patterns or lora.targets != recipe.targets) and not lora.start_from:
+        usual = replace(lora, targets=recipe.targets, patterns="", blocks="", rank_patterns="")
         yield (
-            plan.with_workload(lora=replace(workload.lora, targets=recipe.targets)),
+            plan.with_workload(lora=usual),
             lambda size: f"With the targets {recipe.targets} {size} are enough.",
         )
     width, height = _half(workload.width), _half(workload.height)

@@ -19,11 +19,14 @@ _TRAIN = frozenset(
     }
 )
 _NEVER = frozenset(
-    {"gradient_checkpointing", "checkpointing", "checkpointing_interval", "compile", "clip_limit"}
+    {
+        *("gradient_checkpointing", "checkpointing", "checkpointing_interval", "compile"),
+        *("clip_limit", "start_from"),
+    }
 )
 """Settings that give the same weights, or but for their rounding, as another device does: changing
-one must not lose a run. And clip_limit, which is there as `max_grad_norm` of the training, as
-before there were settings of the optimizer."""
+one must not lose a run. clip_limit is there as `max_grad_norm` of the training, as before there
+were settings of the optimizer; what is in the file that a LoRA starts from counts, not its path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,9 @@ class RunIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Length, name and checkpoint distance do not change what a step computes."""
-        lora = _that_count(self.job.lora, _LORA) | {"alpha": self.job.lora.resolved_alpha}
+        lora = _that_count(self.job.lora, _LORA)
+        if not self.job.lora.has_own_ranks:  # there no alpha is as many as there are ranks
+            lora["alpha"] = self.job.lora.resolved_alpha
         values = {
             "version": _VERSION,
             "base": self.base,

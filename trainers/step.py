@@ -82,7 +82,10 @@ class TrainState:
         )
         if job.train.speed.products == "8bit":
             multiply_in_8_bits(self.transformer)
-        self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
+        adapter = saved.adapter if saved else None
+        self.lora: Lora = attach_lora(
+            self.transformer, job.lora, seed=job.train.seed, base=base, saved=adapter
+        )
         self.transformer.train()
         if job.train.gradient_checkpointing:
             recompute_blocks(self.transformer)
@@ -147,6 +150,12 @@ class TrainState:
         del self.transformer, self.lora, self.optimizer, self.shown, self.parameters
 
 
+def start_state(base: BaseFlux, job: JobSettings) -> dict[str, Tensor]:
+    """The LoRA's tensors before the first step."""
+    transformer = build_transformer(base.store, base.config, torch.float32, base.frozen)
+    return attach_lora(transformer, job.lora, seed=job.train.seed, base=base).state()
+
+
 def optimizer_step(
     state: TrainState,
     step: int,
@@ -188,6 +197,7 @@ def _forward_backward(
 ) -> list[Part]:
     """Add the gradients of one batch; returns its losses."""
     settings = state.settings
+    state.lora.at_micro_step(micro_step)
     generator = seeded(settings.seed, "micro-step", micro_step)
     # Draws of their own: another caption or a flip trains with the same noise.
     samples = data.choose(entries, seeded(settings.seed, "choice", micro_step))

@@ -293,6 +293,15 @@ FROZEN = {
         ],
         ["speed ATELIER_SPEED_SETTINGS"],
     ),
+    "AtelierLoRASettings": (
+        [
+            *("kind COMBO", "rank INT", "alpha FLOAT", "targets COMBO", "blocks STRING"),
+            *("patterns STRING", "rank_patterns STRING", "dropout FLOAT", "rslora BOOLEAN"),
+            *("init COMBO", "dora BOOLEAN", "lokr_factor INT", "full_matrix BOOLEAN"),
+            "start_from COMBO",
+        ],
+        ["lora_settings ATELIER_LORA_SETTINGS"],
+    ),
 }
 """Node id to its inputs and outputs in order, as `name TYPE`; `?` marks an optional input."""
 
