@@ -12,17 +12,19 @@ from torch.autograd.graph import save_on_cpu
 
 from .adapters import Lora, attach_lora
 from .batches import BatchOrder
+from .blocks import BlockRunner, Segment, segments_of
 from .caches import LatentEntry
 from .config import JobSettings, TrainSettings
 from .data import TrainingBatch, TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
 from .draws import Draw, draw
 from .flow import flow_target, seeded
-from .flux import build_transformer, recompute_blocks, velocity
+from .flux import build_transformer, velocity
 from .load import BaseFlux
 from .losses import training_loss
 from .optimizers import load_optimizer_tensors, make_adamw8bit, optimizer_tensors
 from .run import Checkpoint
+from .tread import forced_tokens
 
 _LARGE_BYTES = 1 << 30
 
@@ -44,8 +46,8 @@ class TrainState:
         self.transformer = build_transformer(base.store, base.config, self.dtype, base.frozen)
         self.lora: Lora = attach_lora(self.transformer, job.lora, seed=job.train.seed)
         self.transformer.train()
-        if job.train.gradient_checkpointing:
-            recompute_blocks(self.transformer)
+        self.num_blocks = base.config.num_blocks
+        self.blocks = BlockRunner(self.transformer, self._segments(kept_blocks=0))
         self.parameters = list(self.lora.parameters.values())
         self.optimizer = make_adamw8bit(self.parameters, job.train.learning_rate)
         # float16 gradients underflow without a scale; for other dtypes the scaler does nothing.
@@ -75,6 +77,25 @@ class TrainState:
         load_optimizer_tensors(self.optimizer, checkpoint.optimizer, values["optimizer"])
         self.scaler.load_state_dict(values["scaler"])
 
+    def keep_activations(self, num_blocks: int) -> None:
+        """Of so many blocks keep them, with selective checkpointing: the result is the same."""
+        self.blocks.segments = self._segments(kept_blocks=num_blocks)
+
+    def _segments(self, *, kept_blocks: int) -> tuple[Segment, ...]:
+        return segments_of(
+            self.settings.speed,
+            self.num_blocks,
+            gradient_checkpointing=self.settings.gradient_checkpointing,
+            kept_blocks=kept_blocks,
+        )
+
+    def routed(self, micro_step: int, batch: TrainingBatch) -> AbstractContextManager:
+        """Within it, the image tokens of this micro-step go around blocks."""
+        if not self.settings.speed.tread:
+            return nullcontext()
+        generator = seeded(self.settings.seed, "tread", micro_step)
+        return self.blocks.routed(generator, forced_tokens(batch.weights))
+
     def saving(self) -> AbstractContextManager:
         """Where autograd keeps what backward needs of the forward pass within it."""
         if not self.activations_in_ram:
@@ -84,7 +105,7 @@ class TrainState:
     def close(self) -> None:
         """Let go of the network and the optimizer's state, which may be large on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        del self.transformer, self.lora, self.optimizer, self.parameters
+        del self.transformer, self.blocks, self.lora, self.optimizer, self.parameters
 
 
 def optimizer_step(
@@ -131,7 +152,7 @@ def _forward_backward(
     batch = data.load(samples, state.device, generator)
     drawn = draw(settings, batch.latents, generator)
     target = _target(state, entries, batch, drawn)
-    with state.saving():
+    with state.saving(), state.routed(micro_step, batch):
         prediction = _predict(state, batch, drawn)
         loss = training_loss(
             settings.flow.loss, prediction, target, drawn.sigma, batch.weights
