@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .blocks import BlockRunner, segments_of
 from .eight_bit import eight_bit_linear
 from .frozen import FrozenLora
 from .packages import importing
 from .packed_weight import Matrix, PackedWeight
+from .speed_settings import SpeedSettings
 from .store import Weights, WeightStore
 
 HEAD_SIZE = 128
@@ -50,6 +50,10 @@ class FluxConfig:
             vector_dim=shapes["vector_in.in_layer.weight"][1],
             guidance="guidance_in.in_layer.weight" in shapes,
         )
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth + self.depth_single
 
     @property
     def num_heads(self) -> int:
@@ -301,15 +305,11 @@ def _frozen_copy(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False)
 
 
-def recompute_blocks(transformer) -> None:
-    """Gradient checkpointing: blocks keep their inputs only, and run once more in backward.
-
-    Nothing in them is random, so torch need not keep the state of its generators for them.
-    """
-    rerun = partial(
-        checkpoint, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-    )
-    transformer.enable_gradient_checkpointing(rerun)
+def recompute_blocks(transformer) -> BlockRunner:
+    """Gradient checkpointing: blocks keep their inputs only, and run once more in backward."""
+    num_blocks = transformer.config.num_layers + transformer.config.num_single_layers
+    segments = segments_of(SpeedSettings(), num_blocks, gradient_checkpointing=True)
+    return BlockRunner(transformer, segments)
 
 
 def multiply_in_8_bits(transformer) -> None:

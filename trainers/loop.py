@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .adapters import file_tensors, lora_metadata, save_lora
 from .batches import BatchOrder
+from .blocks import require_speed
 from .config import JobSettings, to_json
 from .data import TrainingData
 from .devices import compute_dtype, memory_in_use
@@ -150,6 +151,7 @@ def train(
     job.train.optimizer.check_length(length)
     data.check_fits(base.config)
     require_class_captions(job.train.preservation, data)
+    require_speed(job.train.speed, base.config.num_blocks)
     hooks.before_start()
     with run.locked():
         end = run.finished_at(length, go_on=go_on)  # another process may have trained until now

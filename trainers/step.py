@@ -13,6 +13,7 @@ from torch.autograd.graph import save_on_cpu
 
 from .adapters import Lora, attach_lora
 from .batches import BatchOrder
+from .blocks import BlockRunner, Segment, segments_of
 from .caches import LatentEntry
 from .config import JobSettings
 from .data import TrainingBatch, TrainingData
@@ -21,7 +22,7 @@ from .draws import Draw, draw, trained_config
 from .eight_bit import require_products
 from .ema import ShownWeights
 from .flow import flow_target, seeded
-from .flux import build_transformer, multiply_in_8_bits, recompute_blocks, velocity
+from .flux import build_transformer, multiply_in_8_bits, velocity
 from .learning_rates import rate_factor
 from .load import BaseFlux
 from .losses import training_loss
@@ -43,6 +44,7 @@ from .preservation import (
     mean_losses,
 )
 from .run import Checkpoint
+from .tread import forced_tokens
 from .watch import diverged
 
 _LARGE_BYTES = 1 << 30
@@ -87,8 +89,8 @@ class TrainState:
             self.transformer, job.lora, seed=job.train.seed, base=base, saved=adapter
         )
         self.transformer.train()
-        if job.train.gradient_checkpointing:
-            recompute_blocks(self.transformer)
+        self.num_blocks = base.config.num_blocks
+        self.blocks = BlockRunner(self.transformer, self._segments(kept_blocks=0))
         self.parameters = list(self.lora.parameters.values())
         cast_parameters(job.train.optimizer, self.parameters)
         self.optimizer = make_optimizer(
@@ -138,6 +140,25 @@ class TrainState:
         load_optimizer_tensors(self.optimizer, tensors, values["optimizer"])
         self.scaler.load_state_dict(values["scaler"])
 
+    def keep_activations(self, num_blocks: int) -> None:
+        """Of so many blocks keep them, with selective checkpointing: the result is the same."""
+        self.blocks.segments = self._segments(kept_blocks=num_blocks)
+
+    def _segments(self, *, kept_blocks: int) -> tuple[Segment, ...]:
+        return segments_of(
+            self.settings.speed,
+            self.num_blocks,
+            gradient_checkpointing=self.settings.gradient_checkpointing,
+            kept_blocks=kept_blocks,
+        )
+
+    def routed(self, micro_step: int, batch: TrainingBatch) -> AbstractContextManager:
+        """Within it, the image tokens of this micro-step go around blocks."""
+        if not self.settings.speed.tread:
+            return nullcontext()
+        generator = seeded(self.settings.seed, "tread", micro_step)
+        return self.blocks.routed(generator, forced_tokens(batch.weights))
+
     def saving(self) -> AbstractContextManager:
         """Where autograd keeps what backward needs of the forward pass within it."""
         if not self.activations_in_ram:
@@ -147,7 +168,7 @@ class TrainState:
     def close(self) -> None:
         """Let go of the network and the optimizer's state, which may be large on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        del self.transformer, self.lora, self.optimizer, self.shown, self.parameters
+        del self.transformer, self.blocks, self.lora, self.optimizer, self.shown, self.parameters
 
 
 def start_state(base: BaseFlux, job: JobSettings) -> dict[str, Tensor]:
@@ -204,7 +225,7 @@ def _forward_backward(
     batch = data.load(samples, state.device, generator)
     drawn = draw(settings, batch.latents, generator, micro_step, partial(_predict, state, batch))
     target = _target(state, entries, batch, drawn)
-    with state.saving():
+    with state.saving(), state.routed(micro_step, batch):
         prediction = _predict(state, batch, drawn)
         weights = mask_weights(settings.preservation, batch.weights)
         loss = training_loss(settings.flow.loss, prediction, target, drawn.sigma, weights).mean()
