@@ -181,6 +181,19 @@ def test_a_few_tokens_are_multiplied_as_ever(format: str) -> None:
     assert not torch.equal(eight_bit_linear(weight, numbers(17, COLUMNS)), weight.linear(x)[:1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("format", KINDS)
+def test_compiled_the_products_are_the_same(format: str) -> None:
+    """In bf16, which compiling may leave out between two operations."""
+    x, weight = numbers(TOKENS, COLUMNS, seed=1).bfloat16(), packed(format)
+    wanted = both_ways(weight, x)
+    leaf = x.clone().requires_grad_()
+    y = torch.compile(eight_bit_linear, dynamic=False, fullgraph=True)(weight, leaf)
+    y.backward(numbers(TOKENS, ROWS, seed=3).bfloat16())
+    assert error(y.detach(), wanted[0]) < 1e-3
+    assert error(leaf.grad, wanted[1]) < 1e-3  # pyright: ignore
+
+
 class Called(TorchDispatchMode):
     """Counts the operations that run, by name."""
 

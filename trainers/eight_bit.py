@@ -25,8 +25,7 @@ _ALIGNED = 16
 
 
 class _Codes(NamedTuple):
-    """A matrix in 8 bits: `data` [rows, columns] times `scale`, [rows, 1] or [1, 1]; in float32
-    where it was rounded here."""
+    """A matrix in 8 bits: `data` [rows, columns] times `scale`, [rows, 1] or [1, 1]."""
 
     data: Tensor
     scale: Tensor
@@ -106,7 +105,7 @@ class _EightBitLinear(torch.autograd.Function):
         if weight.format in _STORED:
             codes = _stored(weight, rows)
             # The scales of the matrix lie along the sum here, so they go into the other factor.
-            left = _by_rows(grads * codes.scale.T, weight.format)
+            left = _by_rows(grads, weight.format, codes.scale.T)
             right = _Codes(codes.data.T, left.scale.new_ones(1, 1))
         else:
             codes = _by_tensor(weight.dequantize(dtype, rows), torch.float8_e4m3fn)
@@ -121,28 +120,31 @@ def _stored(weight: Matrix, rows: slice) -> _Codes:
     return _Codes(data[rows], scale[rows])
 
 
-def _by_rows(matrix: Tensor, format: str) -> _Codes:
-    """With a scale for each row, in float32: compiled, one in bf16 would divide unrounded."""
-    low, high = matrix.aminmax(dim=1, keepdim=True)
-    return _rounded(matrix, low, high, torch.int8 if format == "int8" else torch.float8_e4m3fn)
+def _by_rows(matrix: Tensor, format: str, factors: Tensor | None = None) -> _Codes:
+    """`matrix`, its columns times `factors` [1, columns], with a scale for each row."""
+    dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
+    parts = []
+    for rows in row_slices(range(len(matrix)), matrix.shape[1], torch.float32):
+        numbers = matrix[rows].float() if factors is None else matrix[rows].float() * factors
+        parts.append(_rounded(numbers, *numbers.aminmax(dim=1, keepdim=True), dtype))
+    return _Codes(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _by_tensor(matrix: Tensor, dtype: torch.dtype) -> _Codes:
     """With one scale for all of it."""
-    low, high = matrix.aminmax()
-    return _rounded(matrix, low.view(1, 1), high.view(1, 1), dtype)
+    low, high = (number.view(1, 1) for number in matrix.aminmax())
+    slices = row_slices(range(len(matrix)), matrix.shape[1], torch.float32)
+    parts = [_rounded(matrix[rows].float(), low, high, dtype) for rows in slices]
+    return _Codes(torch.cat([part.data for part in parts]), parts[0].scale)
 
 
-def _rounded(matrix: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> _Codes:
+def _rounded(numbers: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> _Codes:
     """By scales with which the largest number between `low` and `high` becomes that of `dtype`."""
     largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
     # In float64 and never infinite, as in torchao, whose least number gradients can be below.
     factor = (largest / torch.maximum(-low, high).double().clamp_min(1e-30)).float()
-    data = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-    for rows in row_slices(range(len(matrix)), matrix.shape[1], torch.float32):
-        of_rows = factor if len(factor) == 1 else factor[rows]
-        codes = (matrix[rows].float() * of_rows).clamp_(-largest, largest)
-        data[rows] = (codes.round_() if dtype == torch.int8 else codes).to(dtype)
+    codes = (numbers * factor).clamp_(-largest, largest)
+    data = (codes.round_() if dtype == torch.int8 else codes).to(dtype)
     return _Codes(data, factor.reciprocal())
 
 
