@@ -255,8 +255,8 @@ def _rollout() -> list[Any]:
             max=100,
             tooltip="Scheduled sampling: some samples are trained where up to this many steps of "
             "the model itself led, so that it learns to correct its own errors. 0 is off, 5 to 10 "
-            "are usual. Each step is one more forward pass, about a quarter of a batch's time; "
-            "no memory.",
+            "are usual. Each step is one more forward pass: about a third of a batch's time, half "
+            "of it without gradient_checkpointing. No memory.",
         ),
         _float(
             "rollout_probability",

@@ -25,6 +25,7 @@ from atelier.trainers.config import JobSettings, Length, TrainSettings
 from atelier.trainers.control import Request
 from atelier.trainers.data import TrainingData
 from atelier.trainers.devices import describe_device
+from atelier.trainers.flow_settings import FlowSettings
 from atelier.trainers.load import load_flux
 from atelier.trainers.lora_file import lora_facts
 from atelier.trainers.lora_settings import LoraSettings
@@ -109,9 +110,10 @@ def test_the_start_says_epochs_resuming_and_memory(
         ({}, False, None),
         ({"guidance": 3.5}, True, None),
         ({"guidance": 3.5}, False, "The setting guidance has no effect: "),
+        ({"flow": FlowSettings(guidance_max=4.0)}, False, "The setting guidance_max has no "),
         ({"activations_in_ram": True}, True, "The setting activations_in_ram has no "),
     ],
-    ids=["defaults", "dev", "schnell", "cpu"],
+    ids=["defaults", "dev", "schnell", "range", "cpu"],
 )
 def test_a_setting_without_effect_is_told(
     tmp_path: Path,
