@@ -66,7 +66,7 @@ def _nothing_learned(
     grad_norms: Sequence[float | None], is_same: bool, settings: TrainSettings
 ) -> str | None:
     """The sentence for watched steps that taught nothing."""
-    if not any(grad_norms):
+    if all(norm == 0 for norm in grad_norms):
         return (
             f"All gradients of {WATCHED_STEPS} steps were zero, so that nothing was learned: the "
             "masks are black, all pictures are for regularization, or the loss weight is 0 "
