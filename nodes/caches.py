@@ -273,8 +273,11 @@ class EncodePrompts(io.ComfyNode):
             )
         memory.remember(encoder_id)
         warnings = _length_warnings(texts, length)
-        done = f"Captions cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."
-        return io.NodeOutput(cache, ui=host.report(cls.hidden.unique_id, done, *warnings))
+        lines = [f"Captions cached: {len(cache.entries)}, {_mib(cache)} MiB on disk."]
+        if preservation_settings.keeps_class:
+            lines.append(f"Captions with the class word: {len(texts) - len(dataset.texts)}.")
+        shown = host.report(cls.hidden.unique_id, "\n".join(lines), *warnings)
+        return io.NodeOutput(cache, ui=shown)
 
 
 def _limit_input(*, tooltip: str) -> Any:

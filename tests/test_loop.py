@@ -275,6 +275,17 @@ def test_a_loss_that_is_no_number_is_one_sentence(
     assert saved == ([f"step-{count:06d}"] if count else [])
 
 
+def test_what_led_to_no_number_takes_no_good_checkpoints_place(
+    run_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging_at(3, monkeypatch)
+    with pytest.raises(ValueError, match="after 3 steps: the training diverged"):
+        run_job(job(4, checkpoint_every=2, keep_checkpoints=1))
+    (folder,) = (tmp_path / "runs").iterdir()
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert saved == ["step-000002", "step-000003"]
+
+
 def test_no_checkpoint_holds_weights_that_are_not_finite(
     run_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

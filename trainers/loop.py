@@ -31,7 +31,7 @@ from .run import ASSISTANT_FILE, FROZEN_FILE, Run, run_name
 from .run_identity import RunIdentity
 from .status import State, Status
 from .step import TrainState, optimizer_step
-from .watch import Watch, no_progress
+from .watch import Diverged, Watch, no_progress
 
 _SMOOTHING = 0.9
 """Of the seconds per step: the weight of the steps before."""
@@ -215,6 +215,9 @@ class _Training:
             try:
                 self._begin()
                 yield
+            except Diverged:  # what led there is saved too, but in no other checkpoint's place
+                self.job = dataclasses.replace(self.job, keep_checkpoints=0)
+                raise
             finally:
                 self._let_go()
         except BaseException as error:

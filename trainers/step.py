@@ -203,7 +203,7 @@ def optimizer_step(
     is_finite = math.isfinite(grad_norm)
     # A scale of 1 or less scales nothing up: then it is not the scale that overflows.
     if not is_finite and (not state.scaler.is_enabled() or state.scaler.get_scale() <= 1):
-        raise ValueError(diverged(step, state.settings))
+        raise diverged(step, state.settings, state.dtype)
     state.set_learning_rate(step)
     with own_draws(state.settings.seed, step, state.device):
         state.scaler.step(state.optimizer)
@@ -241,7 +241,8 @@ def _backward(state: TrainState, micro_step: int, loss: Tensor, kind: str, weigh
     """Add the gradients of a loss times its weight."""
     settings = state.settings
     if not torch.isfinite(loss):
-        raise ValueError(diverged(micro_step // settings.gradient_accumulation, settings))
+        step = micro_step // settings.gradient_accumulation
+        raise diverged(step, settings, state.dtype)
     if state.gives_back_memory:
         give_back_memory()
     state.scaler.scale(loss * weight / settings.gradient_accumulation).backward()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainSettings
+from .devices import dtype_name
 
 WATCHED_STEPS = 20
 """In so many steps the LoRA must have changed."""
@@ -16,15 +17,19 @@ PATIENCE = 5
 """Evaluations without a smaller loss after which it is told."""
 
 
-def diverged(step: int, settings: TrainSettings) -> str:
-    """The sentence for a loss or a gradient that is no number, in the step after `step` steps."""
+class Diverged(ValueError):
+    """A loss or a gradient is no number."""
+
+
+def diverged(step: int, settings: TrainSettings, dtype: torch.dtype) -> Diverged:
+    """What to raise in the step after `step` steps, computed in `dtype`."""
     if step == 0:
-        return (
+        return Diverged(
             "The loss or a gradient is not a number in the first step, before anything is learned: "
-            f"the model's numbers do not fit the compute dtype ({settings.compute_dtype}), or its "
+            f"the model's numbers do not fit the compute dtype ({dtype_name(dtype)}), or its "
             "file is damaged. Set the compute dtype to bf16 or fp32, or load another file."
         )
-    return (
+    return Diverged(
         f"The loss or a gradient is not a number after {step} steps: the training diverged. Lower "
         f"the learning rate ({settings.learning_rate}), or set the compute dtype to bf16 or fp32. "
         "The last checkpoint with good numbers is kept."
@@ -66,7 +71,7 @@ def _nothing_learned(
     grad_norms: Sequence[float | None], is_same: bool, settings: TrainSettings
 ) -> str | None:
     """The sentence for watched steps that taught nothing."""
-    if not any(grad_norms):
+    if all(norm == 0 for norm in grad_norms):
         return (
             f"All gradients of {WATCHED_STEPS} steps were zero, so that nothing was learned: the "
             "masks are black, all pictures are for regularization, or the loss weight is 0 "

@@ -30,6 +30,7 @@ from atelier.trainers.load import load_flux
 from atelier.trainers.lora_file import lora_facts
 from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.memory import Workload, estimate_training
+from atelier.trainers.preservation_settings import PreservationSettings
 from atelier.trainers.rhythm import NEVER, Rhythm
 from atelier.trainers.status import Status, read_status
 from core_flux import core_model
@@ -112,8 +113,13 @@ def test_the_start_says_epochs_resuming_and_memory(
         ({"guidance": 3.5}, False, "The setting guidance has no effect: "),
         ({"flow": FlowSettings(guidance_max=4.0)}, False, "The setting guidance_max has no "),
         ({"activations_in_ram": True}, True, "The setting activations_in_ram has no "),
+        (
+            {"preservation": PreservationSettings(class_weight=2)},
+            True,
+            "The setting class_weight has no effect: there is no trigger.",
+        ),
     ],
-    ids=["defaults", "dev", "schnell", "range", "cpu"],
+    ids=["defaults", "dev", "schnell", "range", "cpu", "no trigger"],
 )
 def test_a_setting_without_effect_is_told(
     tmp_path: Path,
@@ -128,6 +134,16 @@ def test_a_setting_without_effect_is_told(
     warnings = [line for line in shown[0] if " no effect: " in line]
     assert len(warnings) == (0 if expected is None else 1)
     assert all(line.startswith(expected) for line in warnings if expected)
+
+
+def test_a_held_out_loss_without_progress_is_told_below_the_start(
+    model: Any, data: TrainingData, shown: list[list[str]]
+) -> None:
+    watched = Validation(rhythm=Rhythm(every=1, at_start=True), held_out=data)
+    Session(model, data, job(5, learning_rate=1e-50), ASKER, watched).train()
+    start, told = shown
+    assert told[:-1] == start
+    assert "not once below that of the start in 5 evaluations" in told[-1]
 
 
 def needed(batch_size: int, model: Any) -> int:
