@@ -32,10 +32,14 @@ ROOT = Path(__file__).resolve().parent.parent
 HOSTS = json.loads((ROOT / "tests" / "data" / "hosts.json").read_text(encoding="utf-8"))
 REQUIREMENTS = ROOT / "requirements.txt"
 PACKAGES = ROOT / "trainers" / "packages.py"
-OURS = ("diffusers", "peft", "bitsandbytes", "pyarrow", "tensorboard", "wandb")
 DIFFUSERS = "diffusers>=0.33.0"
-OPTIONAL = ("pyarrow>=16.1.0", "tensorboard>=2.18.0", "wandb>=0.30.0")
-"""For metadata.parquet and the loggers, so nothing installs them unasked."""
+OPTIONAL = (
+    *("pyarrow>=16.1.0", "tensorboard>=2.18.0", "wandb>=0.30.0"),
+    *("torch-optimi>=0.3.0", "pytorch-optimizer>=4.0.0", "prodigyopt>=1.1.0"),
+    *("prodigy-plus-schedule-free>=2.0.0", "schedulefree>=1.4.0", "torchao>=0.18.0"),
+)
+"""For metadata.parquet, the loggers and the optimizers, so nothing installs them unasked."""
+OURS = ("diffusers", "peft", "bitsandbytes", *(one.partition(">=")[0] for one in OPTIONAL))
 NO_INDEX = ("No matching distribution found", "Failed to establish a new connection", "Max retries")
 
 
@@ -163,7 +167,7 @@ def test_a_package_that_is_too_old_is_the_same_sentence(
     major, minor, _ = map(int, floor.split("."))
     older = f"{major}.{minor - 1}.9" if minor else f"{major - 1}.9.9"
     for found, is_refused in ((older, True), (floor, False)):
-        info = tmp_path / found / f"{package}-{found}.dist-info"
+        info = tmp_path / found / f"{package.replace('-', '_')}-{found}.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {found}")
         monkeypatch.syspath_prepend(tmp_path / found)
@@ -177,7 +181,7 @@ def optimizer(name: str) -> torch.optim.Optimizer:
     return make_optimizer(OptimizerSettings(optimizer=name), {"a": parameter}, 1e-4)
 
 
-PACKAGES = {
+DISTRIBUTIONS = {
     "optimi": "torch-optimi",
     "pytorch_optimizer": "pytorch-optimizer",
     "prodigyplus": "prodigy-plus-schedule-free",
@@ -205,7 +209,7 @@ def test_what_needs_a_missing_package_says_so(
     flux = load_flux(write_flux(tmp_path / "flux.safetensors"), format="bf16")
     monkeypatch.setitem(sys.modules, module, None)
     bitsandbytes_functional.cache_clear()
-    package = PACKAGES.get(module, module.partition(".")[0])
+    package = DISTRIBUTIONS.get(module, module.partition(".")[0])
     with pytest.raises(ValueError, match=f"^The package {package} is missing"):
         MISSING[module](flux)
 

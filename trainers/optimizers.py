@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def _groups(
 def _bitsandbytes(name: str, **options: Any) -> _Maker:
     def make(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:
         with importing("bitsandbytes"):
-            from bitsandbytes import optim
+            optim = import_module("bitsandbytes.optim")
         return getattr(optim, name)(groups, lr=rate, weight_decay=decay, **options)
 
     return make
