@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .adaptive_guider import AdaptiveGuider
+from .attention import AttentionBackend
 from .caches import CacheLatents, EncodePrompts
 from .dataset import CombineDatasets, ImageFolderDataset, ScheduleDataset, SplitDataset
 from .embeddings import ExportEmbeddings, ImportEmbeddings
@@ -69,6 +70,7 @@ NODES: list[type[io.ComfyNode]] = [
     ScheduleSettings,
     OptimizerSettingsNode,
     LoraSettingsNode,
+    AttentionBackend,
 ]
 
 

@@ -27,6 +27,7 @@ from ..trainers.plan import Plan
 from ..trainers.preflight import require_fits
 from ..trainers.preservation import without_effect
 from ..trainers.run import PROMPT_FILE, Run
+from ..trainers.segments import without_effect as speed_without_effect
 from ..trainers.step import start_state
 from ..trainers.variants import tell_variant
 from . import folders, host, live
@@ -276,6 +277,7 @@ class Session:
         train, device = self._job.train, host.compute_device().type
         lines = [
             *lora_without_effect(self._job.lora),
+            *speed_without_effect(train.speed, gradient_checkpointing=train.gradient_checkpointing),
             *train.optimizer.remarks(train.learning_rate, device),
             *flow_remarks(
                 train,

@@ -24,6 +24,7 @@ HOST_BORDER = {
     for name in (
         *("host", "folders", "encoders", "linear", "sampling", "graph_queue", "adaptive_guider"),
         *("native", "native_clip", "native_lora", "native_fit", "native_ranges", "native_fuse"),
+        "native_attention",
     )
 }
 SCHEMA_MODULE = "comfy_api"

@@ -9,13 +9,13 @@ import torch
 from allocated import profiled
 from atelier.trainers.adapters import attach_lora
 from atelier.trainers.batches import BatchOrder
+from atelier.trainers.blocks import BlockRunner
 from atelier.trainers.config import JobSettings, TrainSettings
 from atelier.trainers.flow import flow_loss
 from atelier.trainers.flux import (
     FluxConfig,
     build_transformer,
     multiply_in_8_bits,
-    recompute_blocks,
     velocity,
 )
 from atelier.trainers.formats import FORMATS
@@ -30,7 +30,8 @@ from atelier.trainers.memory import (
 from atelier.trainers.optimizer_memory import optimizer_bytes
 from atelier.trainers.optimizer_settings import OPTIMIZERS, PAGED, OptimizerSettings
 from atelier.trainers.optimizers import cast_parameters, make_optimizer
-from atelier.trainers.speed_settings import SpeedSettings
+from atelier.trainers.segments import segments_of
+from atelier.trainers.speed_settings import SpeedSettings, routes_from_text
 from atelier.trainers.step import TrainState, optimizer_step
 from flux_files import flux_shapes, write_flux
 from pack import load_module
@@ -42,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "assets" / "nano" / "nano-flux.safetensors"
 SIZES = {"width": 256, "depth": 3, "depth_single": 4, "context": 128, "vector": 64}
 CONFIG = FluxConfig.from_shapes(flux_shapes(**SIZES))
+ROUTES = routes_from_text("0.5: 1 to -2")
 
 
 def workload(**changes: object) -> Workload:
@@ -74,21 +76,27 @@ class Training:
         if work.speed.products == "8bit":
             multiply_in_8_bits(self.transformer)
         self.lora = attach_lora(self.transformer, work.lora, seed=0)
-        if work.gradient_checkpointing:
-            recompute_blocks(self.transformer)
+        segments = segments_of(
+            work.speed,
+            base.config.num_blocks,
+            gradient_checkpointing=work.gradient_checkpointing,
+            kept_blocks=work.kept_blocks,
+        )
+        self.blocks = BlockRunner(self.transformer, segments)
 
     def loss(self) -> Tensor:
         work, count = self.work, self.work.batch_size
         latents = torch.randn(count, 16, work.height // 8, work.width // 8)
         noise, sigma = torch.randn(latents.shape), torch.rand(count)
-        prediction = velocity(
-            self.transformer,
-            latents.to(work.dtype),
-            sigma=sigma,
-            prompt_embeds=torch.randn(count, work.prompt_length, self.config.context_dim),
-            pooled=torch.randn(count, self.config.vector_dim),
-            guidance=1.0,
-        )
+        with self.blocks.routed(torch.Generator(), forced=None):
+            prediction = velocity(
+                self.transformer,
+                latents.to(work.dtype),
+                sigma=sigma,
+                prompt_embeds=torch.randn(count, work.prompt_length, self.config.context_dim),
+                pooled=torch.randn(count, self.config.vector_dim),
+                guidance=1.0,
+            )
         return flow_loss(prediction, latents, noise).mean()
 
 
@@ -114,6 +122,9 @@ def test_flux_dev_in_nf4_takes_what_its_shapes_say() -> None:
         {"gradient_checkpointing": False},
         {"gradient_checkpointing": False, "dtype": torch.float32},
         {"lora": LoraSettings(rank=32, targets="all+ffs")},
+        {"speed": SpeedSettings(checkpointing="interval", tread=ROUTES)},
+        {"speed": SpeedSettings(checkpointing="selective"), "kept_blocks": 5},
+        {"speed": SpeedSettings(tread=ROUTES), "gradient_checkpointing": False},
     ],
     ids=str,
 )

@@ -25,6 +25,7 @@ from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.optimizer_settings import OptimizerSettings
 from atelier.trainers.run import Checkpoint, Run
 from atelier.trainers.run_identity import RunIdentity
+from atelier.trainers.speed_settings import SpeedSettings, routes_from_text
 from atelier.trainers.status import State, Status
 from safetensors import SafetensorError
 from small_disk import fill, small_disk
@@ -410,6 +411,8 @@ def train(**change: object) -> dict[str, object]:
         train(flow=FlowSettings(guidance_max=4.0)),
         train(flow=FlowSettings(bypass_guidance=True)),
         train(flow=FlowSettings(rollout=RolloutSettings(max_offset=5))),
+        train(speed=SpeedSettings(tread=routes_from_text("0.5: 2 to -2"))),
+        train(speed=SpeedSettings(products="8bit")),
     ],
     ids=str,
 )
@@ -425,6 +428,8 @@ def test_what_changes_the_weights_changes_the_run(change: dict) -> None:
         job(checkpoint_every=5),
         job(lora=LoraSettings(alpha=4.0)),  # what no alpha means at rank 4
         train(gradient_checkpointing=False),
+        train(speed=SpeedSettings(checkpointing="selective", compile=True)),
+        train(speed=SpeedSettings(checkpointing="interval", checkpointing_interval=4)),
     ],
     ids=str,
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from atelier.trainers.adapters import attach_lora
-from atelier.trainers.blocks import BlockRunner, segments_of
+from atelier.trainers.blocks import BlockRunner
 from atelier.trainers.flow import seeded
 from atelier.trainers.flux import build_transformer, pack_latents, velocity
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.lora_settings import LoraSettings
+from atelier.trainers.segments import segments_of
 from atelier.trainers.speed_settings import SpeedSettings, TreadRoute, routes_from_text
 from atelier.trainers.tread import draw_kept, forced_tokens, routes_around
 from dense import dense_transformer, stored_tensors

@@ -6,7 +6,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -16,52 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .checks import require
 from .packages import importing
+from .segments import Segment
 from .speed_settings import SpeedSettings
 from .tread import Kept, Route, draw_kept, routes_around
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Blocks in a row that are run as one."""
-
-    start: int
-    stop: int
-    """One behind the last."""
-    recomputed: bool
-    """Whether only their inputs are kept, and they run once more in backward."""
-    route: Route | None = None
-    """The one that leads around them."""
-
-
-def segments_of(
-    speed: SpeedSettings, num_blocks: int, *, gradient_checkpointing: bool, kept_blocks: int = 0
-) -> tuple[Segment, ...]:
-    """The blocks of a network in the order in which they run.
-
-    Args:
-        kept_blocks: with selective checkpointing, how many blocks keep their activations: the
-            first, so that what is needed grows evenly with their number.
-
-    Raises:
-        ValueError: a TREAD route does not fit the network.
-    """
-    routes = routes_around(speed.tread, num_blocks)
-    edges = {edge for route in routes for edge in (route.start, route.stop)}
-    in_one = speed.checkpointing == "interval" and gradient_checkpointing
-    length = speed.checkpointing_interval if in_one else 1
-    segments, start = list[Segment](), 0
-    while start < num_blocks:
-        stop = min([start + length, num_blocks, *(edge for edge in edges if edge > start)])
-        is_kept = speed.checkpointing == "selective" and start < kept_blocks
-        segment = Segment(
-            start=start,
-            stop=stop,
-            recomputed=gradient_checkpointing and not is_kept,
-            route=next((r for r in routes if r.start <= start < r.stop), None),
-        )
-        segments.append(segment)
-        start = stop
-    return tuple(segments)
 
 
 def require_speed(speed: SpeedSettings, num_blocks: int) -> None:

@@ -40,9 +40,11 @@ def give_back_memory() -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that are free on the device, or None where there is no such number."""
+    """Bytes that are free on the device, or None where there is no such number. What torch holds
+    and does not use is free too."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .blocks import BlockRunner, segments_of
+from .blocks import BlockRunner
 from .eight_bit import eight_bit_linear
 from .frozen import FrozenLora
 from .packages import importing
 from .packed_weight import Matrix, PackedWeight
+from .segments import segments_of
 from .speed_settings import SpeedSettings
 from .store import Weights, WeightStore
 

@@ -16,7 +16,7 @@ from .batches import BatchOrder
 from .blocks import require_speed
 from .config import JobSettings, to_json
 from .data import TrainingData
-from .devices import compute_dtype, memory_in_use
+from .devices import compute_dtype, free_bytes, memory_in_use
 from .differences import different_run
 from .evaluate import held_out_key, held_out_loss, predict_by
 from .files import clear_leftovers
@@ -24,7 +24,7 @@ from .flux import without_assistant
 from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
 from .load import BaseFlux
-from .memory import Workload
+from .memory import Workload, most_kept_blocks
 from .preservation import require_class_captions
 from .rhythm import Rhythm
 from .run import ASSISTANT_FILE, FROZEN_FILE, Run, run_name
@@ -276,6 +276,7 @@ class _Training:
             return
         if self.hooks.sample and (control.take("sample") or is_due):
             self.hooks.sample(self.step, self._on_device().shown_lora())
+            self._keep_what_fits()
         if control.take("pause"):
             self._pause()
 
@@ -323,7 +324,17 @@ class _Training:
         self.hooks.take_device()
         saved = self.run.load(self.step) if self.step else None
         self.state = TrainState(self.base, self.job, saved, num_steps=self.length)
+        self._keep_what_fits()
         self._report("training")
+
+    def _keep_what_fits(self) -> None:
+        """With selective checkpointing, spend the memory that is free now on activations."""
+        state = self._on_device()
+        free = free_bytes(state.device)
+        if free is not None:
+            work = workload(self.job, self.base, self.data, state.device)
+            kept = most_kept_blocks(self.base.config, self.base.format, work, free)
+            state.keep_activations(kept)
 
     def _on_device(self) -> TrainState:
         assert self.state is not None  # only a pause has none

@@ -10,9 +10,9 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Mapping
+from bisect import bisect_right
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .adapters import attach_lora
+from .blocks import BlockRunner
 from .flow import add_noise, flow_loss
 from .flux import (
     LATENT_CHANNELS,
@@ -33,7 +34,6 @@ from .flux import (
     multiply_in_8_bits,
     norm_sources,
     original_linears,
-    recompute_blocks,
     velocity,
 )
 from .lora_settings import LoraSettings
@@ -42,8 +42,12 @@ from .optimizer_memory import optimizer_bytes
 from .optimizer_settings import OptimizerSettings
 from .optimizers import cast_parameters
 from .packed_weight import PackedWeight
+from .segments import Run, runs_of, segments_in, segments_of, shortened
 from .speed_settings import SpeedSettings
 from .store import WeightStore
+
+_USABLE = 0.9
+"""Of free memory, the part that activations may take: allocators leave gaps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,8 @@ class Workload:
     """Whether padding of the texts is hidden, which keeps attention from its leanest way."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     speed: SpeedSettings = field(default_factory=SpeedSettings)
+    kept_blocks: int = 0
+    """With selective checkpointing, how many blocks keep their activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,26 +113,30 @@ class MemoryEstimate:
 def estimate_training(config: FluxConfig, format: str, workload: Workload) -> MemoryEstimate:
     """The memory of training a LoRA on this network with its block matrices in `format`.
 
-    All blocks of a kind are alike, so three small networks tell what each further block adds.
+    Blocks that are run in the same way are alike, so small networks tell what each further one of
+    them adds. Tokens that masks keep out of TREAD's routes are not counted.
 
     Raises:
         ValueError: if the network cannot be trained.
     """
-    # In every block of theirs, as if all learned: of a LoRA on some blocks, activations are less.
-    ranks = in_all_blocks(config, workload.lora)
-    probes = [
-        _probe(
-            dataclasses.replace(config, depth=depth, depth_single=single), format, workload, ranks
-        )
-        for depth, single in ((1, 1), (2, 1), (1, 2))
+    segments = segments_of(
+        workload.speed,
+        config.num_blocks,
+        gradient_checkpointing=workload.gradient_checkpointing,
+        kept_blocks=workload.kept_blocks,
+    )
+    runs, ranks = runs_of(segments, config.depth), in_all_blocks(config, workload.lora)
+    probe = functools.partial(_probe, config, format, replace(workload, kept_blocks=0))
+    first = probe(shortened(runs))
+    furthers = [
+        (run.count - 1, probe(shortened(runs, but=number)))
+        for number, run in enumerate(runs)
+        if run.count > 1
     ]
 
     def whole(name: str) -> int:
-        first, double, single = (getattr(probe, name) for probe in probes)
-        further = (config.depth - 1) * (double - first) + (config.depth_single - 1) * (
-            single - first
-        )
-        return first + further
+        one = getattr(first, name)
+        return one + sum(count * (getattr(two, name) - one) for count, two in furthers)
 
     names = [field.name for field in dataclasses.fields(MemoryEstimate)]
     values = {name: whole(name) for name in names}
@@ -136,6 +146,19 @@ def estimate_training(config: FluxConfig, format: str, workload: Workload) -> Me
         values[name] = math.ceil(values[name] * share)
     values["adapters"] += workload.frozen_bytes
     return MemoryEstimate(**values)
+
+
+def most_kept_blocks(config: FluxConfig, format: str, workload: Workload, room: float) -> int:
+    """With selective checkpointing, how many blocks can keep their activations where `room` bytes
+    are free beside the weights; 0 without."""
+    if not (workload.gradient_checkpointing and workload.speed.checkpointing == "selective"):
+        return 0
+
+    def needed(kept: int) -> int:
+        kept_some = replace(workload, kept_blocks=kept)
+        return estimate_training(config, format, kept_some).beside_weights
+
+    return bisect_right(range(1, config.num_blocks + 1), room * _USABLE, key=needed)
 
 
 def store_bytes(config: FluxConfig, format: str) -> int:
@@ -161,9 +184,15 @@ def placed_bytes(config: FluxConfig, format: str, budget: float) -> tuple[int, i
     return _shapes_only(config, format, FakeTensorMode()).split(budget)
 
 
+@functools.lru_cache(maxsize=64)
 def _probe(
-    config: FluxConfig, format: str, workload: Workload, ranks: Mapping[str, int]
+    config: FluxConfig, format: str, workload: Workload, runs: tuple[Run, ...]
 ) -> MemoryEstimate:
+    """Of a network with these blocks, and else as in `config`."""
+    depth, depth_single = (sum(run.count * run.blocks[kind] for run in runs) for kind in (0, 1))
+    # In every block of theirs, as if all learned: of a LoRA on some blocks, activations are less.
+    ranks = in_all_blocks(config, workload.lora)
+    config = replace(config, depth=depth, depth_single=depth_single)
     shapes_only = FakeTensorMode(allow_non_fake_inputs=True)
     store = _shapes_only(config, format, shapes_only)
     transformer = build_transformer(store, config, workload.dtype).train()
@@ -172,8 +201,7 @@ def _probe(
     lora = attach_lora(transformer, workload.lora, seed=0, ranks=of_network(ranks, config))
     cast_parameters(workload.optimizer, lora.parameters.values())
     optimizer = optimizer_bytes(workload.optimizer, lora.parameters)
-    if workload.gradient_checkpointing:
-        recompute_blocks(transformer)
+    blocks = BlockRunner(transformer, segments_in(runs))
     # A host may ask from inside its inference mode.
     with shapes_only, torch.inference_mode(False), torch.enable_grad():
         parameters = _without_bytes(transformer)
@@ -183,7 +211,8 @@ def _probe(
         batch = _batch(config, workload)
         saved: list[int] = []
         with _LiveBytes([*store.tensors(), *parameters, *gradients, *batch.values()]) as live:
-            with _saved_elsewhere(saved) if workload.activations_in_ram else nullcontext():
+            elsewhere = _saved_elsewhere(saved) if workload.activations_in_ram else nullcontext()
+            with elsewhere, blocks.routed(torch.Generator(), forced=None):
                 loss = _loss(transformer, batch, workload.dtype)
             loss.backward()
     trained = sum(parameter.nbytes for parameter in parameters)

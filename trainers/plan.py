@@ -13,6 +13,7 @@ from .memory import (
     MemoryEstimate,
     Workload,
     estimate_training,
+    most_kept_blocks,
     pinned_bytes,
     placed_bytes,
     store_bytes,
@@ -126,6 +127,10 @@ class Plan:
             return streamed
         slots = on_device - (self.weights - streamed)
         return 2 * pinned_bytes(slots // 2)
+
+    def most_kept_blocks(self, room: int) -> int:
+        """How many blocks selective checkpointing keeps with `room` bytes beside the weights."""
+        return most_kept_blocks(self.config, self.format, self.workload, room)
 
     def with_workload(self, **changes: Any) -> Plan:
         return replace(self, workload=self._workload(**changes))

@@ -100,6 +100,7 @@ def describe(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
     ]
     lines += _describe_ram(plan, free_bytes, ram)
     if needed.total <= free_bytes:
+        lines += _describe_kept(plan, free_bytes - needed.weights)
         return [*lines, f"It fits: {_gb(free_bytes)} are free."]
     least = plan.least_bytes
     if least > free_bytes:
@@ -109,6 +110,15 @@ def describe(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
         f"and {_gb(least)} are needed at least."
     )
     return lines
+
+
+def _describe_kept(plan: Plan, room: int) -> list[str]:
+    """What selective checkpointing does with `room` bytes beside the weights."""
+    workload = plan.workload
+    if workload.speed.checkpointing != "selective" or not workload.gradient_checkpointing:
+        return []
+    kept, whole = plan.most_kept_blocks(room), plan.config.num_blocks
+    return [f"Of {whole} blocks {kept} keep their activations, and the others are computed twice."]
 
 
 def _describe_ram(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:

@@ -84,9 +84,13 @@ def _that_count(settings: Any, always: frozenset[str]) -> dict[str, Any]:
         value = getattr(settings, name)
         if name in _NEVER or (name not in always and value == getattr(recipe, name)):
             continue
-        if dataclasses.is_dataclass(value):
-            value = _that_count(value, frozenset())
-            if not value:
-                continue
-        values[name] = value
-    return values
+        values[name] = _plain(value)
+    # A group that differs in nothing that counts is the recipe's.
+    return {name: value for name, value in values.items() if value != {}}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON: a group of settings, or several groups, whose fields all count."""
+    if isinstance(value, tuple):
+        return [vars(one) if dataclasses.is_dataclass(one) else one for one in value]
+    return _that_count(value, frozenset()) if dataclasses.is_dataclass(value) else value

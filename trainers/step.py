@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu
 
 from .adapters import Lora, attach_lora
 from .batches import BatchOrder
-from .blocks import BlockRunner, Segment, segments_of
+from .blocks import BlockRunner
 from .caches import LatentEntry
 from .config import JobSettings
 from .data import TrainingBatch, TrainingData
@@ -44,6 +44,7 @@ from .preservation import (
     mean_losses,
 )
 from .run import Checkpoint
+from .segments import Segment, segments_of
 from .tread import forced_tokens
 from .watch import diverged
 

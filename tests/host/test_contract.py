@@ -302,6 +302,7 @@ FROZEN = {
         ],
         ["lora_settings ATELIER_LORA_SETTINGS"],
     ),
+    "AtelierAttentionBackend": (["model MODEL", "backend COMBO"], ["MODEL MODEL"]),
 }
 """Node id to its inputs and outputs in order, as `name TYPE`; `?` marks an optional input."""
 
