@@ -76,9 +76,12 @@ class Training:
         segments = segments_of(speed, NUM_BLOCKS, **options)  # pyright: ignore
         self.blocks = BlockRunner(self.transformer, segments)
 
-    def velocity(self, forced: Tensor | None = None, micro_step: int = 5) -> Tensor:
+    def velocity(
+        self, forced: Tensor | None = None, micro_step: int = 5, **changes: Tensor
+    ) -> Tensor:
+        values = {**inputs(), **changes}
         with self.blocks.routed(seeded(0, "tread", micro_step), forced):
-            return velocity(self.transformer, **inputs(), guidance=1.0)
+            return velocity(self.transformer, **values, guidance=1.0)
 
     def gradients(self, forced: Tensor | None = None) -> dict[str, Tensor]:
         for parameter in self.lora.parameters.values():
@@ -196,6 +199,15 @@ def test_gradients_are_the_same_bits_when_blocks_are_computed_again_or_streamed(
             assert all(torch.equal(found[name], gradients[name]) for name in gradients)
     finally:
         base.store.place("cpu", None)
+
+
+def test_padding_that_is_hidden_stays_hidden(base: LoadedFlux) -> None:
+    training = Training(base, settings(*ROUTES["two routes"]))
+    embeds, seen = inputs()["prompt_embeds"], torch.ones(2, TEXT)
+    seen[:, 7:] = 0
+    found = training.velocity(text_mask=seen)
+    assert torch.allclose(found, training.velocity(prompt_embeds=embeds[:, :7]), atol=1e-5)
+    assert not torch.allclose(found, training.velocity(), atol=1e-4)
 
 
 def test_other_micro_steps_draw_other_tokens_and_the_same_ones_the_same(base: LoadedFlux) -> None:

@@ -139,7 +139,8 @@ def attach_lora(
         _begin(layers, settings, seed, base)
     elif settings.is_subtracted:
         for layer in layers.values():
-            layer.subtract_start()  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(layer, LoraLinear):
+                layer.subtract_start()
     for name, layer in layers.items():
         transformer.set_submodule(name, layer)
     return Lora(transformer, layers, dropout)

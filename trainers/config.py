@@ -207,9 +207,10 @@ def _with_optimizer(values: dict[str, Any]) -> dict[str, Any]:
 def _from_json(kind: Any, value: Any) -> Any:
     """The value of a field of this type: JSON has no dataclasses and no tuples."""
     if dataclasses.is_dataclass(kind):
+        make: Any = kind
         hints = get_type_hints(kind)
         # A name that is no field is left for the constructor to refuse.
-        return kind(**{name: _from_json(hints.get(name), of) for name, of in value.items()})
+        return make(**{name: _from_json(hints.get(name), of) for name, of in value.items()})
     if isinstance(value, list):
         return tuple(_from_json(get_args(kind)[0], item) for item in value)
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,10 @@ class Conditions:
 
     def of(self, part: Tensor) -> Conditions:
         """Those of the samples with these numbers."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Conditions(**{name: v if v is None else v[part] for name, v in values.items()})
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        return Conditions(**{name: None if v is None else v[part] for name, v in values.items()})
 
 
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]

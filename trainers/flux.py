@@ -422,7 +422,8 @@ def velocity(
     image, ids = pack_latents(latents), image_ids(height, width, device)
     if reference is not None:
         image = torch.cat([image, pack_latents(reference.to(dtype))], dim=1)
-        ids = torch.cat([ids, reference_ids(*reference.shape[-2:], device)])
+        down, across = reference.shape[-2:]
+        ids = torch.cat([ids, reference_ids(down, across, device)])
     tokens = transformer(
         hidden_states=image,
         encoder_hidden_states=prompt_embeds.to(dtype),

@@ -24,9 +24,10 @@ from .lora_names import (
     split_name,
     text_module,
 )
+from .lora_settings import Kind
 from .low_rank import LowRank, hadamard_low_rank, kron_low_rank
 
-_KINDS = {
+_KINDS: dict[Kind, set[str]] = {
     "lora": {"down", "up"},
     "loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     "lokr": {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"},
@@ -50,8 +51,7 @@ class Adapter:
     `magnitude` [rows, 1] is a DoRA's for diffusers, where `dora_scale` is ComfyUI's."""
 
     @property
-    def kind(self) -> str:
-        """lora, loha or lokr"""
+    def kind(self) -> Kind:
         return next(kind for kind, names in _KINDS.items() if not names.isdisjoint(self.parts))
 
     @cached_property

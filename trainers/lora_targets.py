@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from .block_weights import Pattern
 from .checks import require
@@ -125,7 +126,7 @@ def linear_names(config: FluxConfig) -> list[str]:
 def _shapes(config: FluxConfig) -> Mapping[str, tuple[int, int]]:
     """out and in of its Linears; those of block 0 stand for all blocks."""
     network = empty_transformer(config)
-    linears = ((name, network.get_submodule(name)) for name in linear_names(config))
+    linears: Any = ((name, network.get_submodule(name)) for name in linear_names(config))
     return {name: (linear.out_features, linear.in_features) for name, linear in linears}
 
 

@@ -73,7 +73,8 @@ class LokrLinear(Adapted):
             for part in ("lokr_w1", "lokr_w2_a"):
                 if part in self.factors:
                     factor = self.factors[part]
-                    factor.copy_(uniform(*factor.shape, generator))
+                    rows, columns = factor.shape
+                    factor.copy_(uniform(rows, columns, generator))
 
 
 class LohaLinear(Adapted):
