@@ -11,14 +11,22 @@ import numpy as np
 import pytest
 import torch
 from atelier.trainers.adapters import attach_lora, file_tensors, save_lora
-from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
+from atelier.trainers.flux import (
+    build_transformer,
+    recompute_blocks,
+    velocity,
+    without_assistant,
+)
 from atelier.trainers.flux_lora import parse_flux_lora
+from atelier.trainers.frozen import FrozenLora
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.lora_export import exported, resized
 from atelier.trainers.lora_settings import LoraSettings, without_effect
 from atelier.trainers.lora_start import settings_from
 from atelier.trainers.lora_targets import FLUX_DEV, describe_lora, linear_names, num_parameters
 from atelier.trainers.lycoris import factorization
+from atelier.trainers.optimizer_settings import OptimizerSettings
+from atelier.trainers.optimizers import cast_parameters
 from dense import dense_transformer, stored_tensors
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_files import write_flux
@@ -259,14 +267,48 @@ def test_the_base_stays_and_the_lora_learns(loaded: LoadedFlux, kind: str) -> No
 def test_a_saved_state_is_all_that_a_lora_needs(loaded: LoadedFlux, kind: str) -> None:
     settings = KINDS[kind]
     first = build_transformer(loaded.store, loaded.config, torch.float32)
-    state = trained_like(first, settings, loaded).state()
+    trained = trained_like(first, settings, loaded)
+    state = dict(sorted(trained.state().items()))  # as it is read from a file
     second = build_transformer(loaded.store, loaded.config, torch.float32)
     lora = attach_lora(second, settings, seed=7, saved=state)
     lora.load_state(state)
+    assert [*lora.parameters] == [*trained.parameters]  # an optimizer knows them by their numbers
     assert torch.equal(velocity_of(second), velocity_of(first))
     again = lora.state()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa", "dora", "lokr", "loha"])
+def test_it_learns_in_bfloat16_too(loaded: LoadedFlux, transformer: nn.Module, kind: str) -> None:
+    """Whose numbers a file has."""
+    lora = trained_like(transformer, KINDS[kind], loaded)
+    cast_parameters(OptimizerSettings(optimizer="adamw_bf16"), lora.parameters.values())
+    prediction(transformer).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in lora.parameters.values())
+    state = lora.state()
+    again = build_transformer(loaded.store, loaded.config, torch.float32)
+    attach_lora(again, KINDS[kind], seed=0, saved=state).load_state(state)
+    assert torch.max(torch.abs(velocity_of(again) - velocity_of(transformer))) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
+def test_an_assistant_adds_the_same_whatever_learns(loaded: LoadedFlux, kind: str) -> None:
+    """It computes beside the layer: of a DoRA it is no part of the weights that have a length."""
+    name, width = "double_blocks.0.img_attn.proj", loaded.config.hidden_size
+    generator = torch.Generator().manual_seed(5)
+    down, up = (torch.randn(shape, generator=generator) for shape in ((2, width), (width, 2)))
+    assistant = [FrozenLora(name=name, start=0, down=down, up=0.1 * up, scale=1.0)]
+    network = build_transformer(loaded.store, loaded.config, torch.float32, assistant=assistant)
+    settings = dataclasses.replace(KINDS[kind], targets="qlora")
+    trained_like(network, settings, loaded)
+    layer = network.get_submodule("transformer_blocks.0.attn.to_out.0")
+    x = torch.randn(3, width, generator=generator)
+    with torch.no_grad():
+        with_it = layer(x)
+        with without_assistant(network):
+            difference = with_it - layer(x)
+    torch.testing.assert_close(difference, 0.1 * x @ down.T @ up.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
