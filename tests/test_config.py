@@ -143,7 +143,7 @@ def test_what_json_leaves_out_has_its_default() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"epochs": 3}, {"lora": {"dropout": 0.1}}, {"train": {"lr": 1e-4}}, {"length": {"steps": 3}}],
+    [{"epochs": 3}, {"lora": {"drop": 0.1}}, {"train": {"lr": 1e-4}}, {"length": {"steps": 3}}],
 )
 def test_an_unknown_field_is_refused(values: dict) -> None:
     with pytest.raises(ValueError, match=r"setting that this version does not know: .*argument"):

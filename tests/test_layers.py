@@ -32,7 +32,7 @@ SCHEMA_MODULE = "comfy_api"
 
 # The upper layers of trainers/, from the top. Everything else lies below, and SETTINGS lowest.
 UPPER_LAYERS = ["__main__", "job", "loop"]
-SETTINGS = {"config", "checks"} | {
+SETTINGS = {"config", "checks", "block_weights"} | {
     f"{part}_settings" for part in ("lora", "optimizer", "flow", "preservation", "speed")
 }
 

@@ -11,21 +11,34 @@ import numpy as np
 import pytest
 import torch
 from atelier.trainers.adapters import attach_lora, file_tensors, save_lora
-from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
+from atelier.trainers.flux import (
+    build_transformer,
+    recompute_blocks,
+    velocity,
+    without_assistant,
+)
 from atelier.trainers.flux_lora import parse_flux_lora
+from atelier.trainers.frozen import FrozenLora
 from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.loop import open_run, train
 from atelier.trainers.lora_export import exported, resized
 from atelier.trainers.lora_settings import LoraSettings, without_effect
 from atelier.trainers.lora_start import settings_from
 from atelier.trainers.lora_targets import FLUX_DEV, describe_lora, linear_names, num_parameters
 from atelier.trainers.lycoris import factorization
+from atelier.trainers.memory import Workload, estimate_training
+from atelier.trainers.optimizer_settings import OptimizerSettings
+from atelier.trainers.optimizers import cast_parameters
+from atelier.trainers.run import lora_settings
 from dense import dense_transformer, stored_tensors
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_files import write_flux
 from lora_kinds import KINDS, trained_like
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.lokr.layer import factorization as pefts_factorization
+from runs import Stop, assert_same_lora, job, stop_before
 from torch import Tensor, nn
+from training import training_data
 
 PLAIN = [name for name, settings in KINDS.items() if settings.kind == "lora"]
 PRODUCTS = [name for name, settings in KINDS.items() if settings.kind != "lora"]
@@ -259,14 +272,48 @@ def test_the_base_stays_and_the_lora_learns(loaded: LoadedFlux, kind: str) -> No
 def test_a_saved_state_is_all_that_a_lora_needs(loaded: LoadedFlux, kind: str) -> None:
     settings = KINDS[kind]
     first = build_transformer(loaded.store, loaded.config, torch.float32)
-    state = trained_like(first, settings, loaded).state()
+    trained = trained_like(first, settings, loaded)
+    state = dict(sorted(trained.state().items()))  # as it is read from a file
     second = build_transformer(loaded.store, loaded.config, torch.float32)
     lora = attach_lora(second, settings, seed=7, saved=state)
     lora.load_state(state)
+    assert [*lora.parameters] == [*trained.parameters]  # an optimizer knows them by their numbers
     assert torch.equal(velocity_of(second), velocity_of(first))
     again = lora.state()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa", "dora", "lokr", "loha"])
+def test_it_learns_in_bfloat16_too(loaded: LoadedFlux, transformer: nn.Module, kind: str) -> None:
+    """Whose numbers a file has."""
+    lora = trained_like(transformer, KINDS[kind], loaded)
+    cast_parameters(OptimizerSettings(optimizer="adamw_bf16"), lora.parameters.values())
+    prediction(transformer).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in lora.parameters.values())
+    state = lora.state()
+    again = build_transformer(loaded.store, loaded.config, torch.float32)
+    attach_lora(again, KINDS[kind], seed=0, saved=state).load_state(state)
+    assert torch.max(torch.abs(velocity_of(again) - velocity_of(transformer))) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
+def test_an_assistant_adds_the_same_whatever_learns(loaded: LoadedFlux, kind: str) -> None:
+    """It computes beside the layer: of a DoRA it is no part of the weights that have a length."""
+    name, width = "double_blocks.0.img_attn.proj", loaded.config.hidden_size
+    generator = torch.Generator().manual_seed(5)
+    down, up = (torch.randn(shape, generator=generator) for shape in ((2, width), (width, 2)))
+    assistant = [FrozenLora(name=name, start=0, down=down, up=0.1 * up, scale=1.0)]
+    network = build_transformer(loaded.store, loaded.config, torch.float32, assistant=assistant)
+    settings = dataclasses.replace(KINDS[kind], targets="qlora")
+    trained_like(network, settings, loaded)
+    layer = network.get_submodule("transformer_blocks.0.attn.to_out.0")
+    x = torch.randn(3, width, generator=generator)
+    with torch.no_grad():
+        with_it = layer(x)
+        with without_assistant(network):
+            difference = with_it - layer(x)
+    torch.testing.assert_close(difference, 0.1 * x @ down.T @ up.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -465,3 +512,99 @@ def test_a_file_of_another_size_or_changed_is_a_sentence(
     save_lora(path, {"lora_unet_input_blocks_1.lora_down.weight": torch.ones(2, 2)}, {})
     with pytest.raises(ValueError, match=r"not made for FLUX.1|is not whole"):
         settings_from(path, LoraSettings())
+
+
+# Runs
+
+
+RESUMED = {
+    "dora": dataclasses.replace(KINDS["dora"], dropout=0.2),
+    "pissa": dataclasses.replace(KINDS["pissa"], dropout=0.2),
+    "lokr": KINDS["lokr"],
+    "loha": KINDS["loha"],
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    loaded: LoadedFlux, tmp_path: Path, kind: str
+) -> None:
+    data = training_data(tmp_path / "caches")
+    whole, parts = (
+        dataclasses.replace(job(4, checkpoint_every=every), lora=RESUMED[kind]) for every in (9, 1)
+    )
+    expected = train(open_run(tmp_path / "whole", whole, loaded, data), loaded, data, whole)
+    run = open_run(tmp_path / "parts", parts, loaded, data)
+    with pytest.raises(Stop):
+        train(run, loaded, data, parts, stop_before(2))
+    resumed = open_run(tmp_path / "parts", parts, loaded, data)
+    assert_same_lora(train(resumed, loaded, data, parts), expected)
+    assert len(set(expected.losses)) == 4
+
+
+def test_what_a_lora_starts_from_makes_another_run(loaded: LoadedFlux, tmp_path: Path) -> None:
+    """Its content does, not where it lies."""
+    data = training_data(tmp_path / "caches")
+    network = build_transformer(loaded.store, loaded.config, torch.float32)
+    tensors = file_tensors(trained_like(network, KINDS["lora"], loaded).state(), KINDS["lora"])
+    doubled = {name: tensor * 2 for name, tensor in tensors.items()}
+    names = set()
+    for file, content in (("a", tensors), ("b", tensors), ("c", doubled)):
+        path = tmp_path / f"{file}.safetensors"
+        save_lora(path, content, {})
+        settings = dataclasses.replace(job(2), lora=settings_from(path, LoraSettings()))
+        run = open_run(tmp_path, settings, loaded, data)
+        names.add(run.name)
+        trained = train(run, loaded, data, settings)
+        assert lora_settings(run.folder).start_hash == settings.lora.start_hash
+        path.unlink()
+        assert_same_lora(train(run, loaded, data, settings), trained)  # answered from disk
+    assert len(names) == 2
+
+
+def test_a_run_with_own_ranks_is_read_back_as_it_was(loaded: LoadedFlux, tmp_path: Path) -> None:
+    settings = dataclasses.replace(job(1), lora=KINDS["own ranks"])
+    run = open_run(tmp_path, settings, loaded, training_data(tmp_path / "caches"))
+    run.create()
+    assert lora_settings(run.folder) == KINDS["own ranks"]
+
+
+# Memory
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_of_what_learns_is_foreseen(loaded: LoadedFlux, kind: str) -> None:
+    work = Workload(
+        width=64,
+        height=64,
+        prompt_length=16,
+        batch_size=1,
+        lora=dataclasses.replace(KINDS[kind], dropout=0.1),
+        dtype=torch.float32,
+        gradient_checkpointing=True,
+        accumulates=False,
+    )
+    network = build_transformer(loaded.store, loaded.config, torch.float32)
+    lora = attach_lora(network, KINDS[kind], seed=0, base=loaded)
+    taken = [*lora.parameters.values(), *network.buffers()]
+    estimate = estimate_training(loaded.config, "bf16", work)
+    assert estimate.adapters == sum(tensor.nbytes for tensor in taken)
+
+
+def test_the_memory_of_some_blocks_is_theirs() -> None:
+    """Also of those that the small networks have not which are computed for it."""
+    config = dataclasses.replace(FLUX_DEV, hidden_size=256, context_dim=128, vector_dim=64)
+    for changes in ({"targets": "tiny"}, {"blocks": "double_blocks.7-9"}):
+        settings = LoraSettings(**changes)
+        work = Workload(
+            width=64,
+            height=64,
+            prompt_length=16,
+            batch_size=1,
+            lora=settings,
+            dtype=torch.float32,
+            gradient_checkpointing=True,
+            accumulates=False,
+        )
+        wanted = 4 * num_parameters(config, settings)
+        assert abs(estimate_training(config, "bf16", work).adapters - wanted) <= 1

@@ -16,11 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from atelier.trainers.adapters import attach_lora
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.formats import bitsandbytes_functional
 from atelier.trainers.load import load_flux
-from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.metadata_files import read_metadata
 from atelier.trainers.optimizer_settings import OptimizerSettings
 from atelier.trainers.optimizers import make_optimizer
@@ -189,7 +187,6 @@ DISTRIBUTIONS = {
 """Where the package has another name than its module."""
 MISSING = {
     "diffusers": lambda flux: build_transformer(flux.store, flux.config, torch.float32),
-    "peft": lambda flux: attach_lora(torch.nn.Module(), LoraSettings(), seed=0),
     "bitsandbytes.optim": lambda flux: optimizer("adamw8bit"),
     "torchao.optim": lambda flux: optimizer("adamw_bf16"),
     "optimi": lambda flux: optimizer("lion"),

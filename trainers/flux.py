@@ -203,12 +203,18 @@ class LinearView(nn.Linear):
         return torch.empty(0, dtype=torch.float32, device=self.store.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.times(x, self.bias)
+        return self.assisted(self.times(x, self.bias), x)
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` [..., in] by the transposed rows and LoRAs, with no bias but this one."""
+        """`x` [..., in] by the transposed rows and the LoRAs that stay, with no bias but this."""
         y = self.product(self.store.packed[self._name], x, bias, self.source.rows)
-        for down, up in (*self._loras, *(self.assistant if self.is_assisted else ())):
+        for down, up in self._loras:
+            y = y + up.linear(down.linear(x))
+        return y
+
+    def assisted(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y` [..., out] with what the assistant adds for `x`, while it computes."""
+        for down, up in self.assistant if self.is_assisted else ():
             y = y + up.linear(down.linear(x))
         return y
 
@@ -217,7 +223,8 @@ class LinearView(nn.Linear):
         return self.store.packed[self._name].dequantize(dtype, self.source.rows)
 
     def dense(self) -> Tensor:
-        """The rows [out, in] with LoRAs, in float32; it may alias the store without any."""
+        """The rows [out, in] with the LoRAs that stay, in float32; without any it may alias the
+        store."""
         whole = self.dequantize(torch.float32)
         for down, up in self._loras:
             whole = whole + up.dequantize(torch.float32) @ down.dequantize(torch.float32)
