@@ -123,9 +123,9 @@ def attach_lora(
     is_fresh = saved is None and ranks is None
     start = read_start(settings) if settings.start_from and is_fresh else None
     tensors = by_module(saved) if saved is not None else start.modules if start else {}
-    if saved is not None:
-        ranks = dict.fromkeys(tensors, settings.rank)
     names = [n for n, module in transformer.named_modules() if isinstance(module, LinearView)]
+    if saved is not None:  # in the order of a fresh start: the optimizer's state has only numbers
+        ranks = {name: settings.rank for name in names if name in tensors}
     ranks = learning_ranks(names, settings) if ranks is None else ranks
     dropout = Dropout(share=settings.dropout, seed=seed)
     layers = {
