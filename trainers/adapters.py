@@ -124,7 +124,7 @@ def attach_lora(
     start = read_start(settings) if settings.start_from and is_fresh else None
     tensors = by_module(saved) if saved is not None else start.modules if start else {}
     names = [n for n, module in transformer.named_modules() if isinstance(module, LinearView)]
-    if saved is not None:  # in the order of a fresh start: the optimizer's state has only numbers
+    if saved is not None:  # in the order of the network, which the optimizer's state has
         ranks = {name: settings.rank for name in names if name in tensors}
     ranks = learning_ranks(names, settings) if ranks is None else ranks
     dropout = Dropout(share=settings.dropout, seed=seed)
