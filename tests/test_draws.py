@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from atelier.trainers.config import TrainSettings
+from atelier.trainers.config import JobSettings, TrainSettings
 from atelier.trainers.draws import Draw, draw, trained_config
 from atelier.trainers.flow import seeded
 from atelier.trainers.flow_remarks import flow_remarks
@@ -23,6 +23,7 @@ from atelier.trainers.flow_settings import (
 )
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.load import load_flux
+from atelier.trainers.step import TrainState
 from dense import dense_transformer, stored_tensors
 from flux_files import write_flux
 
@@ -132,6 +133,14 @@ def test_a_bypassed_guidance_is_an_embedding_of_zeros(tmp_path: Path) -> None:
         )
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert not torch.allclose(found, usual, atol=1e-3)
+
+
+def test_a_training_with_a_bypassed_guidance_has_that_network(tmp_path: Path) -> None:
+    base = load_flux(write_flux(tmp_path / "flux.safetensors"), format="bf16")
+    flow = FlowSettings(bypass_guidance=True)
+    state = TrainState(base, JobSettings(train=TrainSettings(flow=flow)))
+    assert not state.transformer.config.guidance_embeds
+    assert base.config.guidance  # that of sampling is as it was
 
 
 @pytest.mark.parametrize(
