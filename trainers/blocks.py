@@ -92,7 +92,7 @@ class BlockRunner:
         text: Tensor,
         condition: Tensor,
         positions: Any,
-        *others: Any,
+        attention: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Text and image tokens, as blocks return them. Drawing, taking out and putting back are
         not computed again in backward."""
@@ -100,7 +100,8 @@ class BlockRunner:
         assert route is not None
         if segment.start == route.start:
             image = routing.begin(route, image, positions)
-        text, image = self._run(segment, image, text, condition, routing.positions, *others)
+        attention = _mask_of(text.shape[1] + image.shape[1], attention)
+        text, image = self._run(segment, image, text, condition, routing.positions, attention)
         return text, routing.end(image) if segment.stop == route.stop else image
 
     def _run(self, segment: Segment, *inputs: Any) -> Any:
@@ -145,6 +146,13 @@ class _Routing:
         kept, before = self._way
         self._way = self.positions = None
         return kept.put_back(image, before)
+
+
+def _mask_of(num_tokens: int, attention: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The mask of hidden text for fewer image tokens, of which it hides none."""
+    if not attention:
+        return attention
+    return {**attention, "attention_mask": attention["attention_mask"][..., :num_tokens]}
 
 
 def _in_turn(blocks: Sequence[nn.Module], *inputs: Any) -> Any:
