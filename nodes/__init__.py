@@ -18,6 +18,7 @@ from .lora import ApplyLora, LoraMixer
 from .lora_extract import ExtractLora
 from .lora_files import ExportLora, MergeLoras
 from .lora_settings import LoraSettingsNode
+from .masked_text import MaskedTextEncode
 from .memory import EstimateMemory
 from .optimizer_settings import OptimizerSettingsNode
 from .plot import PlotLoss
@@ -71,6 +72,7 @@ NODES: list[type[io.ComfyNode]] = [
     OptimizerSettingsNode,
     LoraSettingsNode,
     AttentionBackend,
+    MaskedTextEncode,
 ]
 
 

@@ -16,13 +16,38 @@ from ..trainers.flux import LATENT_CHANNELS
 from .validation import Sampler
 
 SAMPLERS: tuple[str, ...] = tuple(comfy.samplers.KSampler.SAMPLERS)
+_HIDDEN = -1e4
+"""Added to the logarithm of what a token is seen by: nothing is left of it in any dtype."""
 SCHEDULERS: tuple[str, ...] = tuple(comfy.samplers.KSampler.SCHEDULERS)
 
 
-def encode_prompt(clip: Any, text: str, guidance: float) -> list:
-    """The CONDITIONING that CLIP Text Encode and FluxGuidance give for a prompt."""
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    return [[embeds, {**options, "guidance": guidance}] for embeds, options in conditioning]
+def encode_prompt(clip: Any, text: str, guidance: float, *, hides_padding: bool = False) -> list:
+    """The CONDITIONING that CLIP Text Encode and FluxGuidance give for a prompt; if it
+    `hides_padding`, with an attention mask for models trained without seeing it.
+
+    Raises:
+        ValueError: if padding is to be hidden and the CLIP has no T5.
+    """
+    tokens = clip.tokenize(text)
+    if hides_padding and "t5xxl" not in tokens:
+        raise ValueError(
+            "Padding is hidden of T5's tokens, and this CLIP has no T5. Load FLUX's two text "
+            "encoders with Load Quantized Text Encoders, or turn mask_padding off."
+        )
+    added = {"guidance": guidance, **(_mask_of_padding(tokens["t5xxl"]) if hides_padding else {})}
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    return [[embeds, {**options, **added}] for embeds, options in conditioning]
+
+
+def _mask_of_padding(tokens: list[list[tuple]]) -> dict[str, Any]:
+    """The options with which ComfyUI's FLUX hides the padding among T5's tokens from all others: a
+    bias [1, T + 1, T + 1] for the text and a picture of one token, which it enlarges."""
+    # A token may be an embedding in place of a number; padding is 0.
+    is_text = [not (isinstance(one, int) and one == 0) for part in tokens for one, *_ in part]
+    # Not infinite: enlarging multiplies it by 0.
+    columns = torch.where(torch.tensor([*is_text, True]), 0.0, _HIDDEN)
+    mask = columns.expand(1, len(columns), -1).contiguous()
+    return {"attention_mask": mask, "attention_mask_img_shape": (1, 1)}
 
 
 def draw_latents(

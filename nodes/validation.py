@@ -115,7 +115,8 @@ class Validation:
     def _key(self, prompt: EncodedPrompt, width: int, height: int, vae: str) -> str:
         digest = hashlib.sha256(f"{width} {height} {self.sampler} {vae}".encode())
         for embeds, options in [*prompt.positive, *prompt.negative]:
-            tensors = [embeds, options.get("pooled_output"), *options.get("reference_latents", [])]
+            added = (options.get("pooled_output"), options.get("attention_mask"))
+            tensors = [embeds, *added, *options.get("reference_latents", [])]
             for tensor in tensors:
                 digest.update(_bytes(tensor))
             digest.update(repr(options.get("guidance")).encode())

@@ -187,6 +187,16 @@ def _optional() -> list[Any]:
             optional=True,
             tooltip="The text encoder of the same CLIP model, from Load CLIP.",
         ),
+        host.make_input(
+            io.Boolean,
+            "mask_padding",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Hide the padding after each prompt when its picture is drawn, as mask_padding "
+            "of Encode Prompts does while training. For LibreFLUX only. Sampling may be a little "
+            "slower.",
+        ),
     ]
 
 
@@ -201,12 +211,13 @@ def _encoded_prompts(settings: dict[str, Any]) -> tuple[EncodedPrompt, ...]:
     )
     if not prompts:
         return ()
-    negative = encode_prompt(clip, settings["negative"], guidance)
+    hides = settings.get("mask_padding", False)
+    negative = encode_prompt(clip, settings["negative"], guidance, hides_padding=hides)
     return tuple(
         EncodedPrompt(
             name=prompt.name,
             text=prompt.text,
-            positive=encode_prompt(clip, prompt.text, guidance),
+            positive=encode_prompt(clip, prompt.text, guidance, hides_padding=hides),
             negative=negative,
         )
         for prompt in prompts

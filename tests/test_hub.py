@@ -49,6 +49,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     dense = dense_transformer(flux_tensors(**SIZES))
     dense.save_pretrained(folder / "transformer", max_shard_size="4MB")
     write_flux(folder / "flux.safetensors", **SIZES)
+    dense.save_pretrained(repositories / "flux" / "shards", max_shard_size="4MB")
     write_flux(repositories / "flux" / "single" / "flux-dev.safetensors", **SIZES)
     (repositories / "flux" / "single" / "README.md").write_text("A model.", encoding="utf-8")
     write_flux(repositories / "flux" / "gated" / "flux-dev.safetensors", **SIZES)
@@ -118,6 +119,16 @@ def test_only_the_model_is_downloaded_and_only_once(hub: HubServer, tmp_path: Pa
     next(folder.glob("*-of-*.safetensors")).unlink()  # as a download that was cut off leaves it
     assert fetch(["flux/folder"], hub.url, tmp_path) == [folder]
     assert is_same(folder, hub.folder / "flux" / "folder" / "transformer")
+
+
+def test_the_shards_of_a_transformer_alone_are_one_model(hub: HubServer, tmp_path: Path) -> None:
+    (found,) = fetch(["flux/shards"], hub.url, tmp_path)
+    assert isinstance(found, Path)
+    assert len([*found.glob("*-of-*.safetensors")]) > 1
+    assert inspect_flux(found).config == inspect_flux(hub.folder / "flux" / "folder").config
+    hub.requests.clear()
+    assert fetch(["flux/shards"], hub.url, tmp_path) == [found]
+    assert hub.requests == []
 
 
 def test_the_token_opens_a_gated_repository(hub: HubServer, tmp_path: Path) -> None:

@@ -243,6 +243,15 @@ def test_ai_toolkits_datasets_come_at_each_of_their_sizes(root: Path) -> None:
     assert texts(dataset)[-1] == ("a person",)
 
 
+def test_ai_toolkits_control_pictures_are_references(root: Path) -> None:
+    """Its Kontext example has such a dataset."""
+    for name in ("a_one", "b_two"):
+        add(root / "before" / f"{name}.png")
+    (subset,) = read(root, "part.json", [{"folder_path": "cats", "control_path": "before"}]).subsets
+    paths = [Path(record.reference.path) for record in subset.records if record.reference]
+    assert paths == [root / "before" / f"{name}.png" for name in ("a_one", "b_two")]
+
+
 def test_what_ai_toolkit_has_besides_is_listed(root: Path) -> None:
     (root / "masks").mkdir()
     notes = plan(root, "job.yaml", AI_TOOLKIT.replace("is_reg", "unheard_of: 3\n          is_reg"))

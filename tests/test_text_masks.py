@@ -15,6 +15,7 @@ from atelier.trainers.evaluate import held_out_loss, predict_by
 from atelier.trainers.flux import build_transformer, velocity
 from atelier.trainers.load import load_flux
 from atelier.trainers.loop import open_run, train
+from atelier.trainers.speed_settings import SpeedSettings, TreadRoute
 from flux_files import write_flux
 from torch import Tensor
 from training import CONTEXT, TEXT_TOKENS, VECTOR, training_data
@@ -115,17 +116,28 @@ def hidden(data: TrainingData, folder: Path, length: int) -> TrainingData:
     return dataclasses.replace(data, prompts=cache)
 
 
+ROUTED = SpeedSettings(
+    tread=(TreadRoute(selection_ratio=0.5, start_layer=1, end_layer=2),), checkpointing="interval"
+)
+
+
+@pytest.mark.parametrize("speed", [SpeedSettings(), ROUTED], ids=["all tokens", "TREAD"])
 def test_a_training_with_hidden_padding_is_one_on_shorter_captions(
-    flux_file: Path, tmp_path: Path
+    flux_file: Path, tmp_path: Path, speed: SpeedSettings
 ) -> None:
-    """From the caches through some steps, and the loss on held out pictures."""
+    """From the caches through some steps, and the loss on held out pictures. A route leads through
+    double and single blocks, and takes out image tokens only."""
     data = training_data(tmp_path / "caches")
     base = load_flux(flux_file, format="bf16")
     job = JobSettings(
         name="masked",
         length=Length(amount=2),
         train=TrainSettings(
-            compute_dtype="fp32", gradient_accumulation=1, batch_size=2, learning_rate=1e-2
+            compute_dtype="fp32",
+            gradient_accumulation=1,
+            batch_size=2,
+            learning_rate=1e-2,
+            speed=speed,
         ),
     )
     network = build_transformer(base.store, base.config, torch.float32)

@@ -32,7 +32,6 @@ _WITHOUT_COUNTERPART: dict[str, tuple[Any, str]] = {
     "cache_latents_to_disk": (None, _CACHES),
     "cache_text_embeddings": (None, _CACHES),
     "clip_image_path": ("", _OTHER_PICTURES),
-    "control_path": ("", _OTHER_PICTURES),
     "control_path_1": ("", _OTHER_PICTURES),
     "control_path_2": ("", _OTHER_PICTURES),
     "control_path_3": ("", _OTHER_PICTURES),
@@ -127,6 +126,7 @@ def _folder(dataset: Settings, job_trigger: Any, places: Places) -> FolderPlan:
         )
     is_regularization, is_class = dataset.flag("prior_reg"), dataset.flag("is_reg")
     masks = dataset.text("mask_path")
+    references = dataset.text("control_path")
     trigger = dataset.text("trigger_word") or (job_trigger if isinstance(job_trigger, str) else "")
     return FolderPlan(
         folder=places.folder(folder),
@@ -137,6 +137,7 @@ def _folder(dataset: Settings, job_trigger: Any, places: Places) -> FolderPlan:
         ),
         captions=_captions(dataset, trigger="" if is_regularization or is_class else trigger),
         masks=ALPHA if dataset.flag("alpha_mask") else places.folder(masks) if masks else None,
+        references=places.folder(references) if references else None,
         is_regularization=is_regularization,
         is_prior=is_class and not is_regularization,
         recursive=True,

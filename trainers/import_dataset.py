@@ -69,6 +69,7 @@ def read_import(
             pictures=folder.pictures,
             captions=folder.captions,
             masks=folder.masks,
+            references=folder.references,
             on_bad_file=on_bad_file,
             index_folder=index_folder,
             on_progress=on_progress,
@@ -95,7 +96,8 @@ def imported_files(plan: Plan) -> list[Path]:
     for folder in plan.folders:
         found += [folder.table] if folder.table else []
         found += _files_in(folder.folder, folder)
-        found += _files_in(folder.masks, folder) if isinstance(folder.masks, Path) else []
+        for other in (folder.masks, folder.references):
+            found += _files_in(other, folder) if isinstance(other, Path) else []
     return found
 
 

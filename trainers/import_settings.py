@@ -72,6 +72,8 @@ class FolderPlan:
     captions: CaptionSettings = DEFAULT_CAPTIONS
     masks: str | Path | None = None
     """As `image_folder` takes it."""
+    references: Path | None = None
+    """Of the pictures that a Kontext is shown."""
     schedule: Schedule = ALWAYS
     """Its probability is for each picture of it, in proportion to those of other folders."""
     is_regularization: bool = False

@@ -146,9 +146,13 @@ FROZEN = {
             *("sampler_name COMBO", "scheduler COMBO", "guidance FLOAT", "cfg FLOAT"),
             *("clip? CLIP", "vae? VAE", "held_out_latents? ATELIER_LATENT_CACHE"),
             *("held_out_prompts? ATELIER_PROMPT_CACHE", "score_vision? CLIP_VISION"),
-            "score_clip? CLIP",
+            *("score_clip? CLIP", "mask_padding? BOOLEAN"),
         ],
         ["validation ATELIER_VALIDATION"],
+    ),
+    "AtelierMaskedTextEncode": (
+        ["clip CLIP", "text STRING", "guidance FLOAT"],
+        ["CONDITIONING CONDITIONING"],
     ),
     "AtelierApplyLoRA": (
         [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.latent_formats
@@ -17,9 +18,10 @@ from atelier.nodes import host
 from atelier.nodes.encoders import latent_encoder, text_masks, token_ids
 from atelier.nodes.lora_scores import Findings, measure_loss
 from atelier.nodes.native import build_model
+from atelier.nodes.sampling import draw_latents, encode_prompt
 from atelier.nodes.session import Asker, Session
 from atelier.nodes.trainable import assistant_loras, base_flux
-from atelier.nodes.validation import Validation
+from atelier.nodes.validation import Sampler, Validation
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caching import cache_latents
 from atelier.trainers.captions import CaptionSettings
@@ -253,3 +255,32 @@ def test_an_assistant_that_is_no_plain_lora_is_refused(flux_file: Path) -> None:
     model = build_model(load_flux(flux_file, format="bf16"), torch.float32)
     with pytest.raises(ValueError, match="only plain LoRAs can assist a training"):
         assistant_loras(model, base_flux(model), assistant("lokr"))
+
+
+def test_a_prompt_with_hidden_padding_draws_as_a_shorter_one(flux_file: Path) -> None:
+    """ComfyUI's own sampling, and its own network: the mask enlarged to the picture's tokens is as
+    if the padding were cut off."""
+    from atelier.nodes.masked_text import MaskedTextEncode
+
+    model, text = core_model("bf16", depth=2, depth_single=2), "a red circle"
+    (conditioning,) = MaskedTextEncode.execute(nano_clip(), text, GUIDANCE).result
+    ((embeds, options),) = conditioning
+    pooled = torch.randn(1, VECTOR, generator=torch.Generator().manual_seed(0))
+    length = int(text_masks([text], embeds.shape[1]).sum())
+    assert 3 <= length < 20 < embeds.shape[1]
+    masked = [[embeds, {**options, "pooled_output": pooled}]]
+    plain = {"pooled_output": pooled, "guidance": GUIDANCE}
+    drawn = [
+        draw_latents(
+            model, one, one, width=64, height=48, sampler=Sampler(steps=2), show=lambda _: None
+        )
+        for one in (masked, [[embeds[:, :length], plain]], [[embeds, plain]])
+    ]
+    assert torch.max(torch.abs(drawn[0] - drawn[1])) <= 1e-4
+    assert torch.max(torch.abs(drawn[0] - drawn[2])) > 1e-2
+
+
+def test_padding_is_hidden_of_prompts_with_t5_only() -> None:
+    clip = SimpleNamespace(tokenize=lambda text: {"l": [[(49406, 1.0)]]})
+    with pytest.raises(ValueError, match="this CLIP has no T5"):
+        encode_prompt(clip, "a cat", 1.0, hides_padding=True)
