@@ -92,7 +92,7 @@ class BlockRunner:
         text: Tensor,
         condition: Tensor,
         positions: Any,
-        attention: dict[str, Any] | None,
+        options: dict[str, Any] | None,
     ) -> tuple[Tensor, Tensor]:
         """Text and image tokens, as blocks return them. Drawing, taking out and putting back are
         not computed again in backward."""
@@ -100,8 +100,10 @@ class BlockRunner:
         assert route is not None
         if segment.start == route.start:
             image = routing.begin(route, image, positions)
-        seen = _seen(attention, text.shape[1] + image.shape[1])
-        text, image = self._run(segment, image, text, condition, routing.positions, seen)
+        if options:  # all image tokens are seen, so it is the same whichever stay
+            mask = options["attention_mask"]
+            options = {"attention_mask": mask[..., : text.shape[1] + image.shape[1]]}
+        text, image = self._run(segment, image, text, condition, routing.positions, options)
         return text, routing.end(image) if segment.stop == route.stop else image
 
     def _run(self, segment: Segment, *inputs: Any) -> Any:
@@ -146,14 +148,6 @@ class _Routing:
         kept, before = self._way
         self._way = self.positions = None
         return kept.put_back(image, before)
-
-
-def _seen(attention: dict[str, Any] | None, num_tokens: int) -> dict[str, Any] | None:
-    """What attention is told, for so many tokens: a mask hides some of the text, which comes first,
-    and none of the image, so that any of its columns are as good."""
-    if not attention or "attention_mask" not in attention:
-        return attention
-    return {**attention, "attention_mask": attention["attention_mask"][..., :num_tokens]}
 
 
 def _in_turn(blocks: Sequence[nn.Module], *inputs: Any) -> Any:
