@@ -13,6 +13,7 @@ from atelier.trainers.data import Sample, TrainingData
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.loop import open_run, train
+from atelier.trainers.optimizer_settings import OptimizerSettings
 from atelier.trainers.preservation import (
     class_captions,
     mask_weights,
@@ -89,13 +90,11 @@ def test_losses_and_gradients_are_those_of_a_plain_loop(
     tmp_path: Path, base: LoadedFlux, data: TrainingData, name: str
 ) -> None:
     # Batches of two hold a caption with the trigger and one without.
-    batch = (
-        {"batch_size": 2, "gradient_checkpointing": True}
-        if name == "all"
-        else {"gradient_accumulation": 3}
-    )
-    kept = PreservationSettings(**METHODS[name])
-    settings = job(5, learning_rate=1e-3, max_grad_norm=0.05, preservation=kept, **batch)
+    batch = {"gradient_accumulation": 3}
+    if name == "all":
+        batch = {"batch_size": 2, "gradient_checkpointing": True}
+    kept, clipped = PreservationSettings(**METHODS[name]), OptimizerSettings(clip_limit=0.05)
+    settings = job(5, learning_rate=1e-3, optimizer=clipped, preservation=kept, **batch)
     transformer = build_transformer(base.store, base.config, torch.float32)
     start = attach_lora(transformer, LORA, seed=settings.train.seed).state()
     losses, norms = plain_loop(
