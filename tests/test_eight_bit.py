@@ -22,6 +22,7 @@ from atelier.trainers.flux import (
 )
 from atelier.trainers.formats import FORMATS
 from atelier.trainers.load import LoadedFlux, load_flux
+from atelier.trainers.lora_layers import DoraLinear
 from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.packed_weight import PackedWeight
 from atelier.trainers.speed_settings import SpeedSettings
@@ -47,6 +48,7 @@ LARGEST_ERROR = {"fp8": (0.03, 0.03), "int8": (0.01, 0.01), "bf16": (0.04, 0.065
 unpacked. Rounding to fp8 (e4m3) loses 2.6 %, once for `x`, and for a bf16 matrix twice; e5m2, in
 which torchao keeps gradients, loses 5.2 %."""
 
+ON_ALL = LoraSettings(targets="all+ffs")
 REFUSED = r"^Products in 8 bits need an NVIDIA card: .* Set products of Speed Settings to dequ"
 
 
@@ -209,12 +211,19 @@ class Called(TorchDispatchMode):
 class Network:
     """A FLUX with a LoRA on all its layers, and its velocity of 64 image and 24 text tokens."""
 
-    def __init__(self, base: LoadedFlux, *, is_8_bit: bool, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        base: LoadedFlux,
+        *,
+        is_8_bit: bool,
+        checkpointing: bool = False,
+        lora: LoraSettings = ON_ALL,
+    ) -> None:
         self.config = base.config
         self.transformer = build_transformer(base.store, base.config, torch.float32).train()
         if is_8_bit:
             multiply_in_8_bits(self.transformer)
-        self.lora = attach_lora(self.transformer, LoraSettings(targets="all+ffs"), seed=0)
+        self.lora = attach_lora(self.transformer, lora, seed=0)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in self.lora.parameters.values():
@@ -268,6 +277,18 @@ def test_without_the_setting_no_product_is_in_8_bits(flux_file: Path) -> None:
     with Called() as called:
         network.gradient()
     assert not {"_scaled_mm", "_int_mm"} & {*called.counts}
+
+
+def test_the_norms_of_a_dora_are_those_of_the_matrix(flux_file: Path) -> None:
+    """Also with a rank of more than the few tokens that are multiplied as ever."""
+    dora = LoraSettings(rank=24, dora=True)
+    norms = []
+    for is_8_bit in (False, True):
+        network = Network(load_flux(flux_file, format="int8"), is_8_bit=is_8_bit, lora=dora)
+        layers = [m for m in network.transformer.modules() if isinstance(m, DoraLinear)]
+        norms.append(torch.cat([layer.norm() for layer in layers]))
+    assert len(norms[0])
+    assert torch.equal(*norms)
 
 
 @pytest.mark.parametrize("format", KINDS)

@@ -208,13 +208,21 @@ class LinearView(nn.Linear):
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x` [..., in] by the transposed rows and the LoRAs that stay, with no bias but this."""
         y = self.product(self.store.packed[self._name], x, bias, self.source.rows)
-        for down, up in self._loras:
-            y = y + up.linear(down.linear(x))
-        return y
+        return self._with_loras(y, x)
+
+    def times_unpacked(self, x: Tensor) -> Tensor:
+        """As `times`, in 8 bits never: for what is a property of the matrix."""
+        y = self.store.packed[self._name].linear(x, rows=self.source.rows)
+        return self._with_loras(y, x)
 
     def assisted(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` [..., out] with what the assistant adds for `x`, while it computes."""
         for down, up in self.assistant if self.is_assisted else ():
+            y = y + up.linear(down.linear(x))
+        return y
+
+    def _with_loras(self, y: Tensor, x: Tensor) -> Tensor:
+        for down, up in self._loras:
             y = y + up.linear(down.linear(x))
         return y
 

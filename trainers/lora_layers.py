@@ -167,7 +167,7 @@ class DoraLinear(LoraLinear):
     def norm(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Lengths of the rows of W + scale B A [out]; the product with W in `dtype`."""
         a, b = self.lora_A.float(), self.lora_B.float()
-        crossed = (b * self.base.times(a.to(dtype)).float().T).sum(1)
+        crossed = (b * self.base.times_unpacked(a.to(dtype)).float().T).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)
         squared = self.base_norm**2 + 2 * self.scale * crossed + self.scale**2 * own
         return squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()

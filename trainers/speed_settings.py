@@ -65,8 +65,8 @@ class SpeedSettings:
     compile: bool = False
     """Compile the blocks with torch.compile: the same mathematics with fewer kernels."""
     products: str = "dequantized"
-    """dequantized: frozen weights are unpacked, and multiplied in the compute dtype. 8bit: those in
-    8 bits are multiplied as they are."""
+    """dequantized: frozen weights are unpacked, and multiplied in the compute dtype. 8bit: they and
+    what meets them are multiplied in 8 bits, which rounds more and needs an NVIDIA card."""
 
     def __post_init__(self) -> None:
         for kind, value, known in (
