@@ -19,6 +19,8 @@ from atelier.trainers.lora_settings import LoraSettings, without_effect
 from atelier.trainers.lora_start import settings_from
 from atelier.trainers.lora_targets import FLUX_DEV, describe_lora, linear_names, num_parameters
 from atelier.trainers.lycoris import factorization
+from atelier.trainers.optimizer_settings import OptimizerSettings
+from atelier.trainers.optimizers import cast_parameters
 from dense import dense_transformer, stored_tensors
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_files import write_flux
@@ -253,6 +255,20 @@ def test_the_base_stays_and_the_lora_learns(loaded: LoadedFlux, kind: str) -> No
     assert torch.equal(velocity_of(transformer), before)
     pairs = zip(bytes_before, loaded.store.tensors(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_of_bf16_computes_in_float32(loaded: LoadedFlux, kind: str) -> None:
+    """As one of float32 with the same rounded numbers does."""
+    transformer = build_transformer(loaded.store, loaded.config, torch.float32)
+    lora = trained_like(transformer, KINDS[kind], loaded)
+    cast_parameters(OptimizerSettings(optimizer="adamw_bf16"), lora.parameters.values())
+    found = velocity_of(transformer)
+    prediction(transformer).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in lora.parameters.values())
+    for parameter in lora.parameters.values():
+        parameter.data = parameter.data.float()
+    assert torch.equal(velocity_of(transformer), found)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,7 @@
 """A frozen Linear with what is learned beside it: LoRA and DoRA. LoKr and LoHa are in `lycoris`.
 
-Shapes: in and out features of the Linear, r the rank. What is learned is float32, and so is what is
-computed with it.
+Shapes: in and out features of the Linear, r the rank. What is learned is float32, or bfloat16 where
+the optimizer asks for it; what is computed with it is float32.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class LoraLinear(Adapted):
         self.register_buffer("start_B", None)
 
     def added(self, x: Tensor) -> Tensor:
-        result = F.linear(F.linear(self.dropout(x, self.name), self.lora_A), self.lora_B)
+        a, b = self.lora_A.float(), self.lora_B.float()
+        result = F.linear(F.linear(self.dropout(x, self.name), a), b)
         if self.start_A is not None and self.start_B is not None:
             result = result - F.linear(F.linear(x, self.start_A), self.start_B)
         return result * self.scale
@@ -165,7 +166,7 @@ class DoraLinear(LoraLinear):
     @torch.no_grad()
     def norm(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Lengths of the rows of W + scale B A [out]; the product with W in `dtype`."""
-        a, b = self.lora_A, self.lora_B
+        a, b = self.lora_A.float(), self.lora_B.float()
         crossed = (b * self.base.times(a.to(dtype)).float().T).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)
         squared = self.base_norm**2 + 2 * self.scale * crossed + self.scale**2 * own

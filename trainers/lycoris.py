@@ -58,7 +58,7 @@ class LokrLinear(Adapted):
 
     def added(self, x: Tensor) -> Tensor:
         """(w1 ⊗ w2) x is w1 X w2^T for x as a matrix X [columns of w1, columns of w2]."""
-        factors = dict(self.factors)
+        factors = {part: factor.float() for part, factor in self.factors.items()}
         inner = self.dropout(x, self.name).unflatten(-1, (factors["lokr_w1"].shape[1], -1))
         for part in ("lokr_w2", "lokr_w2_b", "lokr_w2_a"):
             inner = F.linear(inner, factors[part]) if part in factors else inner
@@ -89,8 +89,10 @@ class LohaLinear(Adapted):
         self.hada_w2_a, self.hada_w2_b = self._zeros(rows, rank), self._empty(rank, columns)
 
     def added(self, x: Tensor) -> Tensor:
-        down = (self.hada_w1_b[:, None, :] * self.hada_w2_b[None, :, :]).flatten(0, 1)
-        up = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None, :]).flatten(1)
+        w1_a, w1_b = self.hada_w1_a.float(), self.hada_w1_b.float()
+        w2_a, w2_b = self.hada_w2_a.float(), self.hada_w2_b.float()
+        down = (w1_b[:, None, :] * w2_b[None, :, :]).flatten(0, 1)
+        up = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)
         return F.linear(F.linear(self.dropout(x, self.name), down), up) * self.scale
 
     def trained(self) -> dict[str, nn.Parameter]:
