@@ -76,9 +76,11 @@ class Training:
         segments = segments_of(speed, NUM_BLOCKS, **options)  # pyright: ignore
         self.blocks = BlockRunner(self.transformer, segments)
 
-    def velocity(self, forced: Tensor | None = None, micro_step: int = 5) -> Tensor:
+    def velocity(
+        self, forced: Tensor | None = None, micro_step: int = 5, text_mask: Tensor | None = None
+    ) -> Tensor:
         with self.blocks.routed(seeded(0, "tread", micro_step), forced):
-            return velocity(self.transformer, **inputs(), guidance=1.0)
+            return velocity(self.transformer, **inputs(), guidance=1.0, text_mask=text_mask)
 
     def gradients(self, forced: Tensor | None = None) -> dict[str, Tensor]:
         for parameter in self.lora.parameters.values():
@@ -126,7 +128,7 @@ class Reference:
                 first, last = (int(part) % NUM_BLOCKS for part in line.split(": ")[1].split(" to "))
                 if first <= number <= last:
                     stay = ids
-            positions = net.pos_embed(torch.cat([torch.zeros(TEXT, 3), places[stay]]))
+            positions = net.pos_embed(torch.cat([torch.zeros(text.shape[1], 3), places[stay]]))
             text, some = block(
                 hidden_states=image[:, stay],
                 encoder_hidden_states=text,
@@ -147,6 +149,10 @@ def drawn(lines: list[str], forced: Tensor | None = None) -> list[Tensor]:
     generator = seeded(0, "tread", 5)
     found = routes_around(routes(*lines), NUM_BLOCKS)
     return [draw_kept(route, 2, IMAGE, generator, forced).ids for route in found]
+
+
+MASK = torch.arange(TEXT) < torch.tensor([[7], [4]])
+"""[2, TEXT], the words of the two texts that are no padding."""
 
 
 @pytest.mark.parametrize(
@@ -196,6 +202,27 @@ def test_gradients_are_the_same_bits_when_blocks_are_computed_again_or_streamed(
             assert all(torch.equal(found[name], gradients[name]) for name in gradients)
     finally:
         base.store.place("cpu", None)
+
+
+def test_padding_of_the_texts_stays_hidden(base: LoadedFlux) -> None:
+    """The reference sees the same texts without their padding, each in its own length."""
+    lines = ROUTES["two routes"]
+    training = Training(base, settings(*lines))
+    with torch.no_grad():
+        reference, kept = Reference(training), drawn(lines)
+        expected = torch.cat(
+            [
+                reference._sample(
+                    {name: value[b : b + 1] for name, value in inputs().items()}
+                    | {"prompt_embeds": inputs()["prompt_embeds"][b : b + 1, MASK[b]]},
+                    lines,
+                    [ids[b] for ids in kept],
+                )
+                for b in range(2)
+            ]
+        )
+    found = training.velocity(text_mask=MASK)
+    assert torch.allclose(pack_latents(found), expected, atol=1e-5)
 
 
 def test_other_micro_steps_draw_other_tokens_and_the_same_ones_the_same(base: LoadedFlux) -> None:

@@ -92,7 +92,7 @@ class BlockRunner:
         text: Tensor,
         condition: Tensor,
         positions: Any,
-        *others: Any,
+        options: dict[str, Any] | None,
     ) -> tuple[Tensor, Tensor]:
         """Text and image tokens, as blocks return them. Drawing, taking out and putting back are
         not computed again in backward."""
@@ -100,7 +100,10 @@ class BlockRunner:
         assert route is not None
         if segment.start == route.start:
             image = routing.begin(route, image, positions)
-        text, image = self._run(segment, image, text, condition, routing.positions, *others)
+        if options:  # all image tokens are seen, so it is the same whichever stay
+            mask = options["attention_mask"]
+            options = {"attention_mask": mask[..., : text.shape[1] + image.shape[1]]}
+        text, image = self._run(segment, image, text, condition, routing.positions, options)
         return text, routing.end(image) if segment.stop == route.stop else image
 
     def _run(self, segment: Segment, *inputs: Any) -> Any:
