@@ -155,7 +155,7 @@ def ours(targets: str, rank: int = 4) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("targets", LORA_TARGETS)
+@pytest.mark.parametrize("targets", sorted(LORA_TARGETS.keys() - {"tiny", "nano"}))
 def test_a_lora_of_ours_keeps_its_strength_in_diffusers(
     targets: str, format: str, tmp_path: Path, diffusers_of_this_width: None
 ) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
+import executor
+import folder_paths
 import pytest
 import torch
+from atelier.nodes import host
+from atelier.nodes.lora_settings import LoraSettingsNode
 from atelier.nodes.native import build_model
 from atelier.nodes.native_lora import add_lora
 from atelier.trainers.adapters import attach_lora, file_tensors, save_lora
@@ -16,6 +22,7 @@ from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.lora_export import FORMATS, exported
 from atelier.trainers.lora_file import read_lora
 from atelier.trainers.lora_settings import LoraSettings
+from executor import Runner
 from flux_files import write_flux
 from lora_kinds import KINDS, trained_like
 from torch import Tensor, nn
@@ -98,3 +105,89 @@ def test_a_loftq_lora_acts_on_the_format_it_was_trained_on(flux_file: Path, form
     assert torch.max(torch.abs(native_velocity(model) - live)) <= 1e-4
     wanted = live_velocity(build_transformer(original.store, original.config, torch.float32))
     assert (live - wanted).norm() < 0.95 * (quantized - wanted).norm()
+
+
+# The node
+
+
+DEFAULTS = {one.id: one.default for one in LoraSettingsNode.GET_SCHEMA().inputs}
+SET = {
+    **{"kind": "lokr", "rank": 6, "alpha": 3.0, "targets": "all", "blocks": "double_blocks.0-3"},
+    **{"patterns": "ff.net", "rank_patterns": "ff.net.2: 8", "dropout": 0.1, "rslora": True},
+    **{"init": "default", "lokr_factor": 4, "full_matrix": True},
+}
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runner:
+    import nodes
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "AtelierLoRASettings", LoraSettingsNode)
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Keep", executor.Keep)
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"})
+    )
+    folder_paths.filename_list_cache.clear()
+    return Runner()
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    texts: list[str] = []
+    monkeypatch.setattr(host, "show_text", lambda text, _: texts.append(text))
+    return texts
+
+
+def graph(**inputs: Any) -> dict[str, Any]:
+    return {
+        "lora": {"class_type": "AtelierLoRASettings", "inputs": {**DEFAULTS, **inputs}},
+        "keep": {"class_type": "Keep", "inputs": {"value": ["lora", 0]}},
+    }
+
+
+def test_the_widgets_are_the_settings_and_their_size_is_shown(
+    runner: Runner, shown: list[str]
+) -> None:
+    assert runner.run(graph()) == LoraSettings()
+    assert runner.run(graph(**SET)) == LoraSettings(**SET)
+    assert runner.run(graph(dora=True, init="gaussian")).dora
+    said = [text.splitlines() for text in shown]
+    assert said[0] == ["On FLUX.1-dev 4.67 million numbers learn."]
+    assert "The setting rank has no effect: the factors of this LoKr are whole matrices." in said[1]
+
+
+def test_a_file_says_what_it_is(
+    runner: Runner, shown: list[str], loaded: LoadedFlux, tmp_path: Path
+) -> None:
+    transformer = build_transformer(loaded.store, loaded.config, torch.float32)
+    settings = KINDS["dora"]
+    tensors = file_tensors(trained_like(transformer, settings, loaded).state(), settings)
+    save_lora(tmp_path / "start.safetensors", tensors, {})
+    found = runner.run(graph(start_from="start.safetensors", targets="all", rank=9))
+    assert (found.kind, found.dora, found.rank, found.alpha) == ("lora", True, 4, 2.0)
+    assert shown[0].splitlines() == [
+        "The file is a DoRA of rank 4 and alpha 2 on 17 layers, which learn on.",
+        "The setting targets has no effect: the file to start from says it.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"kind": "lokr", "dora": True}, "^DoRA splits the weights of a plain LoRA, .* is lokr"),
+        ({"kind": "loha", "init": "pissa"}, "^The start pissa is one of plain LoRAs"),
+        ({"init": "olora", "dora": True}, "^The start olora changes the weights"),
+        ({"rank_patterns": "to_q"}, "^Each line of rank_patterns is .* got 'to_q'"),
+        ({"rank_patterns": "to_q: 0"}, "rank must be between 1 and 4096, got 0"),
+        ({"start_from": "gone.safetensors"}, "'gone.safetensors' is not there any more"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_the_graph_runs(
+    inputs: dict[str, Any], message: str
+) -> None:
+    assert re.search(message, str(LoraSettingsNode.validate_inputs(**{**DEFAULTS, **inputs})))
+
+
+def test_a_linked_input_is_not_judged() -> None:
+    assert LoraSettingsNode.validate_inputs(**{**DEFAULTS, "rank_patterns": None}) is True
+    assert LoraSettingsNode.validate_inputs(**DEFAULTS) is True

@@ -93,10 +93,11 @@ def test_the_start_says_epochs_resuming_and_memory(
     """Four pictures in batches of two: two steps are an epoch."""
     for num_steps, said in ((2, "2 steps = 1.0 epochs."), (3, "3 steps = 1.5 epochs.")):
         Session(model, data, job(num_steps), ASKER, NO_SAMPLES).train()
-        epochs, *resumed, base, takes, fits, device = shown[0]
+        epochs, *resumed, base, size, takes, fits, device = shown[0]
         assert epochs == said
         assert resumed == (["The run goes on from step 2."] if num_steps == 3 else [])
         assert base.startswith("The base model is of FLUX.1-dev's kind: ")
+        assert size == "The LoRA learns 0.01 million numbers on 7 layers."
         assert takes.startswith("The training takes 0.")
         assert fits.startswith("It fits: ")
         assert device == describe_device(torch.device("cpu"))
