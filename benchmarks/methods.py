@@ -7,19 +7,19 @@ is measured is not trained again unless its settings, its pictures or the base c
 failed is. `--page` writes only the page.
 
 Everything is the nano model, on one thread of a CPU, in float32. Each row trains with the same
-noise on the same batches, in fewer steps than the demo, and is measured on subjects that are not among
-the pictures: the loss of `eval_loss` on their true pictures, and the scores of the demo's judge on
-pictures that the training's own network draws in Euler steps. Seconds are those that the processor
-spent, so that other work on the machine counts little. Memory is the most
-that torch's allocator gave out in two steps, with the packed weights. The last column is the
-estimate of Estimate Memory for FLUX.1-dev at 1024x1024 and a batch of 1 with gradient
-checkpointing, where a row does not say otherwise.
+noise on the same batches, in fewer steps than the demo, and is measured on subjects that are not
+among the pictures: the loss of `eval_loss` on their true pictures, and the scores of the demo's
+judge on pictures that the training's own network draws in Euler steps. Seconds are those that the
+processor spent, so that other work on the machine counts little. Memory is the most that torch's
+allocator gave out in two steps, with the packed weights. The last column is the estimate of
+Estimate Memory for FLUX.1-dev at 1024x1024 and a batch of 1, with gradient checkpointing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -38,8 +38,6 @@ import torch  # noqa: E402
 from pack import load_pack  # noqa: E402
 
 load_pack()
-
-import itertools
 
 import demo_measure  # noqa: E402
 import demo_pictures  # noqa: E402
@@ -73,7 +71,7 @@ from training import write_entries  # noqa: E402
 COMFYUI = Path(os.environ.get("ATELIER_COMFYUI") or ROOT / ".dev" / "ComfyUI")
 """Only its tokenizers are used."""
 RESULT = ROOT / "benchmarks" / "results" / "methods.json"
-PROMPT_LENGTH = 77
+PROMPT_LENGTH = 32
 DRAWING_STEPS, DRAWING_GUIDANCE = 12, 2.5
 SHIFT = 3.1582
 """FLUX.1-dev's, which ComfyUI samples every size with."""
