@@ -89,6 +89,8 @@ def _lora() -> Iterator[Method]:
         "dropout 0.1": {"dropout": 0.1},
     }
     yield from _each("Kind of LoRA", "lora", kinds)
+    lokr = {"lora": kinds["LoKr"], "train": {"learning_rate": 5e-3}}
+    yield Method(group="Kind of LoRA", name="LoKr, ten times the rate", changes=lokr)
     inits = ("default", "pissa", "olora", "loftq")
     yield from _each("Start of the LoRA", "lora", {name: {"init": name} for name in inits})
 

@@ -35,6 +35,9 @@ def test_all_workflows_are_there() -> None:
         "atelier_dynamic_threshold",
         "atelier_fuse_and_requantize",
         *("atelier_compare_grid", "atelier_style_hot_swap"),
+        *("atelier_recipe_qlora_10gb", "atelier_recipe_fp8", "atelier_recipe_ai_toolkit_24gb"),
+        *("atelier_recipe_simpletuner_nf4_10gb", "atelier_recipe_diffsynth_ink_wash"),
+        *("atelier_recipe_int8_compile_48gb", "atelier_recipe_low_vram_6gb"),
     }
 
 

@@ -1,4 +1,4 @@
-"""The recipes of other trainers as graphs: what they say, and ten steps of each on the nano model."""
+"""The recipes as graphs: the numbers of their sources, and ten steps of each on the nano model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from graphs import write_pictures
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NUM_STEPS = 10
-LORA, TRAIN = "lora_settings", "train"
 RECIPES: dict[str, dict[str, Any]] = {
     "qlora_10gb": {
         "format": "nf4",
@@ -83,7 +82,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 SMALL: dict[str, dict[str, Any]] = {
     "AtelierImageFolderDataset": {"width": 64, "height": 64, "repeats": 1},
     "AtelierEncodePrompts": {"length": 16},
-    "AtelierTrainLoRA": {"length": NUM_STEPS, "unit": "steps", "sample_every": 0, "sample_steps": 1},
+    "AtelierTrainLoRA": {
+        "length": NUM_STEPS,
+        "unit": "steps",
+        "sample_every": 0,
+        "sample_steps": 1,
+    },
     "AtelierSpeedSettings": {"products": "dequantized", "compile": False},  # no card, no compiler
 }
 
