@@ -184,7 +184,7 @@ def quality(
 ) -> dict[str, float]:
     """The loss on held out pictures, and the judge's scores of pictures drawn of their captions."""
     transformer = build_transformer(base.store, base.config, torch.float32)
-    lora = attach_lora(transformer, job.lora, seed=job.train.seed)
+    lora = attach_lora(transformer, job.lora, seed=job.train.seed, saved=trained.lora)
     lora.load_state(trained.lora)
     transformer.eval()
     loss = eval_loss(

@@ -135,6 +135,34 @@ def test_a_recipe_holds_the_numbers_of_its_source(server: ComfyServer, name: str
         assert value in said.get(input_name, []), input_name
 
 
+def test_every_recipe_is_a_blueprint_too(server: ComfyServer) -> None:
+    """Its settings and Train LoRA in one node, which ComfyUI lists among its subgraphs."""
+    object_info = server.object_info()
+
+    def settings(graph: workflow.Graph) -> dict[str, dict[str, Any]]:
+        nodes = (node for node in graph.values() if "Settings" in node["class_type"])
+        trains = (n for n in graph.values() if n["class_type"] == "AtelierTrainLoRA")
+        return {
+            node["class_type"]: {n: v for n, v in node["inputs"].items() if not is_link(v)}
+            for node in (*nodes, *trains)
+            if node["class_type"] != "AtelierCaptionSettings"
+        }
+
+    offered = [entry["name"] for entry in server.get("/global_subgraphs").values()]
+    found = []
+    for path in (ROOT / "subgraphs").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert text.isascii()  # ComfyUI reads it in the encoding of the system
+        assert path.stem in offered
+        found.append(settings(workflow.to_api(json.loads(text), object_info)))
+    wanted = [settings(load(server, name)) for name in RECIPES]
+    assert sorted(found, key=str) == sorted(wanted, key=str)
+
+
+def is_link(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 @recipes
 def test_a_recipe_trains_on_the_nano_model(server: ComfyServer, name: str) -> None:
     write_pictures(server.base_directory / "input" / "my_pictures")
