@@ -269,6 +269,20 @@ def test_the_base_stays_and_the_lora_learns(loaded: LoadedFlux, kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_of_bf16_computes_in_float32(loaded: LoadedFlux, kind: str) -> None:
+    """As one of float32 with the same rounded numbers does."""
+    transformer = build_transformer(loaded.store, loaded.config, torch.float32)
+    lora = trained_like(transformer, KINDS[kind], loaded)
+    cast_parameters(OptimizerSettings(optimizer="adamw_bf16"), lora.parameters.values())
+    found = velocity_of(transformer)
+    prediction(transformer).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in lora.parameters.values())
+    for parameter in lora.parameters.values():
+        parameter.data = parameter.data.float()
+    assert torch.equal(velocity_of(transformer), found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_state_is_all_that_a_lora_needs(loaded: LoadedFlux, kind: str) -> None:
     settings = KINDS[kind]
     first = build_transformer(loaded.store, loaded.config, torch.float32)

@@ -90,8 +90,10 @@ class LohaLinear(Adapted):
         self.hada_w2_a, self.hada_w2_b = self._zeros(rows, rank), self._empty(rank, columns)
 
     def added(self, x: Tensor) -> Tensor:
-        down = (self.hada_w1_b.float()[:, None, :] * self.hada_w2_b.float()).flatten(0, 1)
-        up = (self.hada_w1_a.float()[:, :, None] * self.hada_w2_a.float()[:, None, :]).flatten(1)
+        w1_a, w1_b = self.hada_w1_a.float(), self.hada_w1_b.float()
+        w2_a, w2_b = self.hada_w2_a.float(), self.hada_w2_b.float()
+        down = (w1_b[:, None, :] * w2_b[None, :, :]).flatten(0, 1)
+        up = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)
         return F.linear(F.linear(self.dropout(x, self.name), down), up) * self.scale
 
     def trained(self) -> dict[str, nn.Parameter]:
