@@ -1,1 +1,1 @@
-"""The trainer: plain torch, diffusers, peft and bitsandbytes. It knows nothing of ComfyUI."""
+"""The trainer: plain torch, diffusers and bitsandbytes. It knows nothing of ComfyUI."""

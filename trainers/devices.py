@@ -6,7 +6,7 @@ import ctypes
 import sys
 from dataclasses import dataclass
 
-import psutil  # a package that peft needs
+import psutil  # a package that ComfyUI needs
 import torch
 
 from .packages import is_usable

@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 _NEEDED = {
     "diffusers": "diffusers>=0.33.0",
-    "peft": "peft>=0.15.0",
     "bitsandbytes": "bitsandbytes>=0.50.0",  # the first with AdamW8bit on CPUs
     "pyarrow": "pyarrow>=16.1.0",
     "tensorboard": "tensorboard>=2.18.0",  # the first for numpy 2
