@@ -79,13 +79,18 @@ def train(base: Path) -> None:
 def job() -> Any:
     from atelier.trainers.config import JobSettings, Length, TrainSettings
     from atelier.trainers.lora_settings import LoraSettings
+    from atelier.trainers.optimizer_settings import OptimizerSettings
 
     return JobSettings(
         name="killed",
         length=Length(amount=NUM_STEPS),
         lora=LoraSettings(rank=16),
         train=TrainSettings(
-            gradient_accumulation=2, batch_size=2, compute_dtype="fp32", learning_rate=1e-3
+            gradient_accumulation=2,
+            batch_size=2,
+            compute_dtype="fp32",
+            learning_rate=1e-3,
+            optimizer=OptimizerSettings(schedule="cosine", warmup_steps=2, ema_decay=0.9),
         ),
         checkpoint_every=CHECKPOINT_EVERY,
         keep_checkpoints=2,
