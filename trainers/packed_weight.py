@@ -43,6 +43,19 @@ class Matrix(ABC):
         """`x` [..., in] by the transposed rows, plus `bias` [rows]; differentiable in `x` only."""
         return _FrozenLinear.apply(x, self, bias, rows)
 
+    def input_gradient(self, grad_output: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The gradient [..., in] of `x` in `linear`, for that of its result [..., rows]."""
+        dtype = grad_output.dtype
+        slices = self.slices(dtype, rows)
+        if len(slices) == 1:
+            return grad_output @ self.dequantize(dtype, rows)
+        # Summed in float32: a half-precision sum would be rounded at every slice.
+        grad = grad_output.new_zeros(*grad_output.shape[:-1], self.shape[1], dtype=torch.float32)
+        for part in slices:
+            outputs = slice(part.start - slices[0].start, part.stop - slices[0].start)
+            grad += grad_output[..., outputs] @ self.dequantize(dtype, part)
+        return grad.to(dtype)
+
 
 class PackedWeight(Matrix):
     """One matrix [out, in] in packed form. Scales never cross rows, so any row range is exact.
@@ -136,13 +149,4 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        weight, dtype = ctx.weight, grad_output.dtype
-        slices = weight.slices(dtype, ctx.rows)
-        if len(slices) == 1:
-            return grad_output @ weight.dequantize(dtype, ctx.rows), None, None, None
-        # Summed in float32: a half-precision sum would be rounded at every slice.
-        grad = grad_output.new_zeros(*grad_output.shape[:-1], weight.shape[1], dtype=torch.float32)
-        for part in slices:
-            outputs = slice(part.start - slices[0].start, part.stop - slices[0].start)
-            grad += grad_output[..., outputs] @ weight.dequantize(dtype, part)
-        return grad.to(dtype), None, None, None
+        return ctx.weight.input_gradient(grad_output, ctx.rows), None, None, None

@@ -79,3 +79,8 @@ class SpeedSettings:
             f"The checkpointing interval must be 2 blocks or more, got "
             f"{self.checkpointing_interval}. One block by itself is the checkpointing 'all'.",
         )
+        require(
+            not self.compile or self.products == "dequantized",
+            "Compiled blocks multiply in the compute dtype: turn compile off, or set products of "
+            "Speed Settings to dequantized.",
+        )

@@ -15,6 +15,7 @@ from .adapters import Lora, attach_lora
 from .batches import BatchOrder
 from .blocks import BlockRunner
 from .caches import LatentEntry
+from .compiled import compile_blocks, require_compiler
 from .config import JobSettings
 from .data import TrainingBatch, TrainingData
 from .devices import compute_dtype, dtype_name, give_back_memory, require_trainable_on
@@ -90,6 +91,9 @@ class TrainState:
             self.transformer, job.lora, seed=job.train.seed, base=base, saved=adapter
         )
         self.transformer.train()
+        if job.train.speed.compile:
+            require_compiler(self.device)
+            compile_blocks(self.transformer)
         self.num_blocks = base.config.num_blocks
         self.blocks = BlockRunner(self.transformer, self._segments(kept_blocks=0))
         self.parameters = list(self.lora.parameters.values())
