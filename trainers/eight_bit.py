@@ -82,6 +82,25 @@ def eight_bit_linear(
     return _EightBitLinear.apply(x, weight, bias, rows)
 
 
+def eight_bit_input_gradient(
+    weight: Matrix, grad_output: Tensor, rows: slice = slice(None)
+) -> Tensor:
+    """The gradient [..., in] of `x` in `eight_bit_linear`, for that [..., out] of its result."""
+    if grad_output.numel() <= _FEW_TOKENS * grad_output.shape[-1]:
+        return weight.input_gradient(grad_output, rows)
+    dtype, grads = grad_output.dtype, grad_output.reshape(-1, grad_output.shape[-1])
+    if weight.format in _STORED:
+        codes = _stored(weight, rows)
+        # The scales of the matrix lie along the sum here, so they go into the other factor.
+        left = _by_rows(grads, weight.format, codes.scale.T)
+        right = _Codes(codes.data.T, left.scale.new_ones(1, 1))
+    else:
+        codes = _by_tensor(weight.dequantize(dtype, rows), torch.float8_e4m3fn)
+        left, right = _by_tensor(grads, torch.float8_e5m2), _Codes(codes.data.T, codes.scale)
+    grad = _product(left, right, None, dtype, is_fast=False)
+    return grad.view(*grad_output.shape[:-1], -1)
+
+
 class _EightBitLinear(torch.autograd.Function):
     """The weight is an attribute of `ctx` alone: see `packed_weight`."""
 
@@ -100,18 +119,7 @@ class _EightBitLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        weight, rows, dtype = ctx.weight, ctx.rows, grad_output.dtype
-        grads = grad_output.reshape(-1, grad_output.shape[-1])
-        if weight.format in _STORED:
-            codes = _stored(weight, rows)
-            # The scales of the matrix lie along the sum here, so they go into the other factor.
-            left = _by_rows(grads, weight.format, codes.scale.T)
-            right = _Codes(codes.data.T, left.scale.new_ones(1, 1))
-        else:
-            codes = _by_tensor(weight.dequantize(dtype, rows), torch.float8_e4m3fn)
-            left, right = _by_tensor(grads, torch.float8_e5m2), _Codes(codes.data.T, codes.scale)
-        grad = _product(left, right, None, dtype, is_fast=False)
-        return grad.view(*grad_output.shape[:-1], -1), None, None, None
+        return eight_bit_input_gradient(ctx.weight, grad_output, ctx.rows), None, None, None
 
 
 def _stored(weight: Matrix, rows: slice) -> _Codes:

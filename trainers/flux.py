@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import BlockRunner
-from .eight_bit import eight_bit_linear
+from .eight_bit import eight_bit_input_gradient, eight_bit_linear
 from .frozen import FrozenLora
 from .packages import importing
 from .packed_weight import Matrix, PackedWeight
@@ -185,6 +185,7 @@ class LinearView(nn.Linear):
         nn.Module.__init__(self)
         self.store, self.source, self._loras = store, source, loras
         self.product: Callable[[Matrix, Tensor, Tensor | None, slice], Tensor] = Matrix.linear
+        self.gradient: Callable[[Matrix, Tensor, slice], Tensor] = Matrix.input_gradient
         packed, bias = store.packed[self._name], store.plain.get(f"{source.name}.bias")
         self.bias = _frozen_copy(bias[source.rows], dtype) if bias is not None else None
         self.in_features = packed.shape[1]
@@ -208,8 +209,14 @@ class LinearView(nn.Linear):
         return self.assisted(self.times(x, self.bias), x)
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-<<<<<<< HEAD
         """`x` [..., in] by the transposed rows and the LoRAs that stay, with no bias but this."""
+        if self.number is None:
+            return self.seen_times(x, bias)
+        y = torch.ops.atelier.frozen_product(x, self.number, self.out_features)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def seen_times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As `times`; autograd sees into it."""
         y = self.product(self.store.packed[self._name], x, bias, self.source.rows)
         return self._with_loras(y, x)
 
@@ -220,38 +227,25 @@ class LinearView(nn.Linear):
 
     def assisted(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` [..., out] with what the assistant adds for `x`, while it computes."""
-        for down, up in self.assistant if self.is_assisted else ():
+        return self._assist(y, x) if self.assistant and self.is_assisted else y
+
+    @torch.compiler.disable
+    def _assist(self, y: Tensor, x: Tensor) -> Tensor:
+        for down, up in self.assistant:
             y = y + up.linear(down.linear(x))
         return y
 
     def _with_loras(self, y: Tensor, x: Tensor) -> Tensor:
         for down, up in self._loras:
-=======
-        """`x` [..., in] by the transposed rows and LoRAs, with no bias but this one."""
-        if self.number is None:
-            return self.seen_times(x, bias)
-        y = torch.ops.atelier.frozen_product(x, self.number, self.out_features)
-        return y if bias is None else y + bias.to(y.dtype)
-
-    def seen_times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """As `times`; autograd sees into it."""
-        y = self.product(self.store.packed[self._name], x, bias, self.source.rows)
-        for down, up in self._frozen:
->>>>>>> wt-f
             y = y + up.linear(down.linear(x))
         return y
 
     def input_gradient(self, grad_output: Tensor) -> Tensor:
         """The gradient [..., in] of `x` in `times`."""
-        grad = self.store.packed[self._name].input_gradient(grad_output, self.source.rows)
-        for down, up in self._frozen:
+        grad = self.gradient(self.store.packed[self._name], grad_output, self.source.rows)
+        for down, up in self._loras:
             grad = grad + down.input_gradient(up.input_gradient(grad_output))
         return grad
-
-    @property
-    def _frozen(self) -> Sequence[tuple[Matrix, Matrix]]:
-        """The LoRAs that compute now."""
-        return (*self._loras, *(self.assistant if self.is_assisted else ()))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The rows [out, in] in `dtype`, without LoRAs."""
@@ -359,7 +353,7 @@ def multiply_in_8_bits(transformer) -> None:
     """Compute with the block matrices in 8 bits, forward and backward; LoRAs stay as they are."""
     for module in transformer.modules():
         if isinstance(module, LinearView) and module.is_in_block:
-            module.product = eight_bit_linear
+            module.product, module.gradient = eight_bit_linear, eight_bit_input_gradient
 
 
 def empty_transformer(config: FluxConfig):
