@@ -5,10 +5,8 @@ Shapes: N pictures, C latent channels, H W latent size, T text tokens, D width.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +35,12 @@ class Conditions:
 
     def of(self, part: Tensor) -> Conditions:
         """Those of the samples with these numbers."""
-        values: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-        }
-        return Conditions(**{name: None if v is None else v[part] for name, v in values.items()})
+        return Conditions(
+            prompt_embeds=self.prompt_embeds[part],
+            pooled=self.pooled[part],
+            text_mask=None if self.text_mask is None else self.text_mask[part],
+            reference=None if self.reference is None else self.reference[part],
+        )
 
 
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
