@@ -208,8 +208,14 @@ class LinearView(nn.Linear):
         return self.assisted(self.times(x, self.bias), x)
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-<<<<<<< HEAD
         """`x` [..., in] by the transposed rows and the LoRAs that stay, with no bias but this."""
+        if self.number is None:
+            return self.seen_times(x, bias)
+        y = torch.ops.atelier.frozen_product(x, self.number, self.out_features)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def seen_times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As `times`; autograd sees into it."""
         y = self.product(self.store.packed[self._name], x, bias, self.source.rows)
         return self._with_loras(y, x)
 
@@ -226,32 +232,15 @@ class LinearView(nn.Linear):
 
     def _with_loras(self, y: Tensor, x: Tensor) -> Tensor:
         for down, up in self._loras:
-=======
-        """`x` [..., in] by the transposed rows and LoRAs, with no bias but this one."""
-        if self.number is None:
-            return self.seen_times(x, bias)
-        y = torch.ops.atelier.frozen_product(x, self.number, self.out_features)
-        return y if bias is None else y + bias.to(y.dtype)
-
-    def seen_times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """As `times`; autograd sees into it."""
-        y = self.product(self.store.packed[self._name], x, bias, self.source.rows)
-        for down, up in self._frozen:
->>>>>>> wt-f
             y = y + up.linear(down.linear(x))
         return y
 
     def input_gradient(self, grad_output: Tensor) -> Tensor:
         """The gradient [..., in] of `x` in `times`."""
         grad = self.store.packed[self._name].input_gradient(grad_output, self.source.rows)
-        for down, up in self._frozen:
+        for down, up in self._loras:
             grad = grad + down.input_gradient(up.input_gradient(grad_output))
         return grad
-
-    @property
-    def _frozen(self) -> Sequence[tuple[Matrix, Matrix]]:
-        """The LoRAs that compute now."""
-        return (*self._loras, *(self.assistant if self.is_assisted else ()))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The rows [out, in] in `dtype`, without LoRAs."""
