@@ -117,6 +117,8 @@ def _optimizers() -> Iterator[Method]:
         if rate:
             train["learning_rate"] = rate
         yield Method(group="Optimizer", name=name, changes={"train": train})
+    lion: dict[str, Any] = {"optimizer": {"optimizer": "lion8bit"}}
+    yield Method(group="Optimizer", name="lion8bit, the default's rate", changes={"train": lion})
 
 
 def _learning_rates() -> Iterator[Method]:

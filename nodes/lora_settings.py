@@ -90,7 +90,8 @@ def _size_inputs() -> list[Any]:
             options=list(KINDS),
             default=LoraSettings.kind,
             tooltip="lora: two thin matrices, what every program reads. lokr: a Kronecker product, "
-            "small files; a step takes up to twice as long. loha: two LoRAs multiplied, time and "
+            "small files; it wants about ten times the learning rate, and learns far less at the "
+            "same one; a step takes up to twice as long. loha: two LoRAs multiplied, time and "
             "memory of rank x rank. ComfyUI reads the last two, at some more time for each "
             "picture; diffusers does not.",
         ),
