@@ -227,7 +227,9 @@ class LinearView(nn.Linear):
 
     def assisted(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` [..., out] with what the assistant adds for `x`, while it computes."""
-        return self._assist(y, x) if self.assistant and self.is_assisted else y
+        if not self.assistant or not self.is_assisted:
+            return y
+        return self._assist(y, x)  # pyright: ignore[reportCallIssue]
 
     @torch.compiler.disable
     def _assist(self, y: Tensor, x: Tensor) -> Tensor:

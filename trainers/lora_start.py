@@ -104,14 +104,14 @@ def _parsed(path: Path, content: str) -> StartLora:
         f"The LoRA '{path.name}' changes more than layers, such as '{next(iter(lora.rest), '')}', "
         "and cannot be trained further. Choose another file.",
     )
-    kinds = {adapter.kind for adapter in lora.adapters}
+    kinds: set[Kind] = {adapter.kind for adapter in lora.adapters}
     doras = {adapter.dora_scale is not None for adapter in lora.adapters}
     require(
         len(kinds) == len(doras) == 1 and not (doras == {True} and kinds != {"lora"}),
         f"The LoRA '{path.name}' has layers of several kinds ({', '.join(sorted(kinds))}, with and "
         "without DoRA), which cannot be trained as one. Choose another file.",
     )
-    kind = kinds.pop()
+    kind: Kind = kinds.pop()
     modules = _plain(lora) if kind == "lora" else dict(_whole(a, path.name) for a in lora.adapters)
     ranks = {name: _rank(parts) for name, parts in modules.items()}
     widest = max(ranks, key=lambda name: ranks[name])
