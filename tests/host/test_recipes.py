@@ -85,6 +85,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "AtelierTrainLoRA": {
         "length": NUM_STEPS,
         "unit": "steps",
+        "gradient_accumulation": 1,
         "sample_every": 0,
         "sample_steps": 1,
     },
