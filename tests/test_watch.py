@@ -128,6 +128,31 @@ def test_pictures_that_begin_late_may_learn_nothing_before(
     assert any(norms[WATCHED_STEPS + 1 :])
 
 
+def test_regularization_may_come_first_by_chance(
+    tmp_path: Path, base: LoadedFlux, data: TrainingData
+) -> None:
+    first, second = data.latents.entries
+    first = dataclasses.replace(first, is_regularization=True)
+    subsets = tuple(
+        LatentSubset(name=name, entries=(entry,), schedule=Schedule(probability=share))
+        for name, entry, share in (("kept", first, 10.0), ("learned", second, 1.0))
+    )
+    latents = dataclasses.replace(data.latents, subsets=subsets)
+    data, settings = dataclasses.replace(data, latents=latents), job(40, seed=2)
+    run = open_run(tmp_path, settings, base, data)
+    train(run, base, data, settings)
+    norms = [line["grad_norm"] for line in run.metrics()]
+    assert not any(norms[:WATCHED_STEPS])
+    assert any(norms)
+
+
+def test_regularization_alone_is_told(tmp_path: Path, base: LoadedFlux, data: TrainingData) -> None:
+    entries = tuple(dataclasses.replace(e, is_regularization=True) for e in data.latents.entries)
+    data = dataclasses.replace(data, latents=with_entries(data.latents, entries))
+    run = open_run(tmp_path, job(30), base, data)
+    fails(run, base, data, job(30), "all pictures are for regularization")
+
+
 def test_a_held_out_loss_that_does_not_fall_is_told_once(
     tmp_path: Path, base: LoadedFlux, data: TrainingData
 ) -> None:

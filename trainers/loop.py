@@ -195,8 +195,11 @@ class _Training:
         self.step, self.saved, self.length = start, start, length
         self.order = _order(job, data)
         self.steps_per_epoch = steps_per_epoch(job, data)
-        all_started = max(subset.schedule.start_step for subset in data.latents.subsets)
-        self.watch = Watch(max(start, all_started), job.train)
+        self.watch = Watch(
+            start,
+            job.train,
+            is_all_regularization=all(e.is_regularization for e in data.latents.entries),
+        )
         self.checkpoints = Rhythm(every=job.checkpoint_every, unit=job.checkpoint_unit)
         self.seconds_per_step: float | None = None
         self.started = time.time()
@@ -259,7 +262,7 @@ class _Training:
         )
         self.run.log(step.metrics() | step.parts)
         self.hooks.on_step(step)
-        self.watch.see(self.step, grad_norm, state.parameters)
+        self.watch.see(self.step, grad_norm, state.parameters, losses.kinds)
         if self.checkpoints.is_due(self.step, self.steps_per_epoch):
             self._save()
 
