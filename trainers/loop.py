@@ -24,7 +24,9 @@ from .flux import without_assistant
 from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
 from .load import BaseFlux
+from .lora_init import require_start
 from .memory import Workload, most_kept_blocks
+from .optimizers import require_optimizer
 from .preservation import require_class_captions
 from .rhythm import Rhythm
 from .run import ASSISTANT_FILE, FROZEN_FILE, Run, run_name
@@ -149,6 +151,10 @@ def train(
         return _from_disk(run, end, hooks)
 
     job.train.optimizer.check_length(length)
+    dtype = compute_dtype(job.train.compute_dtype, base.store.device)
+    require_optimizer(job.train.optimizer, job.lora.kind, dtype)
+    if not run.steps_saved():
+        require_start(job.lora, base)
     data.check_fits(base.config)
     require_class_captions(job.train.preservation, data)
     require_speed(job.train.speed, base.config.num_blocks)

@@ -125,7 +125,8 @@ class LoraLinear(Adapted):
 
     def subtract_start(self) -> None:
         """Take the product of the factors as they are off from now on."""
-        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.start_A = self.lora_A.detach().to(torch.float32, copy=True)
+        self.start_B = self.lora_B.detach().to(torch.float32, copy=True)
 
     def kept(self) -> Tensors:
         if self.start_A is None or self.start_B is None:
