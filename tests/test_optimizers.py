@@ -241,9 +241,9 @@ def test_lora_plus_without_b_matrices_is_refused() -> None:
         make_optimizer(settings, parameters, 1e-3)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "prodigy" not in name])
 def test_no_decay_pulls_the_magnitudes_of_a_dora(name: str) -> None:
-    """Their steps are those without any, where no weights of others lead them."""
+    """Their steps are those without any. (Prodigy's step size follows from all weights.)"""
     ends = []
     for decay in (0.0, 0.5):
         settings = OptimizerSettings(optimizer=name, weight_decay=decay)
@@ -251,7 +251,7 @@ def test_no_decay_pulls_the_magnitudes_of_a_dora(name: str) -> None:
             **matrices(),
             "a.magnitude": nn.Parameter(torch.linspace(1, 2, 300)),
         }
-        optimizer = make_optimizer(settings, parameters, 1.0 if "prodigy" in name else 1e-2)
+        optimizer = make_optimizer(settings, parameters, 1e-2)
         for step in range(3):
             for parameter in parameters.values():
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))

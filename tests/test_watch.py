@@ -146,6 +146,25 @@ def test_regularization_may_come_first_by_chance(
     assert any(norms)
 
 
+def test_a_dataset_that_begins_after_the_end_is_told(
+    tmp_path: Path, base: LoadedFlux, data: TrainingData
+) -> None:
+    """And what is trained before is watched."""
+    data = masked(data, tmp_path / "caches", torch.zeros(8, 8))
+    first, second = data.latents.entries
+    subsets = (
+        LatentSubset(name="now", entries=(first,)),
+        LatentSubset(name="late", entries=(second,), schedule=Schedule(start_step=30)),
+    )
+    data = dataclasses.replace(data, latents=dataclasses.replace(data.latents, subsets=subsets))
+    told: list[str] = []
+    run = open_run(tmp_path, job(30), base, data)
+    with pytest.raises(ValueError, match="All gradients of 20 steps were zero"):
+        train(run, base, data, job(30), Hooks(on_warning=told.append))
+    (sentence,) = told
+    assert "'late' is not trained: it begins after step 30, and the run ends at 30." in sentence
+
+
 def test_regularization_alone_is_told(tmp_path: Path, base: LoadedFlux, data: TrainingData) -> None:
     entries = tuple(dataclasses.replace(e, is_regularization=True) for e in data.latents.entries)
     data = dataclasses.replace(data, latents=with_entries(data.latents, entries))

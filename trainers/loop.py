@@ -33,7 +33,7 @@ from .run import ASSISTANT_FILE, FROZEN_FILE, Run, run_name
 from .run_identity import RunIdentity
 from .status import State, Status
 from .step import TrainState, optimizer_step
-from .watch import Diverged, Watch, no_progress
+from .watch import Diverged, Watch, never_trained, no_progress
 
 _SMOOTHING = 0.9
 """Of the seconds per step: the weight of the steps before."""
@@ -166,6 +166,8 @@ def train(
         start = run.start_step(length)
         hooks.on_start(start, length)
         run.create()
+        for sentence in never_trained(data.latents.subsets, length):
+            hooks.on_warning(sentence)
         run.forget_metrics_after(start)
         if hooks.held_out is not None:
             run.forget_measures("eval_loss", keep=held_out_key(hooks.held_out))

@@ -3,11 +3,12 @@ progress on held out pictures. Each is a sentence with the likely cause and what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from .caches import LatentSubset
 from .config import TrainSettings
 from .devices import dtype_name
 
@@ -102,6 +103,17 @@ def _nothing_learned(
             "learning rate, or shorten the warm-up."
         )
     return None
+
+
+def never_trained(subsets: Iterable[LatentSubset], num_steps: int) -> Iterator[str]:
+    """A sentence for every dataset that begins after the end of a run of so many steps."""
+    for subset in subsets:
+        if subset.schedule.start_step >= num_steps:
+            yield (
+                f"The dataset '{subset.name}' is not trained: it begins after step "
+                f"{subset.schedule.start_step}, and the run ends at {num_steps}. Lower start_step "
+                "of Schedule Dataset, or train longer."
+            )
 
 
 def no_progress(losses: Mapping[int, float]) -> str | None:
