@@ -17,6 +17,8 @@ from atelier.trainers.loop import open_run, train
 from atelier.trainers.preservation_settings import PreservationSettings
 from atelier.trainers.rhythm import Rhythm
 from atelier.trainers.run import Run
+from atelier.trainers.segments import slower_than_wished
+from atelier.trainers.speed_settings import SpeedSettings, routes_from_text
 from atelier.trainers.status import read_status
 from atelier.trainers.watch import PATIENCE, WATCHED_STEPS, no_progress
 from flux_files import write_flux
@@ -186,6 +188,15 @@ def test_a_held_out_loss_that_does_not_fall_is_told_once(
     (sentence,) = told
     assert "not once below that of the start in 5 evaluations" in sentence
     assert trained.step == PATIENCE + 1
+
+
+def test_what_keeps_speed_settings_from_their_effect_is_told() -> None:
+    routed = SpeedSettings(tread=routes_from_text("0.5: 1 to -2"), compile=True)
+    assert slower_than_wished(routed, dropout=0.0, has_masks=False) == []
+    dropout, masks = slower_than_wished(routed, dropout=0.1, has_masks=True)
+    assert "breaks compiled blocks apart" in dropout
+    assert "more memory than the estimate" in masks
+    assert slower_than_wished(SpeedSettings(), dropout=0.1, has_masks=True) == []
 
 
 def test_no_progress_since_a_step_names_its_checkpoint() -> None:

@@ -31,6 +31,7 @@ from .preservation import require_class_captions
 from .rhythm import Rhythm
 from .run import ASSISTANT_FILE, FROZEN_FILE, Run, run_name
 from .run_identity import RunIdentity
+from .segments import slower_than_wished
 from .status import State, Status
 from .step import TrainState, optimizer_step
 from .watch import Diverged, Watch, never_trained, no_progress
@@ -93,7 +94,9 @@ def workload(
 ) -> Workload:
     """What the largest micro-step of a job computes, to estimate its memory."""
     largest, count = _order(job, data).largest_batch(data.prompts.length)
-    dtype = compute_dtype(job.train.compute_dtype, device)
+    dtype, speed = compute_dtype(job.train.compute_dtype, device), job.train.speed
+    if job.train.preservation.keeps_class:  # class captions are computed without a route
+        speed = dataclasses.replace(speed, tread=())
     return Workload(
         width=largest.width,
         height=largest.height,
@@ -109,7 +112,7 @@ def workload(
         activations_in_ram=job.activations_in_ram,
         frozen_bytes=frozen_bytes((*base.frozen, *base.assistant), dtype),
         optimizer=job.train.optimizer.on(device.type),
-        speed=job.train.speed,
+        speed=speed,
     )
 
 
@@ -166,7 +169,7 @@ def train(
         start = run.start_step(length)
         hooks.on_start(start, length)
         run.create()
-        for sentence in never_trained(data.latents.subsets, length):
+        for sentence in _told(job, data, length):
             hooks.on_warning(sentence)
         run.forget_metrics_after(start)
         if hooks.held_out is not None:
@@ -179,6 +182,13 @@ def train(
                 training.look()
             training.finish()
     return training.outcome()
+
+
+def _told(job: JobSettings, data: TrainingData, length: int) -> Iterator[str]:
+    """What a user should hear of settings and data together."""
+    yield from never_trained(data.latents.subsets, length)
+    has_masks = any(entry.masks for entry in data.latents.entries)
+    yield from slower_than_wished(job.train.speed, dropout=job.lora.dropout, has_masks=has_masks)
 
 
 def _from_disk(run: Run, step: int, hooks: Hooks) -> Trained:

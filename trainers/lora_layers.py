@@ -32,6 +32,10 @@ class Dropout:
         """`x` with zeros, the rest larger for it; as it is where nothing is learned from it."""
         if not self.share or not torch.is_grad_enabled():
             return x
+        return self._drop(x, layer)
+
+    @torch.compiler.disable  # its random numbers are no part of a graph
+    def _drop(self, x: Tensor, layer: str) -> Tensor:
         key = seeded(self.seed, "dropout", self.micro_step, layer).initial_seed()
         generator = torch.Generator(x.device).manual_seed(key)
         kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.share
