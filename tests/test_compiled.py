@@ -46,10 +46,16 @@ def nothing_is_compiled() -> Iterator[None]:
 class Training:
     """The training face with a LoRA, all of it computed again in backward."""
 
-    def __init__(self, base: LoadedFlux, speed: SpeedSettings, backend: str = "") -> None:
+    def __init__(
+        self,
+        base: LoadedFlux,
+        speed: SpeedSettings,
+        backend: str = "",
+        settings: LoraSettings = LoraSettings(targets="all"),  # noqa: B008 - frozen
+    ) -> None:
         self.base = base
         self.transformer = build_transformer(base.store, base.config, torch.float32).train()
-        self.lora = attach_lora(self.transformer, LoraSettings(targets="all"), seed=0)
+        self.lora = attach_lora(self.transformer, settings, seed=0)
         with torch.no_grad():
             generator = torch.Generator().manual_seed(3)
             for parameter in self.lora.parameters.values():
@@ -102,6 +108,26 @@ def test_gradients_are_those_without_and_blocks_of_a_kind_share_a_graph(flux_fil
     base.store.place("cpu", 0)
     assert_close(training.gradients(), expected)
     assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_blocks_with_a_dora_share_a_graph_too(flux_file: Path) -> None:
+    base, dora = load_flux(flux_file, format="nf4"), LoraSettings(targets="all", dora=True)
+    expected = Training(base, SpeedSettings(), settings=dora).gradients()
+    training = Training(base, SpeedSettings(), "aot_eager", dora)
+    assert_close(training.gradients(), expected)
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
+def test_dropout_is_left_out_of_graphs(flux_file: Path) -> None:
+    base, settings = load_flux(flux_file, format="nf4"), LoraSettings(dropout=0.3)
+    plain = Training(base, SpeedSettings(), settings=settings)
+    training = Training(base, SpeedSettings(), "aot_eager", settings)
+    for micro_step in range(2):
+        plain.lora.at_micro_step(micro_step)
+        training.lora.at_micro_step(micro_step)
+        assert_close(training.gradients(), plain.gradients())
+    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from atelier.trainers.memory import Workload, estimate_training
 from atelier.trainers.optimizer_settings import OptimizerSettings
 from atelier.trainers.optimizers import cast_parameters
 from atelier.trainers.run import lora_settings
+from atelier.trainers.step import TrainState
 from dense import dense_transformer, stored_tensors
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_files import write_flux
@@ -309,6 +310,16 @@ def test_it_learns_in_bfloat16_too(loaded: LoadedFlux, transformer: nn.Module, k
     again = build_transformer(loaded.store, loaded.config, torch.float32)
     attach_lora(again, KINDS[kind], seed=0, saved=state).load_state(state)
     assert torch.max(torch.abs(velocity_of(again) - velocity_of(transformer))) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa", "olora", "dora"])
+def test_a_start_in_bfloat16_changes_nothing(loaded: LoadedFlux, kind: str) -> None:
+    """The rounded factors are those whose product is taken off."""
+    optimizer = OptimizerSettings(optimizer="adamw_bf16")
+    state = TrainState(loaded, dataclasses.replace(job(optimizer=optimizer), lora=KINDS[kind]))
+    found = velocity_of(state.transformer)
+    with state.lora.disabled():
+        assert torch.max(torch.abs(velocity_of(state.transformer) - found)) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from atelier.trainers.hooks import Hooks, Trained
 from atelier.trainers.learning_rates import rate_factor
 from atelier.trainers.load import LoadedFlux, load_flux
 from atelier.trainers.loop import open_run, train
+from atelier.trainers.lora_settings import LoraSettings
 from atelier.trainers.optimizer_settings import OPTIMIZERS, SCHEDULE_FREE, OptimizerSettings
 from atelier.trainers.optimizers import (
     cast_parameters,
@@ -177,6 +180,30 @@ def test_bf16_is_rounded_at_random_and_right_in_the_mean() -> None:
     assert moved == pytest.approx(wanted, rel=0.1)
 
 
+def test_bf16_steps_grow_again_when_gradients_fall() -> None:
+    """The second moment, in bf16 too, follows that of float32."""
+    settings = OptimizerSettings(optimizer="adamw_bf16", weight_decay=0)
+    parameter, exact = (nn.Parameter(torch.zeros(32, 32)) for _ in range(2))
+    cast_parameters(settings, [parameter])
+    ours = make_optimizer(settings, {"a": parameter}, 1e-3)
+    plain = torch.optim.AdamW([exact], lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=0)
+    generator = torch.Generator().manual_seed(0)
+    moved = [0.0, 0.0]
+    for step in range(900):
+        gradient = (1.0 if step < 100 else 0.1) * (0.5 + torch.rand(32, 32, generator=generator))
+        for index, (one, optimizer) in enumerate(((parameter, ours), (exact, plain))):
+            one.grad = gradient.to(one.dtype)
+            with own_draws(0, step, one.device):
+                optimizer.step()
+            if step == 699:
+                moved[index] = float(one.detach().float().mean())
+    found, wanted = (
+        float(one.detach().float().mean()) - before
+        for one, before in zip((parameter, exact), moved, strict=True)
+    )
+    assert found == pytest.approx(wanted, rel=0.2)
+
+
 def test_draws_of_a_step_follow_from_it_and_leave_others_alone() -> None:
     state, device = torch.get_rng_state(), torch.device("cpu")
     drawn = []
@@ -212,6 +239,28 @@ def test_lora_plus_without_b_matrices_is_refused() -> None:
     parameters = {"a.lokr_w1": nn.Parameter(torch.zeros(2, 2))}
     with pytest.raises(ValueError, match=r"^LoRA\+ trains the B matrices .* has none\. Set lora_"):
         make_optimizer(settings, parameters, 1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "prodigy" not in name])
+def test_no_decay_pulls_the_magnitudes_of_a_dora(name: str) -> None:
+    """Their steps are those without any. (Prodigy's step size follows from all weights.)"""
+    ends = []
+    for decay in (0.0, 0.5):
+        settings = OptimizerSettings(optimizer=name, weight_decay=decay)
+        parameters = {
+            **matrices(),
+            "a.magnitude": nn.Parameter(torch.linspace(1, 2, 300)),
+        }
+        optimizer = make_optimizer(settings, parameters, 1e-2)
+        for step in range(3):
+            for parameter in parameters.values():
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+                parameter.grad = noise
+            optimizer.step()
+        ends.append(parameters)
+    plain, pulled = ends
+    assert torch.allclose(plain["a.magnitude"], pulled["a.magnitude"], rtol=1e-5)
+    assert not torch.allclose(plain["a.lora_A.weight"], pulled["a.lora_A.weight"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("clipping", ["norm", "value", "none"])
@@ -323,10 +372,41 @@ def test_a_schedule_that_follows_the_length_makes_runs_of_their_own(
     assert rates == [pytest.approx([1e-3 * (1 - step / n) for step in range(n)]) for n in lengths]
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train": {"compute_dtype": "fp16"}, "optimizer": "adamw_bf16"}, "computes in bf16, and"),
+        ({"lora": LoraSettings(kind="loha"), "lora_plus_ratio": 4.0}, r"^LoRA\+ trains the B"),
+        ({"lora": LoraSettings(init="loftq")}, "^LoftQ makes up for"),
+        ({"optimizer": "came"}, "package pytorch-optimizer is missing"),
+    ],
+    ids=["fp16", "LoRA+", "LoftQ", "absent"],
+)
+def test_what_cannot_be_trained_leaves_no_run(
+    run_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    changes = dict(changes)
+    values, lora = changes.pop("train", {}), changes.pop("lora", LoraSettings())
+    settings = job(1, optimizer=OptimizerSettings(**changes), **values)
+    with pytest.raises(ValueError, match=says):
+        run_job(dataclasses.replace(settings, lora=lora))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_warm_up_that_is_too_long_leaves_no_run(run_job, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="warm-up of 3 steps is not shorter than the run, which"):
         run_job(job_with(3, warmup_steps=3))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_cycle_of_one_step_is_refused() -> None:
+    """It would have the whole rate in every step."""
+    settings = OptimizerSettings(schedule="cosine_with_restarts", cycles=4, warmup_steps=2)
+    settings.check_length(10)
+    assert min(rate_factor(settings, step, 10) for step in range(2, 10)) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="the 4 cycles have 7 together"):
+        settings.check_length(9)
 
 
 REMARKS: list[tuple[dict[str, Any], float, str, list[str]]] = [

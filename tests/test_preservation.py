@@ -184,6 +184,13 @@ def test_the_class_word_takes_the_place_of_the_trigger(text: str, expected: str 
     assert kept.class_caption(text) == expected
 
 
+def test_a_trigger_within_a_word_is_none() -> None:
+    kept = PreservationSettings(trigger="sks", class_word="dog")
+    assert kept.class_caption("she asks for tasks, sks.") == "she asks for tasks, dog."
+    assert kept.class_caption("tasks") is None
+    assert kept.class_caption("一只sks在奔跑") == "一只dog在奔跑"
+
+
 def test_texts_to_encode_are_all_captions_and_those_of_the_class_once() -> None:
     kept = PreservationSettings(trigger="sks", class_word="dog")
     texts = with_class_captions(kept, ["sks", "a sks", "a dog", "a cat"])

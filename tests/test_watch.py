@@ -17,6 +17,8 @@ from atelier.trainers.loop import open_run, train
 from atelier.trainers.preservation_settings import PreservationSettings
 from atelier.trainers.rhythm import Rhythm
 from atelier.trainers.run import Run
+from atelier.trainers.segments import slower_than_wished
+from atelier.trainers.speed_settings import SpeedSettings, routes_from_text
 from atelier.trainers.status import read_status
 from atelier.trainers.watch import PATIENCE, WATCHED_STEPS, no_progress
 from flux_files import write_flux
@@ -128,6 +130,50 @@ def test_pictures_that_begin_late_may_learn_nothing_before(
     assert any(norms[WATCHED_STEPS + 1 :])
 
 
+def test_regularization_may_come_first_by_chance(
+    tmp_path: Path, base: LoadedFlux, data: TrainingData
+) -> None:
+    first, second = data.latents.entries
+    first = dataclasses.replace(first, is_regularization=True)
+    subsets = tuple(
+        LatentSubset(name=name, entries=(entry,), schedule=Schedule(probability=share))
+        for name, entry, share in (("kept", first, 10.0), ("learned", second, 1.0))
+    )
+    latents = dataclasses.replace(data.latents, subsets=subsets)
+    data, settings = dataclasses.replace(data, latents=latents), job(40, seed=2)
+    run = open_run(tmp_path, settings, base, data)
+    train(run, base, data, settings)
+    norms = [line["grad_norm"] for line in run.metrics()]
+    assert not any(norms[:WATCHED_STEPS])
+    assert any(norms)
+
+
+def test_a_dataset_that_begins_after_the_end_is_told(
+    tmp_path: Path, base: LoadedFlux, data: TrainingData
+) -> None:
+    """And what is trained before is watched."""
+    data = masked(data, tmp_path / "caches", torch.zeros(8, 8))
+    first, second = data.latents.entries
+    subsets = (
+        LatentSubset(name="now", entries=(first,)),
+        LatentSubset(name="late", entries=(second,), schedule=Schedule(start_step=30)),
+    )
+    data = dataclasses.replace(data, latents=dataclasses.replace(data.latents, subsets=subsets))
+    told: list[str] = []
+    run = open_run(tmp_path, job(30), base, data)
+    with pytest.raises(ValueError, match="All gradients of 20 steps were zero"):
+        train(run, base, data, job(30), Hooks(on_warning=told.append))
+    (sentence,) = told
+    assert "'late' is not trained: it begins after step 30, and the run ends at 30." in sentence
+
+
+def test_regularization_alone_is_told(tmp_path: Path, base: LoadedFlux, data: TrainingData) -> None:
+    entries = tuple(dataclasses.replace(e, is_regularization=True) for e in data.latents.entries)
+    data = dataclasses.replace(data, latents=with_entries(data.latents, entries))
+    run = open_run(tmp_path, job(30), base, data)
+    fails(run, base, data, job(30), "all pictures are for regularization")
+
+
 def test_a_held_out_loss_that_does_not_fall_is_told_once(
     tmp_path: Path, base: LoadedFlux, data: TrainingData
 ) -> None:
@@ -142,6 +188,15 @@ def test_a_held_out_loss_that_does_not_fall_is_told_once(
     (sentence,) = told
     assert "not once below that of the start in 5 evaluations" in sentence
     assert trained.step == PATIENCE + 1
+
+
+def test_what_keeps_speed_settings_from_their_effect_is_told() -> None:
+    routed = SpeedSettings(tread=routes_from_text("0.5: 1 to -2"), compile=True)
+    assert slower_than_wished(routed, dropout=0.0, has_masks=False) == []
+    dropout, masks = slower_than_wished(routed, dropout=0.1, has_masks=True)
+    assert "breaks compiled blocks apart" in dropout
+    assert "more memory than the estimate" in masks
+    assert slower_than_wished(SpeedSettings(), dropout=0.1, has_masks=True) == []
 
 
 def test_no_progress_since_a_step_names_its_checkpoint() -> None:

@@ -69,6 +69,12 @@ class Lora:
         for module, layer in self._layers.items():
             layer.load_kept(modules[module])
 
+    def take_off_start(self) -> None:
+        """Again, after the factors were rounded: what is taken off a LoRA is what it is now."""
+        for layer in self._layers.values():
+            if isinstance(layer, LoraLinear) and layer.start_A is not None:
+                layer.subtract_start()
+
     def at_micro_step(self, micro_step: int) -> None:
         """Which inputs dropout takes away from now on follows from this."""
         self._dropout.micro_step = micro_step

@@ -59,7 +59,8 @@ def _sum(x: Tensor) -> Tensor:
 
 @functools.cache
 def _define_products() -> None:
-    """torch.ops.atelier.frozen_product, and the gradient of its input."""
+    """torch.ops.atelier.frozen_product with the gradient of its input, and unpacked_product, which
+    has none."""
 
     @torch.library.custom_op("atelier::frozen_product", mutates_args=())
     def product(x: Tensor, number: Tensor, width: int) -> Tensor:
@@ -68,6 +69,10 @@ def _define_products() -> None:
     @torch.library.custom_op("atelier::frozen_product_gradient", mutates_args=())
     def gradient(grad_output: Tensor, number: Tensor, width: int) -> Tensor:
         return _VIEWS[int(number)].input_gradient(grad_output)
+
+    @torch.library.custom_op("atelier::unpacked_product", mutates_args=())
+    def unpacked(x: Tensor, number: Tensor, width: int) -> Tensor:
+        return _VIEWS[int(number)].seen_times_unpacked(x)
 
     def shape(x: Tensor, number: Tensor, width: int) -> Tensor:
         return x.new_empty(*x.shape[:-1], width)
@@ -81,4 +86,5 @@ def _define_products() -> None:
 
     product.register_fake(shape)
     gradient.register_fake(shape)
+    unpacked.register_fake(shape)
     product.register_autograd(backward, setup_context=keep)

@@ -221,7 +221,13 @@ class LinearView(nn.Linear):
         return self._with_loras(y, x)
 
     def times_unpacked(self, x: Tensor) -> Tensor:
-        """As `times`, in 8 bits never: for what is a property of the matrix."""
+        """As `times`, in 8 bits never and without a gradient: for what is a property of the
+        matrix."""
+        if self.number is None:
+            return self.seen_times_unpacked(x)
+        return torch.ops.atelier.unpacked_product(x, self.number, self.out_features)
+
+    def seen_times_unpacked(self, x: Tensor) -> Tensor:
         y = self.store.packed[self._name].linear(x, rows=self.source.rows)
         return self._with_loras(y, x)
 

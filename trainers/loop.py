@@ -24,14 +24,17 @@ from .flux import without_assistant
 from .frozen import fingerprint, frozen_bytes
 from .hooks import Hooks, Step, Trained
 from .load import BaseFlux
+from .lora_init import require_start
 from .memory import Workload, most_kept_blocks
+from .optimizers import require_optimizer
 from .preservation import require_class_captions
 from .rhythm import Rhythm
 from .run import ASSISTANT_FILE, FROZEN_FILE, Run, run_name
 from .run_identity import RunIdentity
+from .segments import slower_than_wished
 from .status import State, Status
 from .step import TrainState, optimizer_step
-from .watch import Diverged, Watch, no_progress
+from .watch import Diverged, Watch, never_trained, no_progress
 
 _SMOOTHING = 0.9
 """Of the seconds per step: the weight of the steps before."""
@@ -91,7 +94,9 @@ def workload(
 ) -> Workload:
     """What the largest micro-step of a job computes, to estimate its memory."""
     largest, count = _order(job, data).largest_batch(data.prompts.length)
-    dtype = compute_dtype(job.train.compute_dtype, device)
+    dtype, speed = compute_dtype(job.train.compute_dtype, device), job.train.speed
+    if job.train.preservation.keeps_class:  # class captions are computed without a route
+        speed = dataclasses.replace(speed, tread=())
     return Workload(
         width=largest.width,
         height=largest.height,
@@ -107,7 +112,7 @@ def workload(
         activations_in_ram=job.activations_in_ram,
         frozen_bytes=frozen_bytes((*base.frozen, *base.assistant), dtype),
         optimizer=job.train.optimizer.on(device.type),
-        speed=job.train.speed,
+        speed=speed,
     )
 
 
@@ -149,6 +154,10 @@ def train(
         return _from_disk(run, end, hooks)
 
     job.train.optimizer.check_length(length)
+    dtype = compute_dtype(job.train.compute_dtype, base.store.device)
+    require_optimizer(job.train.optimizer, job.lora.kind, dtype)
+    if not run.steps_saved():
+        require_start(job.lora, base)
     data.check_fits(base.config)
     require_class_captions(job.train.preservation, data)
     require_speed(job.train.speed, base.config.num_blocks)
@@ -160,6 +169,8 @@ def train(
         start = run.start_step(length)
         hooks.on_start(start, length)
         run.create()
+        for sentence in _told(job, data, length):
+            hooks.on_warning(sentence)
         run.forget_metrics_after(start)
         if hooks.held_out is not None:
             run.forget_measures("eval_loss", keep=held_out_key(hooks.held_out))
@@ -171,6 +182,13 @@ def train(
                 training.look()
             training.finish()
     return training.outcome()
+
+
+def _told(job: JobSettings, data: TrainingData, length: int) -> Iterator[str]:
+    """What a user should hear of settings and data together."""
+    yield from never_trained(data.latents.subsets, length)
+    has_masks = any(entry.masks for entry in data.latents.entries)
+    yield from slower_than_wished(job.train.speed, dropout=job.lora.dropout, has_masks=has_masks)
 
 
 def _from_disk(run: Run, step: int, hooks: Hooks) -> Trained:
@@ -195,8 +213,11 @@ class _Training:
         self.step, self.saved, self.length = start, start, length
         self.order = _order(job, data)
         self.steps_per_epoch = steps_per_epoch(job, data)
-        all_started = max(subset.schedule.start_step for subset in data.latents.subsets)
-        self.watch = Watch(max(start, all_started), job.train)
+        self.watch = Watch(
+            start,
+            job.train,
+            is_all_regularization=all(e.is_regularization for e in data.latents.entries),
+        )
         self.checkpoints = Rhythm(every=job.checkpoint_every, unit=job.checkpoint_unit)
         self.seconds_per_step: float | None = None
         self.started = time.time()
@@ -259,7 +280,7 @@ class _Training:
         )
         self.run.log(step.metrics() | step.parts)
         self.hooks.on_step(step)
-        self.watch.see(self.step, grad_norm, state.parameters)
+        self.watch.see(self.step, grad_norm, state.parameters, losses.kinds)
         if self.checkpoints.is_due(self.step, self.steps_per_epoch):
             self._save()
 

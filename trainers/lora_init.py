@@ -16,7 +16,7 @@ from .changes import ChangedTensors
 from .checks import require
 from .flux import LinearView
 from .load import BaseFlux, LoadedFlux, open_flux
-from .lora_settings import Init
+from .lora_settings import Init, LoraSettings
 from .low_rank import truncated_svd
 
 Originals = Callable[[LinearView], Tensor]
@@ -48,6 +48,12 @@ def start_factors(
     u, s, v = truncated_svd(weight, rank)
     root = (s / scale).sqrt()
     return root[:, None] * v, u * root
+
+
+def require_start(settings: LoraSettings, base: BaseFlux) -> None:
+    """Raises ValueError if the weights that the start needs cannot be read."""
+    if settings.init == "loftq":
+        originals_of(base)
 
 
 def originals_of(base: BaseFlux) -> Originals:

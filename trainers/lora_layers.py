@@ -32,6 +32,10 @@ class Dropout:
         """`x` with zeros, the rest larger for it; as it is where nothing is learned from it."""
         if not self.share or not torch.is_grad_enabled():
             return x
+        return self._drop(x, layer)
+
+    @torch.compiler.disable  # its random numbers are no part of a graph
+    def _drop(self, x: Tensor, layer: str) -> Tensor:
         key = seeded(self.seed, "dropout", self.micro_step, layer).initial_seed()
         generator = torch.Generator(x.device).manual_seed(key)
         kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.share
@@ -125,7 +129,8 @@ class LoraLinear(Adapted):
 
     def subtract_start(self) -> None:
         """Take the product of the factors as they are off from now on."""
-        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.start_A = self.lora_A.detach().to(torch.float32, copy=True)
+        self.start_B = self.lora_B.detach().to(torch.float32, copy=True)
 
     def kept(self) -> Tensors:
         if self.start_A is None or self.start_B is None:

@@ -38,9 +38,11 @@ class OptimizerSettings:
     """The defaults are the recipe's: AdamW8bit at a constant step size."""
 
     optimizer: str = "adamw8bit"
-    """Bytes of its state for each trained value: 2 of adamw8bit, 8 of adamw, 1 of lion8bit."""
+    """Bytes of its state for each trained value: 2 of adamw8bit, 8 of adamw, 1 of lion8bit. The
+    betas are 0.9 and 0.999 of AdamW, and 0.9 and 0.99 of adamw_bf16."""
     weight_decay: float = 1e-4
-    """How far a step of size 1 would pull the LoRA towards zero: in each, this times its size."""
+    """How far a step of size 1 would pull the LoRA towards zero: in each, this times its size. Not
+    the magnitudes of a DoRA."""
     schedule: str = "constant"
     """How the step size falls to `min_factor` over the run; all but constant follow its length."""
     warmup_steps: int = 0
@@ -138,11 +140,18 @@ class OptimizerSettings:
         return self if name in (None, self.optimizer) else replace(self, optimizer=name)
 
     def check_length(self, num_steps: int) -> None:
-        """Raises ValueError if the warm-up does not fit into a run of so many steps."""
+        """Raises ValueError if the warm-up or the cycles do not fit into a run of so many steps."""
         require(
             self.warmup_steps < num_steps,
             f"The warm-up of {self.warmup_steps} steps is not shorter than the run, which has "
             f"{num_steps}. Lower warmup_steps of Optimizer Settings, or train longer.",
+        )
+        rest = num_steps - self.warmup_steps
+        # The first step of a cycle has the whole rate: alone it would never fall.
+        require(
+            self.schedule != "cosine_with_restarts" or 2 * self.cycles <= rest,
+            f"A cycle of the schedule needs 2 steps or more, and the {self.cycles} cycles have "
+            f"{rest} together. Lower cycles of Optimizer Settings, or train longer.",
         )
 
     def remarks(self, learning_rate: float, device_type: str) -> Iterator[str]:

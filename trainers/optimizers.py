@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import require
 from .flow import seeded
 from .optimizer_settings import SCHEDULE_FREE, OptimizerSettings
 from .packages import importing
@@ -18,6 +19,23 @@ from .packages import importing
 _Groups = list[dict[str, Any]]
 _Maker = Callable[[_Groups, float, float], torch.optim.Optimizer]
 """Of the groups of parameters, the learning rate and the weight decay."""
+
+
+def require_optimizer(settings: OptimizerSettings, kind: str, dtype: torch.dtype) -> None:
+    """See that a LoRA of this kind can be trained by it, with the network computed in `dtype`.
+
+    Raises:
+        ValueError: if it cannot, or the package of the optimizer cannot be imported.
+    """
+    # The scaler of float16 has no kernel for gradients in bfloat16.
+    require(
+        settings.optimizer != "adamw_bf16" or dtype != torch.float16,
+        "The optimizer adamw_bf16 needs a device that computes in bf16, and this training computes "
+        "in fp16. Choose adamw or adamw8bit, or set the compute dtype to bf16.",
+    )
+    name = "lora_B.weight" if kind == "lora" else kind
+    with torch.inference_mode(False):
+        make_optimizer(settings, {f"layer.{name}": nn.Parameter(torch.zeros(1))}, 1e-4)
 
 
 def make_optimizer(
@@ -39,10 +57,12 @@ def make_optimizer(
 
 
 def cast_parameters(settings: OptimizerSettings, parameters: Iterable[nn.Parameter]) -> None:
-    """Give them the type that the optimizer trains: float32, or bfloat16 of adamw_bf16."""
+    """Give them the type that the optimizer trains: float32, or bfloat16 of adamw_bf16 but for the
+    magnitudes of a DoRA, which are vectors: rounded they would be no start at the base model."""
     if settings.optimizer == "adamw_bf16":
         for parameter in parameters:
-            parameter.data = parameter.data.bfloat16()
+            if parameter.ndim > 1:
+                parameter.data = parameter.data.bfloat16()
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -82,19 +102,23 @@ def own_draws(seed: int, step: int, device: torch.device) -> Iterator[None]:
 def _groups(
     settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter], learning_rate: float
 ) -> _Groups:
-    """One group; with LoRA+ the B matrices are in a second one."""
+    """One group; with LoRA+ the B matrices are in another one, and so are the magnitudes of a DoRA,
+    which no decay may pull to zero: the base model's rows would go with them."""
+    magnitudes = [p for name, p in parameters.items() if name.endswith(".magnitude")]
+    others = {name: p for name, p in parameters.items() if not name.endswith(".magnitude")}
+    own = [{"params": magnitudes, "weight_decay": 0.0}] if magnitudes else []
     if settings.lora_plus_ratio == 1:
-        return [{"params": list(parameters.values())}]
-    b_matrices = {name: p for name, p in parameters.items() if ".lora_B." in name}
+        return [{"params": list(others.values())}, *own]
+    b_matrices = {name: p for name, p in others.items() if ".lora_B." in name}
     if not b_matrices:
         raise ValueError(
             "LoRA+ trains the B matrices of a LoRA faster, and this kind of LoRA has none. Set "
             "lora_plus_ratio of Optimizer Settings to 1."
         )
-    others = [p for name, p in parameters.items() if name not in b_matrices]
     return [
-        {"params": others},
+        {"params": [p for name, p in others.items() if name not in b_matrices]},
         {"params": list(b_matrices.values()), "lr": learning_rate * settings.lora_plus_ratio},
+        *own,
     ]
 
 
@@ -122,7 +146,15 @@ def _adamw_bf16(groups: _Groups, rate: float, decay: float) -> torch.optim.Optim
             with torch.compiler.set_stance("force_eager"):
                 return super().step(closure)
 
-    return AdamW(groups, lr=rate, weight_decay=decay, eps=1e-6, bf16_stochastic_round=True)
+    # The second moment is in bf16 too, where 0.999 of a value rounds to the value itself.
+    return AdamW(
+        groups,
+        lr=rate,
+        betas=(0.9, 0.99),
+        weight_decay=decay,
+        eps=1e-6,
+        bf16_stochastic_round=True,
+    )
 
 
 def _lion(groups: _Groups, rate: float, decay: float) -> torch.optim.Optimizer:

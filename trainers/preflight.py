@@ -9,11 +9,13 @@ from itertools import islice
 
 import torch
 
+from .compiled import require_compiler
 from .devices import SystemMemory, has_fp8
 from .eight_bit import has_products, require_products
 from .load import FluxFile
 from .lora_settings import LoraSettings
 from .memory import store_bytes
+from .optimizers import require_optimizer
 from .packages import is_usable
 from .plan import Plan
 
@@ -72,10 +74,14 @@ def require_fits(plan: Plan, free_bytes: int, ram: SystemMemory) -> list[str]:
         free_bytes: of a GPU those that are free without the model, of a CPU those beside it.
 
     Raises:
-        ValueError: if they are not enough, with what would fit; or if products cannot be computed
-            as wanted.
+        ValueError: if they are not enough, with what would fit; or if the device cannot compute or
+            compile what is wanted.
     """
-    require_products(plan.workload.speed.products, plan.device, plan.format)
+    workload = plan.workload
+    require_products(workload.speed.products, plan.device, plan.format)
+    require_optimizer(workload.optimizer, workload.lora.kind, workload.dtype)
+    if workload.speed.compile:
+        require_compiler(plan.device)
     if plan.device.type == "cpu" and plan.streaming != "disk":
         free_bytes += plan.weights  # they are there already
     if plan.least_bytes > free_bytes:

@@ -44,6 +44,8 @@ class Losses:
     parts: dict[str, float]
     """`regularization_loss`, `prior_loss` and `class_loss` where there were such, without their
     weights; each is the mean of the batches that had it."""
+    kinds: frozenset[str]
+    """Those of the parts (`Part.kind`)."""
 
 
 def mean_losses(parts: Sequence[Part], num_batches: int) -> Losses:
@@ -53,6 +55,7 @@ def mean_losses(parts: Sequence[Part], num_batches: int) -> Losses:
     return Losses(
         loss=sum(part.weight * part.loss for part in parts) / num_batches,
         parts={f"{kind}_loss": sum(some) / len(some) for kind, some in values.items()},
+        kinds=frozenset(part.kind for part in parts),
     )
 
 

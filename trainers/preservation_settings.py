@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from .checks import require
+
+_LETTER = r"[^\W\u2e80-\U0003ffff]"
+"""Of scripts that write words apart; those of East Asia do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,11 @@ class PreservationSettings:
         return bool(self.trigger.strip())
 
     def class_caption(self, text: str) -> str | None:
-        """The text with the class word for the trigger; None if it does not hold the trigger."""
+        """The text with the class word for the trigger; None if it does not hold the trigger as a
+        word, or words, of its own."""
         trigger = self.trigger.strip()
-        if not trigger or trigger not in text:
+        if not trigger:
             return None
-        return text.replace(trigger, self.class_word.strip())
+        whole = rf"(?<!{_LETTER}){re.escape(trigger)}(?!{_LETTER})"
+        changed, count = re.subn(whole, lambda _: self.class_word.strip(), text)
+        return changed if count else None

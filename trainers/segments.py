@@ -65,6 +65,26 @@ def without_effect(speed: SpeedSettings, *, gradient_checkpointing: bool) -> lis
     ]
 
 
+def slower_than_wished(speed: SpeedSettings, *, dropout: float, has_masks: bool) -> list[str]:
+    """A sentence for everything that keeps these settings from their effect.
+
+    Args:
+        dropout: that of the LoRA.
+    """
+    lines = []
+    if speed.compile and dropout:
+        lines.append(
+            "The dropout of the LoRA breaks compiled blocks apart at each layer that learns, so "
+            "that compiling gains less. Set dropout to 0, or turn compile off."
+        )
+    if speed.tread and has_masks:
+        lines.append(
+            "TREAD keeps the tokens under the white of masks: it saves less here, and the "
+            "training takes more memory than the estimate says."
+        )
+    return lines
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Segments in a row that are alike."""

@@ -98,6 +98,7 @@ class TrainState:
         self.blocks = BlockRunner(self.transformer, self._segments(kept_blocks=0))
         self.parameters = list(self.lora.parameters.values())
         cast_parameters(job.train.optimizer, self.parameters)
+        self.lora.take_off_start()
         self.optimizer = make_optimizer(
             job.train.optimizer, self.lora.parameters, job.train.learning_rate
         )

@@ -3,11 +3,12 @@ progress on held out pictures. Each is a sentence with the likely cause and what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from .caches import LatentSubset
 from .config import TrainSettings
 from .devices import dtype_name
 
@@ -39,22 +40,40 @@ def diverged(step: int, settings: TrainSettings, dtype: torch.dtype) -> Diverged
 class Watch:
     """Sees whether the first steps of a training change the LoRA.
 
+    A LoRA that does nothing yet has no gradient from regularization pictures and class captions, so
+    steps of these alone are not looked at.
+
     Args:
-        start: the steps before those to look at; every dataset is trained from there on.
+        start: the steps before those to look at.
+        is_all_regularization: whether there are no other pictures.
     """
 
-    def __init__(self, start: int, settings: TrainSettings) -> None:
+    def __init__(self, start: int, settings: TrainSettings, *, is_all_regularization: bool) -> None:
         self._start, self._settings = start, settings
+        without_gradient = () if is_all_regularization else ("regularization", "class")
+        self._ignored = frozenset(without_gradient)
         self._grad_norms: list[float | None] = []
         self._before: list[Tensor] = []
 
-    def see(self, step: int, grad_norm: float | None, parameters: Sequence[Tensor]) -> None:
-        """Look at what is trained after `step` steps; the norm is None if float16 overflowed.
+    def see(
+        self,
+        step: int,
+        grad_norm: float | None,
+        parameters: Sequence[Tensor],
+        kinds: frozenset[str],
+    ) -> None:
+        """Look at what is trained after `step` steps.
+
+        Args:
+            grad_norm: None if float16 overflowed.
+            kinds: of the pictures of the last step (`Part.kind`).
 
         Raises:
             ValueError: if WATCHED_STEPS steps changed nothing.
         """
         if step <= self._start or len(self._grad_norms) == WATCHED_STEPS:
+            return
+        if kinds <= self._ignored:
             return
         if not self._grad_norms:
             self._before = [parameter.detach().cpu().clone() for parameter in parameters]
@@ -84,6 +103,17 @@ def _nothing_learned(
             "learning rate, or shorten the warm-up."
         )
     return None
+
+
+def never_trained(subsets: Iterable[LatentSubset], num_steps: int) -> Iterator[str]:
+    """A sentence for every dataset that begins after the end of a run of so many steps."""
+    for subset in subsets:
+        if subset.schedule.start_step >= num_steps:
+            yield (
+                f"The dataset '{subset.name}' is not trained: it begins after step "
+                f"{subset.schedule.start_step}, and the run ends at {num_steps}. Lower start_step "
+                "of Schedule Dataset, or train longer."
+            )
 
 
 def no_progress(losses: Mapping[int, float]) -> str | None:
