@@ -12,6 +12,7 @@ from ..trainers.flux_lora import parse_flux_lora
 from ..trainers.lora_export import (
     DTYPES,
     FORMATS,
+    balanced,
     exported,
     merged,
     ranks,
@@ -123,7 +124,8 @@ class ExportLora(io.ComfyNode):
         metadata = resized_metadata(given.metadata, whole) if rank else dict(given.metadata)
         if trigger_words.strip():
             metadata["modelspec.trigger_phrase"] = trigger_words.strip()
-        exact = exported(whole, format)
+        precise = whole if dtype == "fp32" else balanced(whole)
+        exact = exported(precise, format)
         tensors = rounded(exact, DTYPES[dtype])
         save_export(path, tensors, metadata)
         size, (modules, span) = path.stat().st_size / 1e6, ranks(tensors)
@@ -137,7 +139,7 @@ class ExportLora(io.ComfyNode):
                 *left_out(parsed),
                 *cut(parsed, whole),
                 *rounded_to_zero(exact, tensors),
-                *unlike_in_diffusers(whole, format),
+                *unlike_in_diffusers(precise, format),
             ),
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from comfy.ldm.modules import attention
@@ -10,6 +12,24 @@ _NAMES = {"sdpa": "pytorch", "flash": "flash", "sage": "sage"}
 """Ours and ComfyUI's own, which knows only those whose packages are installed."""
 _PACKAGES = {"flash": "flash-attn", "sage": "sageattention"}
 BACKENDS = tuple(_NAMES)
+_OPTION = "optimized_attention_override"
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What ComfyUI calls in place of its own choice, which comes first."""
+
+    backend: str
+    function: Callable[..., Any]
+
+    def __call__(self, _: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def attention_of(model: Any) -> str:
+    """The backend that was chosen for a MODEL; empty where none was."""
+    chosen = model.model_options.get("transformer_options", {}).get(_OPTION)
+    return chosen.backend if isinstance(chosen, _Chosen) else ""
 
 
 def with_attention(model: Any, backend: str) -> Any:
@@ -26,14 +46,8 @@ def with_attention(model: Any, backend: str) -> Any:
             "sdpa."
         )
 
-    def compute(_: Any, *args: Any, **kwargs: Any) -> Any:
-        """What ComfyUI calls in place of its own choice, which comes first."""
-        return function(*args, **kwargs)
-
     clone = model.clone()
-    options = clone.model_options.setdefault("transformer_options", {})
-    clone.model_options["transformer_options"] = {
-        **options,
-        "optimized_attention_override": compute,
-    }
+    options = clone.model_options.get("transformer_options", {})
+    chosen = _Chosen(backend, function)
+    clone.model_options["transformer_options"] = {**options, _OPTION: chosen}
     return clone

@@ -32,6 +32,7 @@ from ..trainers.step import start_state
 from ..trainers.variants import tell_variant
 from . import folders, host, live
 from .native import to_training_device
+from .native_attention import attention_of
 from .samples import Samples
 from .score import picture_text_scores
 from .trainable import assistant_loras, model_to_train
@@ -95,6 +96,7 @@ class Session:
         remarks: Sequence[str] = (),
         assistant: LoraTensors | None = None,
     ) -> None:
+        validation = replace(validation, attention=attention_of(model))
         self._data, self._job, self._validation, self._asker = data, job, validation, asker
         self._trained_on = model_to_train(model)
         self._base = self._trained_on.base

@@ -74,6 +74,8 @@ class Validation:
     sampler: Sampler = Sampler()
     held_out: TrainingData | None = None
     score: Score | None = None
+    attention: str = ""
+    """The backend that was chosen for the MODEL that draws; empty where none was."""
 
     @property
     def draws(self) -> bool:
@@ -113,7 +115,8 @@ class Validation:
                 yield Picture(prompt=prompt, width=width, height=height, key=key)
 
     def _key(self, prompt: EncodedPrompt, width: int, height: int, vae: str) -> str:
-        digest = hashlib.sha256(f"{width} {height} {self.sampler} {vae}".encode())
+        facts = [f"{width} {height} {self.sampler} {vae}", *filter(None, [self.attention])]
+        digest = hashlib.sha256(" ".join(facts).encode())
         for embeds, options in [*prompt.positive, *prompt.negative]:
             added = (options.get("pooled_output"), options.get("attention_mask"))
             tensors = [embeds, *added, *options.get("reference_latents", [])]

@@ -10,7 +10,14 @@ import pytest
 import torch
 from atelier.trainers.buckets import Resolution
 from atelier.trainers.caches import LatentCache
-from atelier.trainers.caching import cache_latents, cache_prompts, latent_cache, prompt_cache
+from atelier.trainers.caching import (
+    LATENTS,
+    LatentSettings,
+    cache_latents,
+    cache_prompts,
+    latent_cache,
+    prompt_cache,
+)
 from atelier.trainers.captions import CaptionSettings
 from atelier.trainers.config import JobSettings, Length, TrainSettings
 from atelier.trainers.data import TrainingData
@@ -71,10 +78,10 @@ def encode_texts(texts: list[str]) -> tuple[Tensor, Tensor]:
     )
 
 
-def cached(subset: Subset, folder: Path) -> TrainingData:
-    dataset = Dataset(subsets=(subset,))
+def cached(subset: Subset, folder: Path, kept: str = LATENTS[0]) -> TrainingData:
+    dataset, settings = Dataset(subsets=(subset,)), LatentSettings(kept=kept)
     return TrainingData(
-        latents=cache_latents(dataset, encode, "vae", folder / "latents"),
+        latents=cache_latents(dataset, encode, "vae", folder / "latents", settings=settings),
         prompts=cache_prompts(dataset.texts, encode_texts, "clip", 8, folder / "prompts"),
     )
 
@@ -105,6 +112,17 @@ def test_references_are_encoded_as_pictures_are(folder: Path) -> None:
     assert {key for entry in shown.entries for key in entry.references} == set(
         latent_cache(plain, "vae", folder).keys
     )
+
+
+def test_a_reference_is_its_mean_also_where_one_sample_is_kept(folder: Path) -> None:
+    """Of a picture that is trained with itself as its reference, in one cache."""
+    subset = read(folder, references=folder / "after")
+    means, drawn = (cached(subset, folder, kept).latents for kept in LATENTS)
+    for wanted, found in zip(means.entries, drawn.entries, strict=True):
+        mean = means.load(wanted.keys[0]).mean
+        assert torch.equal(drawn.load(found.references[0]).mean, mean)
+        assert not torch.equal(drawn.load(found.keys[0]).mean, mean)
+        assert drawn.load(found.references[0]).std.count_nonzero() == 0
 
 
 def test_a_reference_is_cropped_and_mirrored_with_its_picture(folder: Path) -> None:

@@ -35,7 +35,8 @@ from .shards import Shards
 
 LATENTS = ("distribution", "one sample")
 """What is kept of a picture's latents: mean and deviation, so that every step draws a sample of its
-own, or one such sample, in half the space."""
+own, or one such sample, in half the space. Of a reference a training takes the mean alone, so it
+is kept in both."""
 
 EncodePictures = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Pixels [B, 3, H, W] in -1..1 to the mean and the deviation of the latents, each [B, C, h, w]
@@ -68,10 +69,11 @@ class LatentSettings:
     def is_sample(self) -> bool:
         return self.kept == LATENTS[1]
 
-    def facts(self, how: Transform) -> list[Any]:
+    def facts(self, how: Transform, *, is_reference: bool = False) -> list[Any]:
         """What stands for this in a picture's key: nothing where it is the default."""
         is_tiled = 0 < self.tile < max(how.width, how.height)
-        return [self.kept] * self.is_sample + [{"tile": self.tile}] * is_tiled
+        kept = "mean" if is_reference else self.kept
+        return [kept] * self.is_sample + [{"tile": self.tile}] * is_tiled
 
 
 DEFAULT_LATENTS = LatentSettings()
@@ -139,6 +141,7 @@ def cache_latents(
     cache = latent_cache(dataset, encoder_id, folder, settings)
     wanted: dict[str, _Wanted] = {}
     masks: dict[str, _Wanted] = {}
+    means: set[str] = set()
     for subset, cached in zip(dataset.subsets, cache.subsets, strict=True):
         for record, entry in zip(subset.records, cached.entries, strict=True):
             bad_file = subset.on_bad_file
@@ -149,6 +152,7 @@ def cache_latents(
                 hows = subset.reference_transforms(record)
                 shown = [_Wanted(record.reference, how, bad_file) for how in hows]
                 wanted |= zip(entry.references, shown, strict=True)
+                means.update(entry.references)
     bad: dict[str, str] = {}
 
     def read(keys: list[str]) -> list[tuple[str, Tensor]]:
@@ -161,7 +165,8 @@ def cache_latents(
         for index, (key, _) in enumerate(batch):
             _require_finite(mean[index], f"the picture {wanted[key].picture.path}")
             if settings.is_sample:
-                yield key, {"mean": _sample(mean[index], std[index], key)}
+                kept = mean[index] if key in means else _sample(mean[index], std[index], key)
+                yield key, {"mean": kept}
             else:
                 yield key, {"mean": mean[index], "std": std[index]}
 
@@ -311,14 +316,17 @@ def _latent_entry(
     transforms, mask = subset.transforms(record), record.mask
     shown, reference = subset.reference_transforms(record), record.reference
 
-    def key(content: str, how: Transform) -> str:
-        return digest([content, how.facts(), encoder_id, *settings.facts(how)])
+    def key(content: str, how: Transform, *, is_reference: bool = False) -> str:
+        kept = settings.facts(how, is_reference=is_reference)
+        return digest([content, how.facts(), encoder_id, *kept])
 
     return LatentEntry(
         record=record.id,
         keys=tuple(key(record.content, how) for how in transforms),
         masks=tuple(_mask_key(mask, how) for how in transforms) if mask else (),
-        references=tuple(key(reference.content, how) for how in shown) if reference else (),
+        references=tuple(key(reference.content, how, is_reference=True) for how in shown)
+        if reference
+        else (),
         reference_width=shown[0].width if shown else 0,
         reference_height=shown[0].height if shown else 0,
         texts=record.texts,

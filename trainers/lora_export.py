@@ -31,6 +31,8 @@ _TEXT_PREFIXES = {
     },
 }
 _NO_MAGNITUDES: Mapping[str, Tensor] = {}
+_EXACT = (".alpha", ".dora_scale", ".lora_magnitude_vector")
+"""One number, or one for each row: magnitudes change by less than a rounding of them."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -64,12 +66,22 @@ def exported(lora: FluxLora, format: str) -> dict[str, Tensor]:
 
 
 def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a file in another dtype; alphas stay float32.
+    """The tensors of a file in another dtype; alphas and a DoRA's magnitudes stay as they are.
 
     Raises:
         ValueError: if a value is too large for `dtype`.
     """
     return {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+
+
+def balanced(lora: FluxLora) -> FluxLora:
+    """The same LoRA, fit to be rounded: a small difference of two large products, as a training
+    with PiSSA or OLoRA writes it, becomes one small product. Other modules stay bit for bit."""
+    return dataclasses.replace(
+        lora,
+        adapters=tuple(_balanced(adapter) for adapter in lora.adapters),
+        text=tuple(_balanced(adapter) for adapter in lora.text),
+    )
 
 
 def resized(lora: FluxLora, rank: int) -> FluxLora:
@@ -256,6 +268,12 @@ def _resized(adapter: Adapter, rank: int) -> Adapter:
     return _lora(adapter.name, adapter.start, product, adapter.magnitudes)
 
 
+def _balanced(adapter: Adapter) -> Adapter:
+    if adapter.kind != "lora" or not (product := adapter.low_rank()).cancels:
+        return adapter
+    return _lora(adapter.name, adapter.start, product.balanced(), adapter.magnitudes)
+
+
 def _spelled(adapter: Adapter, format: str) -> dict[str, Tensor]:
     """The tensors of one module."""
     is_diffusers = format == "diffusers"
@@ -309,7 +327,7 @@ def _text_module(name: str, format: str) -> str:
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if name.endswith(".alpha") or not tensor.is_floating_point():
+    if name.endswith(_EXACT) or not tensor.is_floating_point():
         return tensor
     cast = tensor.to(dtype)
     require(

@@ -64,7 +64,23 @@ class LowRank:
         the SVD of an [r, r] matrix."""
         if self.rank <= rank:
             return self
-        q_up, r_up = torch.linalg.qr(self.up.double() * self.scale)
+        return self._nearest(rank, self.scale)
+
+    @property
+    def cancels(self) -> bool:
+        """Whether its columns take each other away until an eighth is left, so that rounding the
+        factors rounds what is left at least eight times as much."""
+        norms = self.up.double().square().sum(0) * self.down.double().square().sum(1)
+        return self.squared_norm() < self.scale**2 * float(norms.sum()) / 64
+
+    def balanced(self) -> LowRank:
+        """The same product and scale with factors whose columns are orthogonal: none cancel."""
+        nearest = self._nearest(self.rank, 1.0)
+        return LowRank(down=nearest.down, up=nearest.up, scale=self.scale)
+
+    def _nearest(self, rank: int, scale: float) -> LowRank:
+        """That of scale * up @ down."""
+        q_up, r_up = torch.linalg.qr(self.up.double() * scale)
         q_down, r_down = torch.linalg.qr(self.down.double().T)
         u, s, v = torch.linalg.svd(r_up @ r_down.T)
         return _from_svd(q_up @ u[:, :rank], s[:rank], v[:rank] @ q_down.T)

@@ -253,6 +253,32 @@ def test_what_a_dtype_makes_0_is_told(loras: Path) -> None:
     assert told_of(lora, dtype="bf16") == []
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("bf16", 2**-8), ("fp16", 2**-11)])
+def test_a_small_difference_of_large_products_is_rounded_as_small(
+    loras: Path, dtype: str, error: float
+) -> None:
+    """As PiSSA leaves it, in a DoRA, beside its product in float64."""
+    lora, parts = written_by("peft_dora"), ("lora_A.weight", "lora_B.weight")
+    first = next(n for n in lora if n.endswith(parts[0])).removesuffix(parts[0])
+    a, b = (lora[first + part] for part in parts)
+    lora[first + parts[0]] = torch.cat([1.001 * a, a])
+    lora[first + parts[1]] = torch.cat([0.998 * b, -b], dim=1)
+    found = Runner().run(export(FROM_WIRE, lora=lora, dtype=dtype, output=1))
+
+    def product(tensors: dict[str, Tensor], module: str) -> Tensor:
+        down, up = (tensors[module + part].double() for part in parts)
+        alpha = float(tensors.get(f"{module}alpha", len(down)))
+        return alpha / len(down) * (up @ down)
+
+    wanted = product(lora, first)
+    assert (product(found, first) - wanted).norm() < 2 * error * wanted.norm()
+    assert found[f"{first}lora_magnitude_vector"].dtype == torch.float32
+    others = [n for n in lora if not n.startswith(first) and n.endswith("lora_B.weight")]
+    for name in others:  # of what need not be computed anew
+        assert torch.equal(found[name], lora[name].to(found[name].dtype))
+    assert others
+
+
 def test_a_merge_says_what_it_is(loras: Path) -> None:
     runner = Runner()
     files = [("kohya.safetensors", 0.5), ("ai_toolkit.safetensors", -1.0)]

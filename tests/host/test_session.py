@@ -16,6 +16,7 @@ import pytest
 import torch
 from atelier.nodes import host, live
 from atelier.nodes.native import build_model
+from atelier.nodes.native_attention import with_attention
 from atelier.nodes.native_lora import add_lora
 from atelier.nodes.sampling import draw_latents, encode_prompt
 from atelier.nodes.session import Asker, Session
@@ -302,6 +303,18 @@ def test_latents_are_those_of_a_ksampler_with_the_saved_file(
     assert mine.dtype == torch.float32
     assert mine.std() > 0.1
     assert (mine - theirs["samples"]).abs().max() <= 1e-4
+
+
+def test_another_attention_backend_draws_pictures_of_its_own(
+    model: Any, data: TrainingData, output: Path
+) -> None:
+    def drawn(on: Any) -> set[str]:
+        Session(on, data, job(1), ASKER, watched("one")).train()
+        return {path.name for path in output.glob("atelier/*/samples/step-000001-*.png")}
+
+    plain, chosen = drawn(model), drawn(with_attention(model, "sdpa"))
+    assert (len(plain), len(chosen)) == (1, 2)
+    assert drawn(model) == chosen
 
 
 def ask_when(output: Path, events: list[tuple[str, dict[str, Any]]], state: str, ask: Any) -> None:
