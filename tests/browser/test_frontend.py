@@ -16,6 +16,15 @@ from PIL import Image
 
 CANVASES = {"classic": False, "nodes2": True}
 """Name to whether the nodes are drawn in HTML, as Nodes 2.0 does."""
+RECIPE, LARGEST_RECIPE = "atelier_recipe_", "atelier_recipe_diffsynth_ink_wash"
+ON_BOTH = [path.stem for path in WORKFLOWS if not path.stem.startswith(RECIPE)] + [LARGEST_RECIPE]
+OPENED = [
+    (path.stem, canvas)
+    for path in WORKFLOWS
+    for canvas in CANVASES
+    if canvas == "classic" or path.stem in ON_BOTH
+]
+"""The recipes are laid out alike: one of them is opened on both canvases."""
 
 NODES_OUTSIDE_THEIR_GROUP = """
 return app.graph.nodes.filter((node) => node.type !== 'MarkdownNote').filter((node) => {
@@ -66,17 +75,24 @@ def our_problems(frontend: Frontend) -> list[str]:
     return [text for text in problems if any(name in text for name in names)]
 
 
-@pytest.fixture(scope="module", params=WORKFLOWS, ids=lambda path: path.stem)
-def graph(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return read(request.param)
-
-
-@pytest.fixture(scope="module", params=CANVASES.values(), ids=CANVASES)
-def is_html(request: pytest.FixtureRequest, frontend: Frontend, graph: dict[str, Any]) -> bool:
-    """Opens the graph on one of the two canvases."""
-    frontend.open(vue_nodes=request.param)
+@pytest.fixture(scope="module", params=OPENED, ids="-".join)
+def opened(request: pytest.FixtureRequest, frontend: Frontend) -> tuple[dict[str, Any], bool]:
+    """A graph that is open on one of the two canvases, and whether that is the one in HTML."""
+    name, canvas = request.param
+    graph = read(ROOT / "workflows" / f"{name}.json")
+    frontend.open(vue_nodes=CANVASES[canvas])
     frontend.load(graph)
-    return request.param
+    return graph, CANVASES[canvas]
+
+
+@pytest.fixture(scope="module")
+def graph(opened: tuple[dict[str, Any], bool]) -> dict[str, Any]:
+    return opened[0]
+
+
+@pytest.fixture(scope="module")
+def is_html(opened: tuple[dict[str, Any], bool]) -> bool:
+    return opened[1]
 
 
 def test_workflows_open_whole(frontend: Frontend, graph: dict[str, Any], is_html: bool) -> None:
@@ -108,6 +124,13 @@ def test_the_page_queues_what_the_command_line_queues(
         known = declared.get("required", {}) | declared.get("optional", {})
         node["inputs"] = {n: value for n, value in node["inputs"].items() if n in known}
     assert queued == workflow.to_api(graph, object_info)
+
+
+def test_the_library_takes_the_recipes_as_nodes(frontend: Frontend) -> None:
+    """The page reads every blueprint when it opens, and names those that it cannot."""
+    frontend.open()
+    frontend.evaluate("await new Promise((resolve) => setTimeout(resolve, 2000))")
+    assert [text for text in frontend.problems() if "blueprint" in text] == []
 
 
 def test_a_small_learning_rate_survives_a_visit_of_its_field(frontend: Frontend) -> None:
