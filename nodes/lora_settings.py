@@ -6,7 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.lora_settings import INITS, KINDS, LORA_TARGETS, LoraSettings, without_effect
+from ..trainers.lora_settings import (
+    INITS,
+    KINDS,
+    LORA_TARGETS,
+    REPLACED_BY_A_FILE,
+    LoraSettings,
+    replaced,
+    without_effect,
+)
 from ..trainers.lora_start import read_start, settings_from
 from ..trainers.lora_targets import FLUX_DEV, num_parameters
 from . import host
@@ -36,6 +44,8 @@ class LoraSettingsNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start_from: str | None = None, **settings: Any) -> bool | str:
+        if start_from != NONE:
+            _take_replaced(settings)
         if all(value is not None for value in settings.values()):  # a linked one is not known yet
             try:
                 _settings(**settings)
@@ -49,11 +59,21 @@ class LoraSettingsNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, start_from: str = NONE, **inputs: Any) -> io.NodeOutput:
-        settings = _settings(**inputs)
-        if start_from != NONE:
-            settings = settings_from(lora_file(start_from), settings)
-        host.show_text("\n".join(_facts(settings)), cls.hidden.unique_id)
+        if start_from == NONE:
+            settings = _settings(**inputs)
+            lines = _facts(settings)
+        else:
+            given = _take_replaced(inputs)
+            settings = settings_from(lora_file(start_from), _settings(**inputs))
+            lines = [*_facts(settings), *replaced(given, settings)]
+        host.show_text("\n".join(lines), cls.hidden.unique_id)
         return io.NodeOutput(settings)
+
+
+def _take_replaced(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Take out what a file to start from says, and which need not fit together beside it."""
+    taken = {name: inputs.pop(name) for name in REPLACED_BY_A_FILE if name in inputs}
+    return {name: (value or None) if name == "alpha" else value for name, value in taken.items()}
 
 
 def _settings(alpha: float = 0.0, **others: Any) -> LoraSettings:
