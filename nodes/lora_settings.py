@@ -16,7 +16,7 @@ from ..trainers.lora_settings import (
     without_effect,
 )
 from ..trainers.lora_start import read_start, settings_from
-from ..trainers.lora_targets import FLUX_DEV, num_parameters
+from ..trainers.lora_targets import FLUX_DEV, num_parameters, rank_without_effect
 from . import host
 from .inputs import shared_input
 from .lora_choice import NONE, checked, lora_file, lora_names, versions
@@ -98,6 +98,7 @@ def _facts(settings: LoraSettings) -> list[str]:
         try:
             millions = num_parameters(FLUX_DEV, settings) / 1e6
             lines.append(f"On FLUX.1-dev {millions:.2f} million numbers learn.")
+            lines += rank_without_effect(FLUX_DEV, settings)
         except ValueError:  # patterns of another model; Train LoRA says whether they fit that
             lines.append("Not all of these layers are in FLUX.1-dev.")
     return [*lines, *without_effect(settings)]
@@ -110,8 +111,8 @@ def _size_inputs() -> list[Any]:
             options=list(KINDS),
             default=LoraSettings.kind,
             tooltip="lora: two thin matrices, what every program reads. lokr: a Kronecker product, "
-            "small files; it wants about ten times the learning rate, and learns far less at the "
-            "same one; a step takes up to twice as long. loha: two LoRAs multiplied, time and "
+            "small files; SimpleTuner starts it at a learning rate of 1e-3 with AdamW, ten times a "
+            "LoRA's; a step takes up to twice as long. loha: two LoRAs multiplied, time and "
             "memory of rank x rank. ComfyUI reads the last two, at some more time for each "
             "picture; diffusers does not.",
         ),
