@@ -6,9 +6,17 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.lora_settings import INITS, KINDS, LORA_TARGETS, LoraSettings, without_effect
+from ..trainers.lora_settings import (
+    INITS,
+    KINDS,
+    LORA_TARGETS,
+    REPLACED_BY_A_FILE,
+    LoraSettings,
+    replaced,
+    without_effect,
+)
 from ..trainers.lora_start import read_start, settings_from
-from ..trainers.lora_targets import FLUX_DEV, num_parameters
+from ..trainers.lora_targets import FLUX_DEV, num_parameters, rank_without_effect
 from . import host
 from .inputs import shared_input
 from .lora_choice import NONE, checked, lora_file, lora_names, versions
@@ -36,6 +44,8 @@ class LoraSettingsNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start_from: str | None = None, **settings: Any) -> bool | str:
+        if start_from != NONE:
+            _take_replaced(settings)
         if all(value is not None for value in settings.values()):  # a linked one is not known yet
             try:
                 _settings(**settings)
@@ -49,11 +59,21 @@ class LoraSettingsNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, start_from: str = NONE, **inputs: Any) -> io.NodeOutput:
-        settings = _settings(**inputs)
-        if start_from != NONE:
-            settings = settings_from(lora_file(start_from), settings)
-        host.show_text("\n".join(_facts(settings)), cls.hidden.unique_id)
+        if start_from == NONE:
+            settings = _settings(**inputs)
+            lines = _facts(settings)
+        else:
+            given = _take_replaced(inputs)
+            settings = settings_from(lora_file(start_from), _settings(**inputs))
+            lines = [*_facts(settings), *replaced(given, settings)]
+        host.show_text("\n".join(lines), cls.hidden.unique_id)
         return io.NodeOutput(settings)
+
+
+def _take_replaced(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Take out what a file to start from says, and which need not fit together beside it."""
+    taken = {name: inputs.pop(name) for name in REPLACED_BY_A_FILE if name in inputs}
+    return {name: (value or None) if name == "alpha" else value for name, value in taken.items()}
 
 
 def _settings(alpha: float = 0.0, **others: Any) -> LoraSettings:
@@ -78,6 +98,7 @@ def _facts(settings: LoraSettings) -> list[str]:
         try:
             millions = num_parameters(FLUX_DEV, settings) / 1e6
             lines.append(f"On FLUX.1-dev {millions:.2f} million numbers learn.")
+            lines += rank_without_effect(FLUX_DEV, settings)
         except ValueError:  # patterns of another model; Train LoRA says whether they fit that
             lines.append("Not all of these layers are in FLUX.1-dev.")
     return [*lines, *without_effect(settings)]
@@ -90,8 +111,8 @@ def _size_inputs() -> list[Any]:
             options=list(KINDS),
             default=LoraSettings.kind,
             tooltip="lora: two thin matrices, what every program reads. lokr: a Kronecker product, "
-            "small files; it wants about ten times the learning rate, and learns far less at the "
-            "same one; a step takes up to twice as long. loha: two LoRAs multiplied, time and "
+            "small files; SimpleTuner starts it at a learning rate of 1e-3 with AdamW, ten times a "
+            "LoRA's; a step takes up to twice as long. loha: two LoRAs multiplied, time and "
             "memory of rank x rank. ComfyUI reads the last two, at some more time for each "
             "picture; diffusers does not.",
         ),

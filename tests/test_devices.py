@@ -6,6 +6,9 @@ import pytest
 import torch
 from atelier.trainers.devices import describe_device, require_format_on, require_trainable_on
 from atelier.trainers.formats import FORMATS
+from atelier.trainers.optimizer_settings import OPTIMIZERS, OptimizerSettings
+from atelier.trainers.optimizers import make_optimizer
+from torch import nn
 
 
 @pytest.mark.parametrize(("device", "named"), [("cpu", "CPU"), ("mps", "Apple"), ("xpu", "Intel")])
@@ -27,10 +30,21 @@ def test_cuda_devices_are_told_apart(
     assert named in describe_device(torch.device("cuda"))
 
 
-def test_apples_gpus_are_refused_for_training() -> None:
-    require_trainable_on(torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"Start ComfyUI with --cpu"):
-        require_trainable_on(torch.device("mps"))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_apples_gpus_are_refused_for_the_optimizers_of_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    parameters = {"lora_B.weight": nn.Parameter(torch.zeros(2, 2))}
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+    require_trainable_on(torch.device("cpu"), optimizer)
+    try:
+        make_optimizer(OptimizerSettings(optimizer=optimizer), parameters, 1e-4)
+    except ValueError:
+        with pytest.raises(ValueError, match=rf"^The optimizer {optimizer} does not run on Apple"):
+            require_trainable_on(torch.device("mps"), optimizer)
+    else:
+        require_trainable_on(torch.device("mps"), optimizer)
 
 
 def test_only_fp8_is_refused_on_apples_gpus() -> None:
@@ -49,4 +63,4 @@ def test_without_bitsandbytes_it_is_said_what_does_not_run(monkeypatch: pytest.M
     sentence, missing = describe_device(torch.device("cpu")).splitlines()
     assert sentence == with_it
     assert missing.startswith("The package bitsandbytes is missing here, ")
-    assert "every format but nf4 and fp4" in missing
+    assert "nf4 and fp4" in missing

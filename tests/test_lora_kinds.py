@@ -24,7 +24,13 @@ from atelier.trainers.loop import open_run, train
 from atelier.trainers.lora_export import exported, resized
 from atelier.trainers.lora_settings import LoraSettings, without_effect
 from atelier.trainers.lora_start import settings_from
-from atelier.trainers.lora_targets import FLUX_DEV, describe_lora, linear_names, num_parameters
+from atelier.trainers.lora_targets import (
+    FLUX_DEV,
+    describe_lora,
+    linear_names,
+    num_parameters,
+    rank_without_effect,
+)
 from atelier.trainers.lycoris import factorization
 from atelier.trainers.memory import Workload, estimate_training
 from atelier.trainers.optimizer_settings import OptimizerSettings
@@ -459,6 +465,23 @@ def test_settings_without_effect_are_told() -> None:
     assert line == "The setting lokr_factor has no effect: the kind is lora, not lokr."
     (line,) = without_effect(LoraSettings(kind="lokr", full_matrix=True, rank=9))
     assert line == "The setting rank has no effect: the factors of this LoKr are whole matrices."
+
+
+def test_a_rank_that_makes_a_lokr_whole_is_told() -> None:
+    """The large factors of FLUX.1's attention have a side of 64, those of its feed-forward 128."""
+
+    def told(rank: int, full_matrix: bool = False) -> list[str]:
+        settings = LoraSettings(
+            kind="lokr", rank=rank, patterns="attn.to_q, ff.net.0", full_matrix=full_matrix
+        )
+        return rank_without_effect(FLUX_DEV, settings)
+
+    assert told(31) == []
+    (some,) = told(32)
+    assert some.startswith("On 57 of 76 layers rank, alpha and rslora have no effect: ")
+    (every,) = told(64)
+    assert every.startswith("On 76 of 76 layers ")
+    assert told(64, full_matrix=True) == rank_without_effect(FLUX_DEV, LoraSettings(rank=64)) == []
 
 
 # From a file

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import psutil  # a package that ComfyUI needs
 import torch
 
+from .optimizer_settings import OF_BITSANDBYTES
 from .packages import is_usable
 
 _NO_BITSANDBYTES = (
-    "The package bitsandbytes is missing here, or does not fit the others: without it nothing is "
-    "trained, and pictures are made in every format but nf4 and fp4."
+    "The package bitsandbytes is missing here, or does not fit the others: the formats nf4 "
+    "and fp4 and the optimizers of 8 bits need it, among them the default adamw8bit."
 )
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -110,7 +111,10 @@ def _what_runs(device: torch.device) -> str:
     if device.type == "xpu":
         return "On Intel cards every format and the training should run; it was not tried."
     if device.type == "mps":
-        return "On Apple's GPUs pictures are made in every format but fp8; training needs --cpu."
+        return (
+            "On Apple's GPUs pictures are made in every format but fp8; training should run with "
+            "an optimizer that is not of 8 bits, such as adamw; it was not tried."
+        )
     return "On a CPU everything runs, FLUX.1-dev slowly: take the nano model."
 
 
@@ -128,12 +132,13 @@ def require_format_on(format: str, device: torch.device | str) -> None:
         )
 
 
-def require_trainable_on(device: torch.device) -> None:
+def require_trainable_on(device: torch.device, optimizer: str) -> None:
     """Raises ValueError where the optimizer does not run."""
-    if device.type == "mps":
+    if device.type == "mps" and optimizer in OF_BITSANDBYTES:
         raise ValueError(
-            "The AdamW8bit optimizer does not run on Apple's GPUs: bitsandbytes has it for NVIDIA, "
-            "AMD and Intel cards and for CPUs. Start ComfyUI with --cpu to train the nano model."
+            f"The optimizer {optimizer} does not run on Apple's GPUs: bitsandbytes has it for "
+            "NVIDIA, AMD and Intel cards and for CPUs. Choose another in Optimizer Settings, such "
+            "as adamw, or start ComfyUI with --cpu."
         )
 
 

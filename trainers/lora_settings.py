@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .block_weights import Pattern
 from .checks import require
@@ -170,6 +171,8 @@ class LoraSettings:
         return tuple(_rank_line(line) for line in self.rank_patterns.splitlines() if line.strip())
 
 
+REPLACED_BY_A_FILE = ("kind", "rank", "alpha", "dora", "rslora", "init")
+"""What the settings of a training that starts from a file have from it, whatever was set."""
 _SAID_BY_A_FILE = ("targets", "patterns", "blocks", "rank_patterns", "lokr_factor", "full_matrix")
 _OF_LOKR = ("lokr_factor", "full_matrix")
 _OF_THIN_FACTORS = ("rank", "alpha", "rslora", "rank_patterns")
@@ -183,10 +186,7 @@ def without_effect(settings: LoraSettings) -> list[str]:
         return [name for name in names if getattr(settings, name) != getattr(recipe, name)]
 
     if settings.start_hash:
-        return [
-            f"The setting {name} has no effect: the file to start from says it."
-            for name in changed(_SAID_BY_A_FILE)
-        ]
+        return [_said_by_the_file(name) for name in changed(_SAID_BY_A_FILE)]
     lines = []
     if settings.layer_patterns and changed(("targets",)):
         lines.append("The setting targets has no effect: patterns chooses the layers.")
@@ -201,6 +201,26 @@ def without_effect(settings: LoraSettings) -> list[str]:
             for name in changed(_OF_THIN_FACTORS)
         ]
     return lines
+
+
+def replaced(given: Mapping[str, Any], settings: LoraSettings) -> list[str]:
+    """A sentence for every setting that was changed, and that the file to start from made another.
+
+    Args:
+        given: by name what was set of REPLACED_BY_A_FILE.
+        settings: with the file's.
+    """
+    recipe = LoraSettings()
+    kept = {name: getattr(settings, name) for name in given} | {"alpha": settings.resolved_alpha}
+    return [
+        _said_by_the_file(name)
+        for name, value in given.items()
+        if value not in (getattr(recipe, name), kept[name])
+    ]
+
+
+def _said_by_the_file(name: str) -> str:
+    return f"The setting {name} has no effect: the file to start from says it."
 
 
 def require_rank(rank: int) -> None:

@@ -42,7 +42,7 @@ class StartLora:
 
 
 def settings_from(path: Path, settings: LoraSettings) -> LoraSettings:
-    """The settings of a training that goes on from the file, with its kind, rank and alpha.
+    """The settings of a training that goes on from the file: REPLACED_BY_A_FILE are its own.
 
     Raises:
         ValueError: if it is missing or damaged, or nothing that can be trained here.

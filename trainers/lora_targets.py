@@ -157,6 +157,28 @@ def describe_lora(config: FluxConfig, settings: LoraSettings) -> str:
     )
 
 
+def rank_without_effect(config: FluxConfig, settings: LoraSettings) -> list[str]:
+    """A sentence if a LoKr's rank is so high that factors are whole matrices, as full_matrix says.
+
+    Raises:
+        ValueError: as `learning_ranks`.
+    """
+    if settings.kind != "lokr" or settings.full_matrix or settings.start_from:
+        return []
+    ranks = learning_ranks(linear_names(config), settings)
+    shapes = _shapes(dataclasses.replace(config, depth=1, depth_single=1))
+    num_whole = sum(
+        "lokr_w2" in lokr_shapes(*shapes[block_zero(name)[0]], rank, settings)
+        for name, rank in ranks.items()
+    )
+    if not num_whole:
+        return []
+    return [
+        f"On {num_whole} of {len(ranks)} layers rank, alpha and rslora have no effect: with a rank "
+        "of half the side of a LoKr's large factor or more, that is a whole matrix."
+    ]
+
+
 def in_all_blocks(config: FluxConfig, settings: LoraSettings) -> dict[str, int]:
     """Layers as they learn in any block, by their names in block 0, and their highest ranks."""
     ranks: dict[str, int] = {}

@@ -25,6 +25,10 @@ OPTIMIZERS = (
 )
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "rex")
 CLIPPING = ("norm", "value", "none")
+OF_BITSANDBYTES = frozenset(
+    {"adamw8bit", "adamw8bit_paged", "lion8bit", "lion8bit_paged", "ademamix8bit"}
+)
+"""Those that its package must run on the device."""
 PAGED = {"adamw8bit_paged": "adamw8bit", "lion8bit_paged": "lion8bit"}
 """Those that need CUDA, and what they are without."""
 SCHEDULE_FREE = frozenset({"prodigy_schedulefree", "adamw_schedulefree"})

@@ -72,7 +72,7 @@ class TrainState:
         self.settings, self.num_steps = job.train, num_steps
         self.activations_in_ram = job.activations_in_ram
         self.device = base.store.device
-        require_trainable_on(self.device)
+        require_trainable_on(self.device, job.train.optimizer.optimizer)
         require_products(job.train.speed.products, self.device, base.format)
         # Between forward and backward on a CPU, whose passes each leave holes in the heap: 1 GB for
         # FLUX.1-dev. Small networks leave little, and would pay 7 % of their step.

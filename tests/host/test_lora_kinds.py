@@ -168,7 +168,26 @@ def test_a_file_says_what_it_is(
     assert shown[0].splitlines() == [
         "The file is a DoRA of rank 4 and alpha 2 on 17 layers, which learn on.",
         "The setting targets has no effect: the file to start from says it.",
+        "The setting rank has no effect: the file to start from says it.",
     ]
+
+
+def test_what_a_file_replaces_is_told_and_not_refused(
+    runner: Runner, shown: list[str], loaded: LoadedFlux, tmp_path: Path
+) -> None:
+    transformer = build_transformer(loaded.store, loaded.config, torch.float32)
+    settings = LoraSettings(rank=4)
+    tensors = file_tensors(trained_like(transformer, settings, loaded).state(), settings)
+    save_lora(tmp_path / "start.safetensors", tensors, {})
+    changed = {"kind": "lokr", "init": "pissa", "dora": True, "alpha": 9.0, "rslora": True}
+    inputs = {"start_from": "start.safetensors", **changed}
+    assert LoraSettingsNode.validate_inputs(**{**DEFAULTS, **inputs}) is True
+    found = runner.run(graph(**inputs))
+    assert (found.kind, found.init, found.dora, found.alpha) == ("lora", "gaussian", False, None)
+    said = [line for line in shown[0].splitlines() if " no effect: the file" in line]
+    assert [line.split()[2] for line in said] == ["kind", "alpha", "dora", "rslora", "init"]
+    runner.run(graph(start_from="start.safetensors", rank=4, alpha=4.0))
+    assert "no effect" not in shown[1]
 
 
 @pytest.mark.parametrize(
