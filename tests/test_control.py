@@ -188,8 +188,8 @@ def test_a_paused_run_is_saved_and_holds_nothing(
     built: list[weakref.ref] = []
     original = training_step.TrainState.__init__
 
-    def remembered(self: Any, *args: Any) -> None:
-        original(self, *args)
+    def remembered(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
         built.extend(map(weakref.ref, (self.transformer, self.optimizer, *self.parameters)))
 
     monkeypatch.setattr(training_step.TrainState, "__init__", remembered)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from atelier.trainers.adapters import attach_lora
+from atelier.trainers.adapters import Lora, attach_lora
 from atelier.trainers.config import JobSettings, Length, TrainSettings
 from atelier.trainers.data import TrainingData
 from atelier.trainers.flux import build_transformer, recompute_blocks, velocity
@@ -23,6 +23,7 @@ from atelier.trainers.memory import estimate_training
 from dense import dense_transformer, stored_tensors
 from flux_files import write_flux
 from frozen_loras import frozen_loras, merged
+from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training import CONTEXT, VECTOR, training_data
@@ -86,13 +87,29 @@ def test_each_of_them_counts(flux_file: Path, lora: FrozenLora) -> None:
     assert torch.max(torch.abs(found - expected)) <= 1e-5
 
 
-def gradients(transformer, checkpointing: bool = False) -> dict[str, Tensor]:
-    """Of a new LoRA on every layer of the blocks, with values as if it had been trained."""
+def learning(transformer) -> Lora:
+    """A new LoRA on every layer of the blocks, with values as if it had been trained."""
     lora = attach_lora(transformer.train(), LoraSettings(targets="all+ffs"), seed=0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in lora.parameters.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return lora
+
+
+def pefts_gradients(transformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of peft's LoRA with these values."""
+    names = sorted({name.rpartition(".lora_")[0] for name in state})
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=names))
+    assert not set_peft_model_state_dict(transformer, state).unexpected_keys
+    forward(transformer).square().mean().backward()
+    learned = {name: p.grad for name, p in transformer.named_parameters() if p.requires_grad}
+    return {name.replace(".default", ""): grad for name, grad in learned.items()}
+
+
+def gradients(transformer, checkpointing: bool = False) -> dict[str, Tensor]:
+    lora = learning(transformer)
     if checkpointing:
         recompute_blocks(transformer)
     forward(transformer).square().mean().backward()
@@ -108,7 +125,10 @@ def test_gradients_are_those_of_the_merged_network_and_reach_the_new_lora_alone(
     base = load(flux_file)
     before = [tensor.clone() for lora in base.frozen for tensor in (lora.down, lora.up)]
     found = gradients(network(base), checkpointing)
-    expected = gradients(dense_transformer(merged(stored_tensors("bf16"), base.frozen)))
+    expected = pefts_gradients(
+        dense_transformer(merged(stored_tensors("bf16"), base.frozen)),
+        learning(network(load(flux_file))).state(),
+    )
     assert found.keys() == expected.keys()
     for name in expected:
         error = torch.linalg.norm(found[name] - expected[name])

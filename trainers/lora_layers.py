@@ -32,7 +32,7 @@ class Dropout:
         """`x` with zeros, the rest larger for it; as it is where nothing is learned from it."""
         if not self.share or not torch.is_grad_enabled():
             return x
-        return self._drop(x, layer)
+        return self._drop(x, layer)  # pyright: ignore[reportCallIssue]
 
     @torch.compiler.disable  # its random numbers are no part of a graph
     def _drop(self, x: Tensor, layer: str) -> Tensor:
