@@ -27,9 +27,9 @@ class AttentionBackend(io.ComfyNode):
                     options=list(BACKENDS),
                     default=BACKENDS[0],
                     tooltip="sdpa: torch's own, exact. flash: flash-attn, exact, for fp16 and bf16 "
-                    "on NVIDIA cards. sage: sageattention, the fastest, in 8 bits: pictures change "
-                    "a little. Both need their package; where one of them cannot compute, "
-                    "ComfyUI takes sdpa and says so in its log.",
+                    "on NVIDIA cards. sage: sageattention, in 8 bits, by its authors the fastest: "
+                    "pictures change a little. Both need their package; where one of them cannot "
+                    "compute, ComfyUI takes sdpa and says so in its log.",
                 ),
             ],
             outputs=[

@@ -218,8 +218,8 @@ _INPUTS: dict[str, Callable[..., Any]] = {
         options=list(COMPUTE_DTYPES),
         default=TrainSettings.compute_dtype,
         tooltip="Type of the arithmetic. auto: bf16 where the device is fast in it, fp16 "
-        "with scaled gradients on older cards, fp32 on old CPUs. The LoRA itself is always "
-        "fp32.",
+        "with scaled gradients on older cards, fp32 on old CPUs. The LoRA itself is "
+        "fp32, or bf16 with adamw_bf16.",
     ),
     "keep_copy": partial(
         host.make_input,

@@ -244,6 +244,12 @@ class Session:
         if is_trained:
             cfg = self._validation.sampler.cfg
             lines += tell_variant(self._base, self._job, self._data, cfg)
+        if self._data.prompts.has_masks and self._validation.shows_padding:
+            lines.append(
+                "The captions hide their padding, and the prompts of the sample pictures do not: "
+                "turn mask_padding of Validation Settings on, or encode them with CLIP Text Encode "
+                "(Hidden Padding)."
+            )
         if count := self._num_held_out_and_trained():
             lines.append(
                 f"{count} of the held out pictures are trained too: the loss on them also falls "

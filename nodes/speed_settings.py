@@ -17,6 +17,7 @@ from . import host
 from .wires import AtelierSpeedSettings
 
 _TREAD_OFF = 0.0
+_START, _END = 2, -2
 
 
 class SpeedSettingsNode(io.ComfyNode):
@@ -36,6 +37,7 @@ class SpeedSettingsNode(io.ComfyNode):
                     display_name="speed", tooltip="For the input speed_settings of Train LoRA."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -68,6 +70,13 @@ class SpeedSettingsNode(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         routes = _routes(tread_ratio, tread_start, tread_end, more_routes)
+        changed = {"tread_start": tread_start != _START, "tread_end": tread_end != _END}
+        lines = [
+            f"The setting {name} has no effect: tread_ratio is 0."
+            for name, is_changed in changed.items()
+            if is_changed and tread_ratio == _TREAD_OFF
+        ]
+        host.show_text("\n".join(lines), cls.hidden.unique_id)
         return io.NodeOutput(SpeedSettings(tread=routes, **settings))
 
 
@@ -87,13 +96,14 @@ def _tread_inputs() -> list[Any]:
             max=0.95,
             step=0.05,
             tooltip="TREAD: the share of the image tokens, drawn anew in each step, that goes "
-            "around the blocks below. 0 is off. 0.5 nearly halves the time of a step of a large "
-            "picture and needs less memory; the loss is higher at first, and detail is learned "
+            "around the blocks below. 0 is off. 0.5 around 9 of 12 blocks took 48 % of the time of "
+            "a step (1024x1024 pixels, on a CPU, width 256, where attention weighs more than in "
+            "FLUX.1), and needs less memory; the loss is higher at first, and detail is learned "
             "more slowly. 0.1 to 0.25 is careful.",
         ),
         io.Int.Input(
             "tread_start",
-            default=2,
+            default=_START,
             min=-1000,
             max=1000,
             tooltip="The first block that tokens go around. FLUX.1 has the blocks 0 to 56, the "
@@ -101,7 +111,7 @@ def _tread_inputs() -> list[Any]:
         ),
         io.Int.Input(
             "tread_end",
-            default=-2,
+            default=_END,
             min=-1000,
             max=1000,
             tooltip="The last block that tokens go around; -2 is the last but one.",

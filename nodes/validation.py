@@ -81,6 +81,15 @@ class Validation:
     def draws(self) -> bool:
         return bool(self.prompts)
 
+    @property
+    def shows_padding(self) -> bool:
+        """Whether the model sees the padding of any prompt that is drawn."""
+        return any(
+            "attention_mask" not in options
+            for prompt in self.prompts
+            for _, options in prompt.positive
+        )
+
     def check_fits(self, base: BaseFlux) -> None:
         """Raises ValueError if something belongs to another model."""
         if self.held_out is not None:

@@ -185,3 +185,9 @@ def test_a_way_of_checkpointing_without_checkpointing_is_told() -> None:
     assert without_effect(SpeedSettings(), gradient_checkpointing=False) == []
     (line,) = without_effect(interval(3), gradient_checkpointing=False)
     assert "'interval' of Speed Settings has no effect" in line
+
+
+def test_an_interval_without_its_way_of_checkpointing_is_told() -> None:
+    assert without_effect(interval(3), gradient_checkpointing=True) == []
+    (line,) = without_effect(SpeedSettings(checkpointing_interval=3), gradient_checkpointing=True)
+    assert line.startswith("The setting checkpointing_interval has no effect: ")

@@ -214,6 +214,12 @@ def test_settings_that_cannot_be_are_named(make, message: str) -> None:
             ["auto_shift has no effect", "huber_c has no effect with the loss mse"],
         ),
         (
+            {"flow": FlowSettings(timesteps=TimestepSettings(sampling="fast", shift=3.0))},
+            True,
+            ["The shift moves the steps of the timestep sampling 'fast' too"],
+        ),
+        ({"flow": FlowSettings(timesteps=TimestepSettings(sampling="fast", shift=1))}, True, []),
+        (
             {"flow": FlowSettings(rollout=RolloutSettings(probability=1.0, ramp="cosine"))},
             True,
             ["rollout_probability has no effect: rollout", "rollout_ramp has no effect: rollout"],

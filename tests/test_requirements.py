@@ -157,6 +157,15 @@ def test_a_package_that_does_not_fit_is_one_sentence_with_the_command(package: s
     assert str(caught.value).endswith(install_command(package))
 
 
+def test_a_package_that_was_made_for_another_torch_is_the_same_sentence() -> None:
+    with pytest.raises(ValueError, match=r"^The package torchao is missing, or does"):
+        with importing("torchao"):
+            _ = torch.NameOfAnotherTorch
+    with pytest.raises(ValueError, match=r"^The package torchao is missing, or does"):
+        with importing("torchao"):
+            torch.ops.load_library("of_another_torch.so")
+
+
 @pytest.mark.parametrize("package", OURS)
 def test_a_package_that_is_too_old_is_the_same_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str

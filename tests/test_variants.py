@@ -153,6 +153,8 @@ def test_a_guidance_that_the_model_was_not_trained_with_is_told(
     text = told(named(bases, name), data, job(guidance=guidance), cfg=3.0)
     assert ("was trained with a guidance" in text) == (wanted is not None)
     assert wanted is None or f"set guidance to {wanted:g}." in text
+    without = told(named(bases, name, guidance=False), data, job(guidance=guidance), cfg=3.0)
+    assert "guidance of" not in without
 
 
 @pytest.mark.parametrize(("name", "needs"), [("libreflux", True), ("flux-dev-de-distill", True),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from atelier.trainers.caches import LatentSubset
-from atelier.trainers.config import JobSettings, Schedule
+from atelier.trainers.config import JobSettings, Schedule, TrainSettings
 from atelier.trainers.data import TrainingData
 from atelier.trainers.flow_settings import FlowSettings, LossSettings, TimestepSettings
 from atelier.trainers.hooks import Hooks
@@ -20,7 +20,7 @@ from atelier.trainers.run import Run
 from atelier.trainers.segments import slower_than_wished
 from atelier.trainers.speed_settings import SpeedSettings, routes_from_text
 from atelier.trainers.status import read_status
-from atelier.trainers.watch import PATIENCE, WATCHED_STEPS, no_progress
+from atelier.trainers.watch import PATIENCE, WATCHED_STEPS, diverged, no_progress
 from flux_files import write_flux
 from runs import job
 from training import CONTEXT, TEXT_TOKENS, VECTOR, training_data, with_entries, write_entries
@@ -85,6 +85,13 @@ def test_float16_that_overflows_without_a_scale_ends_it(
     run = open_run(tmp_path, settings, base, data)
     fails(run, base, data, settings, "after 12 steps: .* to bf16 or fp32")
     assert [line["grad_norm"] for line in run.metrics()] == [None] * 12
+
+
+def test_a_compute_dtype_that_is_wide_enough_is_not_said_to_be_the_cause() -> None:
+    for step in (0, 5):
+        assert "to bf16 or fp32" in str(diverged(step, TrainSettings(), torch.float16))
+        for dtype in (torch.bfloat16, torch.float32):
+            assert "bf16" not in str(diverged(step, TrainSettings(), dtype))
 
 
 def masked(data: TrainingData, folder: Path, mask: torch.Tensor) -> TrainingData:
@@ -207,6 +214,6 @@ def test_no_progress_since_a_step_names_its_checkpoint() -> None:
     ]
     assert [sentence is not None for sentence in sentences] == [False] * 8 + [True]
     assert "since step 20: " in (sentences[-1] or "")
-    assert "A length of 20 gives the best one" in (sentences[-1] or "")
+    assert "The checkpoint of step 20 is kept" in (sentences[-1] or "")
     assert no_progress({**losses, 80: 0.9}) is None  # it was told
     assert no_progress({**losses, 80: 0.4}) is None

@@ -40,6 +40,11 @@ def _of_timesteps(settings: TimestepSettings) -> Iterator[str]:
             )
     if settings.auto_shift and sampling == "flux_shift":
         yield "The setting auto_shift has no effect: flux_shift has this shift already."
+    if sampling in ("fast", "custom") and (settings.shift not in (0, 1) or settings.auto_shift):
+        yield (
+            f"The shift moves the steps of the timestep sampling '{sampling}' too, which then are "
+            "other sigmas than its own. Turn shift and auto_shift off."
+        )
 
 
 def _of_loss(settings: LossSettings) -> Iterator[str]:

@@ -40,7 +40,9 @@ def importing(package: str) -> Iterator[None]:
         if _numbers(version(package)) < _numbers(_NEEDED[package].partition(">=")[2]):
             raise ImportError(version(package))
         yield
-    except (ImportError, RuntimeError) as error:  # diffusers' lazy modules raise RuntimeError
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        # diffusers' lazy modules raise RuntimeError; one made for another torch finds no name, or
+        # no library of it.
         raise ValueError(
             f"The package {package} is missing, or does not fit the others here. Run this with the "
             f"Python of ComfyUI, then start ComfyUI again: {install_command(package)}"

@@ -57,12 +57,19 @@ def segments_of(
 
 def without_effect(speed: SpeedSettings, *, gradient_checkpointing: bool) -> list[str]:
     """A sentence for every setting that does nothing beside the others."""
-    if speed.checkpointing == "all" or gradient_checkpointing:
-        return []
-    return [
-        f"The checkpointing '{speed.checkpointing}' of Speed Settings has no effect: "
-        "gradient_checkpointing is off, so no block is computed twice."
-    ]
+    lines = []
+    if speed.checkpointing != "all" and not gradient_checkpointing:
+        lines.append(
+            f"The checkpointing '{speed.checkpointing}' of Speed Settings has no effect: "
+            "gradient_checkpointing is off, so no block is computed twice."
+        )
+    is_changed = speed.checkpointing_interval != SpeedSettings.checkpointing_interval
+    if is_changed and speed.checkpointing != "interval":
+        lines.append(
+            "The setting checkpointing_interval has no effect: checkpointing is "
+            f"{speed.checkpointing}, not interval."
+        )
+    return lines
 
 
 def slower_than_wished(speed: SpeedSettings, *, dropout: float, has_masks: bool) -> list[str]:

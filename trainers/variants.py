@@ -90,7 +90,7 @@ def tell_variant(base: BaseFlux, job: JobSettings, data: TrainingData, cfg: floa
     variant = variant_of(base)
     lines = [_found(variant)]
     lines += _about_fast(variant, base, job, data)
-    lines += _about_guidance(variant, job, cfg)
+    lines += _about_guidance(variant, base, job, cfg)
     lines += _about_conditions(variant, data)
     return lines
 
@@ -140,8 +140,10 @@ def _about_fast(
         )
 
 
-def _about_guidance(variant: Variant, job: JobSettings, cfg: float) -> Iterator[str]:
-    wanted = variant.guidance
+def _about_guidance(
+    variant: Variant, base: BaseFlux, job: JobSettings, cfg: float
+) -> Iterator[str]:
+    wanted = variant.guidance if base.config.guidance else None
     if wanted is not None and job.train.guidance != wanted:
         yield (
             f"{variant.name} was trained with a guidance of {wanted:g}, and it is "

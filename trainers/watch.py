@@ -24,11 +24,24 @@ class Diverged(ValueError):
 
 def diverged(step: int, settings: TrainSettings, dtype: torch.dtype) -> Diverged:
     """What to raise in the step after `step` steps, computed in `dtype`."""
+    is_narrow = dtype == torch.float16
+    if step == 0 and not is_narrow:
+        return Diverged(
+            "The loss or a gradient is not a number in the first step, before anything is learned: "
+            "the model's file or what was cached is damaged. Load another file, or clear the "
+            "caches."
+        )
     if step == 0:
         return Diverged(
             "The loss or a gradient is not a number in the first step, before anything is learned: "
             f"the model's numbers do not fit the compute dtype ({dtype_name(dtype)}), or its "
             "file is damaged. Set the compute dtype to bf16 or fp32, or load another file."
+        )
+    if not is_narrow:
+        return Diverged(
+            f"The loss or a gradient is not a number after {step} steps: the training diverged. "
+            f"Lower the learning rate ({settings.learning_rate}). The last checkpoint with good "
+            "numbers is kept."
         )
     return Diverged(
         f"The loss or a gradient is not a number after {step} steps: the training diverged. Lower "
@@ -131,7 +144,6 @@ def no_progress(losses: Mapping[int, float]) -> str | None:
         )
     return (
         f"The loss on held out pictures has not fallen for {PATIENCE} evaluations since step "
-        f"{best}: the LoRA begins to learn the training pictures by heart. A length of {best} "
-        "gives the best one, whose checkpoint is kept; more pictures, a lower learning rate or a "
-        "lower rank go further."
+        f"{best}: the LoRA begins to learn the training pictures by heart. The checkpoint of "
+        f"step {best} is kept; more pictures, a lower learning rate or a lower rank go further."
     )

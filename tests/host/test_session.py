@@ -39,7 +39,7 @@ from executor import Give, Keep, Runner, nano_clip, nano_vae
 from flux_files import write_flux
 from graphs import node
 from small_disk import fill, small_disk
-from training import TEXT_TOKENS, training_data
+from training import TEXT_TOKENS, training_data, write_entries
 
 LORA = LoraSettings(rank=4)
 NO_SAMPLES = Validation(rhythm=NEVER)
@@ -136,6 +136,33 @@ def test_a_setting_without_effect_is_told(
     warnings = [line for line in shown[0] if " no effect: " in line]
     assert len(warnings) == (0 if expected is None else 1)
     assert all(line.startswith(expected) for line in warnings if expected)
+
+
+@pytest.mark.parametrize(
+    ("captions", "samples", "is_told"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+)
+def test_samples_that_see_the_padding_that_captions_hide_are_told(
+    tmp_path: Path,
+    model: Any,
+    data: TrainingData,
+    shown: list[list[str]],
+    captions: bool,
+    samples: bool,
+    is_told: bool,
+) -> None:
+    positive = encode_prompt(nano_clip(), "a cat", 2.5, hides_padding=samples)
+    prompt = EncodedPrompt(name="cat", text="a cat", positive=positive, negative=positive)
+    drawn = dataclasses.replace(watched(), prompts=(prompt,), rhythm=NEVER)
+    if captions:
+        write_entries(
+            tmp_path / "caches", {"mask": {"mask": torch.ones(TEXT_TOKENS, dtype=torch.uint8)}}
+        )
+        entries = tuple(dataclasses.replace(e, mask="mask") for e in data.prompts.entries)
+        prompts = dataclasses.replace(data.prompts, entries=entries)
+        data = dataclasses.replace(data, prompts=prompts)
+    Session(model, data, job(1), ASKER, drawn).train()
+    assert any("(Hidden Padding)" in line for line in shown[0]) == is_told
 
 
 def test_a_held_out_loss_without_progress_is_told_below_the_start(
