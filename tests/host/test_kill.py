@@ -6,6 +6,7 @@ by `python scripts/dev.py test -m slow tests/host/test_kill.py --log-cli-level I
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -14,14 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 import pytest
 from atelier.trainers.history import run_summary
-from killed_training import CHECKPOINT_EVERY, LOOK_EVERY, NUM_STEPS
+from killed_training import CHECKPOINT_EVERY, JOBS, LOOK_EVERY, NUM_STEPS
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -53,9 +54,9 @@ class Processes:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._parent = subprocess.Popen(command, stderr=file, text=True, **pipes)
 
-    def start(self, base: Path) -> int:
-        """The id of a process that trains in a folder."""
-        self._parent.stdin.write(f"{base}\n")
+    def start(self, training: Training) -> int:
+        """The id of a process that trains in its folder."""
+        self._parent.stdin.write(f"{training.job} {training.base}\n")
         self._parent.stdin.flush()
         return self._answer("started")
 
@@ -63,8 +64,8 @@ class Processes:
         """Wait for it; 0 if all went well."""
         return self._answer("ended")
 
-    def finish(self, base: Path) -> None:
-        self.start(base)
+    def finish(self, training: Training) -> None:
+        self.start(training)
         assert self.end() == 0, self.log.read_text()
 
     def close(self) -> None:
@@ -77,10 +78,15 @@ class Processes:
 
 
 class Training:
-    """What a folder shows of the run that is trained in it."""
+    """What a folder shows of the run of a job of `JOBS` that is trained in it."""
 
-    def __init__(self, base: Path) -> None:
-        self.base, self.root, self.loras = base, base / "output/atelier", base / "output/loras"
+    def __init__(self, base: Path, job: str) -> None:
+        self.job, self.base, self.root, self.loras = (
+            job,
+            base,
+            base / "output/atelier",
+            base / "output/loras",
+        )
 
     @property
     def folder(self) -> Path:
@@ -142,7 +148,7 @@ def kill(processes: Processes, training: Training, aim: str, chance: random.Rand
     killed, as far as the files tell."""
     began, before = training.step(), training.unfinished()
     at_least = min(began + chance.randint(1, 4), NUM_STEPS - 1)
-    process = processes.start(training.base)
+    process = processes.start(training)
     if aim != "start":
         while not is_doing(training, aim, at_least):
             assert is_running(process) or processes.end() is None, "it ended by itself"
@@ -230,17 +236,23 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """Of other processes, in which Python's hashes are others too."""
-    training = Training(tmp_path_factory.mktemp("unbroken"))
-    others = Processes(training.base / "log.txt")
-    others.finish(training.base)
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Training]]:
+    """The training of a job, of other processes, in which Python's hashes are others too."""
+    others = Processes(tmp_path_factory.mktemp("others") / "log.txt")
+
+    @functools.cache
+    def train(job: str) -> Training:
+        training = Training(tmp_path_factory.mktemp(job), job)
+        others.finish(training)
+        return training
+
+    yield train
     others.close()
-    return training
 
 
-def test_the_state_of_the_optimizer_has_eight_bits(unbroken: Training) -> None:
-    state = load_file(unbroken.folder / f"checkpoints/step-{NUM_STEPS:06d}/optimizer.safetensors")
+def test_the_state_of_the_optimizer_has_eight_bits(unbroken: Callable[[str], Training]) -> None:
+    folder = unbroken(QUICK).folder / f"checkpoints/step-{NUM_STEPS:06d}"
+    state = load_file(folder / "optimizer.safetensors")
     kinds = {name: state[name].dtype for name in state if name.endswith(("state1", "state2"))}
     assert kinds
     assert {str(kind) for kind in kinds.values()} == {"uint8"}
@@ -250,24 +262,26 @@ def shuffled(seed: int) -> tuple[str, ...]:
     return (*random.Random(seed).sample(AIMS, 4), LAST_AIMS[seed % 2])
 
 
+QUICK, *_ = NAMES = tuple(JOBS)
 ROUNDS = [
-    pytest.param(0, ("step", "checkpoint", "sampling"), id="three"),
+    pytest.param(0, QUICK, ("step", "checkpoint", "sampling"), id=f"three-{QUICK}"),
     *(
-        pytest.param(seed, shuffled(seed), marks=pytest.mark.slow, id=f"five-{seed}")
-        for seed in range(1, 7)
+        pytest.param(seed, name, shuffled(seed), marks=pytest.mark.slow, id=f"five-{seed}-{name}")
+        for seed, name in zip(range(1, 7), 2 * NAMES, strict=True)
     ),
 ]
 
 
-@pytest.mark.parametrize(("seed", "aims"), ROUNDS)
+@pytest.mark.parametrize(("seed", "job", "aims"), ROUNDS)
 def test_a_killed_training_ends_as_an_unbroken_one(
     processes: Processes,
-    unbroken: Training,
+    unbroken: Callable[[str], Training],
     tmp_path: Path,
     seed: int,
+    job: str,
     aims: tuple[str, ...],
 ) -> None:
-    chance, training = random.Random(seed), Training(tmp_path)
+    chance, training, whole = random.Random(seed), Training(tmp_path, job), unbroken(job)
     for aim in aims:
         killed = kill(processes, training, aim, chance)
         kept = training.saved()[-1] if training.saved() else 0
@@ -276,10 +290,10 @@ def test_a_killed_training_ends_as_an_unbroken_one(
         assert_readable(training)
         assert 0 <= lost <= CHECKPOINT_EVERY
         assert state(training) in ("interrupted", "finished" if aim in LAST_AIMS else None)
-    processes.finish(training.base)
+    processes.finish(training)
     assert state(training) == "finished"
-    assert curves(training) == curves(unbroken)
-    mine, expected = contents(training), contents(unbroken)
+    assert curves(training) == curves(whole)
+    mine, expected = contents(training), contents(whole)
     assert mine.keys() == expected.keys()
     assert [name for name in mine if mine[name] != expected[name]] == []
     assert not any(training.folder.glob("checkpoints/.*"))

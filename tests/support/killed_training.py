@@ -2,8 +2,9 @@
 
     python -P tests/support/killed_training.py COMFYUI
 
-Each line of its input is a folder. A process of its own trains there, or goes on with what was
-trained: the run lies below output/atelier, the LoRA file in output/loras. It answers
+Each line of its input is a name of `JOBS`, a space and a folder. A process of its own trains there,
+or goes on with what was trained: the run lies below output/atelier, the LoRA file in output/loras.
+It answers
 `started <its id>`, then `ended <how>`. The processes are forks: importing takes longer than a run.
 """
 
@@ -18,6 +19,37 @@ from typing import Any
 
 NUM_STEPS, CHECKPOINT_EVERY, LOOK_EVERY = 24, 3, 4
 """Steps of the run, between its checkpoints, and between pictures and losses on held out ones."""
+AROUND = {"tread": [{"selection_ratio": 0.5, "start_layer": 0, "end_layer": -1}]}
+JOBS: dict[str, dict[str, Any]] = {
+    "dora": {
+        "lora": {"rank": 16, "dora": True, "dropout": 0.1},
+        "train": {
+            "learning_rate": 1e-3,
+            "optimizer": {"schedule": "cosine", "warmup_steps": 2, "ema_decay": 0.9},
+            "flow": {"noise_offset": 0.05, "rollout": {"max_offset": 1, "ramp_steps": 20}},
+            "preservation": {"trigger": "caption 1", "class_word": "caption 2"},
+            "speed": AROUND,
+        },
+    },
+    "pissa": {
+        "lora": {"rank": 8, "init": "pissa", "dropout": 0.1},
+        "train": {
+            "learning_rate": 1.0,
+            "optimizer": {"optimizer": "prodigy_schedulefree", "warmup_steps": 2},
+            "speed": AROUND,
+        },
+    },
+    "lokr": {
+        "lora": {"kind": "lokr", "rank": 4, "lokr_factor": 4, "dropout": 0.1},
+        "train": {
+            "learning_rate": 1e-3,
+            "optimizer": {"optimizer": "adamw_bf16", "schedule": "cosine_with_restarts"},
+            "flow": {"rollout": {"max_offset": 4, "ramp_steps": 20, "offsets": "late"}},
+        },
+    },
+}
+"""What has a state of its own, or draws of its own: as much at once as goes together. The pictures
+are `caption 0` to `caption 3`."""
 
 
 def main(comfyui: Path) -> None:
@@ -36,7 +68,8 @@ def main(comfyui: Path) -> None:
     for line in sys.stdin:
         process = os.fork()
         if process == 0:
-            train_and_exit(Path(line.rstrip("\n")))
+            name, _, base = line.rstrip("\n").partition(" ")
+            train_and_exit(name, Path(base))
         answer(f"started {process}")
         answer(f"ended {os.waitpid(process, 0)[1]}")
 
@@ -46,18 +79,18 @@ def answer(text: str) -> None:
     sys.stdout.flush()
 
 
-def train_and_exit(base: Path) -> None:
+def train_and_exit(name: str, base: Path) -> None:
     code = 1
     try:
         os.dup2(2, 1)
-        train(base)
+        train(name, base)
         code = 0
     except BaseException:
         traceback.print_exc()
     os._exit(code)
 
 
-def train(base: Path) -> None:
+def train(name: str, base: Path) -> None:
     import folder_paths
     import torch
     from atelier.nodes.native import build_model
@@ -73,27 +106,20 @@ def train(base: Path) -> None:
     model = build_model(load_flux(flux, format="nf4"), torch.float32)
     asker = Asker(node_id="1", prompt={"1": {"class_type": "AtelierTrainLoRA", "inputs": {}}})
     data = training_data(base / "caches")
-    Session(model, data, job(), asker, validation(base)).train()
+    Session(model, data, job(name), asker, validation(base)).train()
 
 
-def job() -> Any:
-    from atelier.trainers.config import JobSettings, Length, TrainSettings
-    from atelier.trainers.lora_settings import LoraSettings
-    from atelier.trainers.optimizer_settings import OptimizerSettings
+def job(name: str) -> Any:
+    from atelier.trainers.config import job_from_json
 
-    return JobSettings(
-        name="killed",
-        length=Length(amount=NUM_STEPS),
-        lora=LoraSettings(rank=16),
-        train=TrainSettings(
-            gradient_accumulation=2,
-            batch_size=2,
-            compute_dtype="fp32",
-            learning_rate=1e-3,
-            optimizer=OptimizerSettings(schedule="cosine", warmup_steps=2, ema_decay=0.9),
-        ),
-        checkpoint_every=CHECKPOINT_EVERY,
-        keep_checkpoints=2,
+    own = JOBS[name]
+    every = {"gradient_accumulation": 2, "batch_size": 2, "compute_dtype": "fp32"}
+    return job_from_json(
+        {
+            **{"name": "killed", "length": {"amount": NUM_STEPS}},
+            **{"checkpoint_every": CHECKPOINT_EVERY, "keep_checkpoints": 2},
+            **{"lora": own["lora"], "train": own["train"] | every},
+        }
     )
 
 
