@@ -12,7 +12,7 @@ from atelier.trainers.caches import LatentSubset, PromptEntry, digest
 from atelier.trainers.data import Sample, TrainingData
 from atelier.trainers.flux import build_transformer
 from atelier.trainers.load import LoadedFlux, load_flux
-from atelier.trainers.loop import open_run, train
+from atelier.trainers.loop import open_run, train, workload
 from atelier.trainers.optimizer_settings import OptimizerSettings
 from atelier.trainers.preservation import (
     class_captions,
@@ -22,6 +22,7 @@ from atelier.trainers.preservation import (
     without_effect,
 )
 from atelier.trainers.preservation_settings import PreservationSettings
+from atelier.trainers.speed_settings import SpeedSettings, routes_from_text
 from bitsandbytes.optim import AdamW8bit
 from dense import dense_transformer, stored_tensors
 from flux_files import write_flux
@@ -182,6 +183,14 @@ def test_weights_of_masks() -> None:
 def test_the_class_word_takes_the_place_of_the_trigger(text: str, expected: str | None) -> None:
     kept = PreservationSettings(trigger=" sks dog", class_word="dog ")
     assert kept.class_caption(text) == expected
+
+
+def test_the_estimate_of_class_captions_has_no_route(base: LoadedFlux, data: TrainingData) -> None:
+    """They are computed with all tokens, which is the most that a step takes."""
+    routed = SpeedSettings(tread=routes_from_text("0.5: 0 to -1"))
+    for kept, expected in ((PreservationSettings(**DOG), ()), (None, routed.tread)):
+        settings = job(speed=routed, preservation=kept or PreservationSettings())
+        assert workload(settings, base, data, torch.device("cpu")).speed.tread == expected
 
 
 def test_a_trigger_within_a_word_is_none() -> None:
