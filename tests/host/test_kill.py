@@ -253,9 +253,10 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 def test_the_state_of_the_optimizer_has_eight_bits(unbroken: Callable[[str], Training]) -> None:
     folder = unbroken(QUICK).folder / f"checkpoints/step-{NUM_STEPS:06d}"
     state = load_file(folder / "optimizer.safetensors")
-    kinds = {name: state[name].dtype for name in state if name.endswith(("state1", "state2"))}
-    assert kinds
-    assert {str(kind) for kind in kinds.values()} == {"uint8"}
+    kept = [state[name] for name in state if name.endswith(("state1", "state2"))]
+    large = [tensor for tensor in kept if tensor.size >= 4096]  # bitsandbytes leaves small ones
+    assert large
+    assert {str(tensor.dtype) for tensor in large} == {"uint8"}
 
 
 def shuffled(seed: int) -> tuple[str, ...]:

@@ -27,7 +27,6 @@ JOBS: dict[str, dict[str, Any]] = {
             "learning_rate": 1e-3,
             "optimizer": {"schedule": "cosine", "warmup_steps": 2, "ema_decay": 0.9},
             "flow": {"noise_offset": 0.05, "rollout": {"max_offset": 1, "ramp_steps": 20}},
-            "preservation": {"trigger": "caption 1", "class_word": "caption 2"},
             "speed": AROUND,
         },
     },
@@ -36,6 +35,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "train": {
             "learning_rate": 1.0,
             "optimizer": {"optimizer": "prodigy_schedulefree", "warmup_steps": 2},
+            "preservation": {"trigger": "caption 1", "class_word": "caption 2"},
             "speed": AROUND,
         },
     },
