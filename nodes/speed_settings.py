@@ -99,8 +99,8 @@ def _tread_inputs() -> list[Any]:
             "around the blocks below. 0 is off. 0.5 around 9 of 12 blocks took 48 % of the time of "
             "a step (1024x1024 pixels, on a CPU, width 256, where attention weighs more than in "
             "FLUX.1), and needs less memory; the loss is higher at first, and detail is learned "
-            "more slowly. 0.1 to 0.25 is careful. Small pictures gain no time: the demo's style, of "
-            "64 tokens, was learned 8 to 16 % worse (docs/methods.md).",
+            "more slowly. 0.1 to 0.25 is careful. Small pictures gain no time: the demo's style, "
+            "of 64 tokens, was learned 8 to 16 % worse (docs/methods.md).",
         ),
         io.Int.Input(
             "tread_start",
