@@ -267,7 +267,7 @@ def test_a_loss_that_is_no_number_is_one_sentence(
     run_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     diverging_at(count, monkeypatch)
-    said = {0: r"in the first step, .* \(fp32\)", 2: r"after 2 steps: .* \(0\.01\), or set"}
+    said = {0: "in the first step, .* file or", 2: r"after 2 steps: .* rate \(0\.01\)\."}
     with pytest.raises(ValueError, match=f"not a number {said[count]}"):
         run_job(job(4))
     (folder,) = (tmp_path / "runs").iterdir()

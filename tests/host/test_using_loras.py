@@ -543,10 +543,9 @@ def test_apply_lora_says_what_the_file_says_and_what_is_odd(
     models: dict[str, Any], loras: Path, apply: Called, flux_file: Path
 ) -> None:
     base = load_flux(flux_file, format="int8")
-    settings = {"lora": {"alpha": 2.0}, "train": {"guidance": 3.5}}
-    said = lora_metadata(
-        name="cats", settings=LoraSettings(rank=4), base=base, steps=250, run=settings
-    )
+    settings = LoraSettings(rank=4, alpha=2.0)
+    run = {"train": {"guidance": 3.5}}
+    said = lora_metadata(name="cats", settings=settings, base=base, steps=250, run=run)
     said["modelspec.trigger_phrase"] = "ohwx cat"
     save_lora(loras / "cats.safetensors", {**lora_tensors("plain"), **text_lora()}, said)
     apply(models["ours"], lora_name="cats.safetensors", strength=0.0)
